@@ -1,0 +1,192 @@
+"""The manifest: the only contract between the compiler and the runtime.
+
+Plain data, written by the compiler, checked by `artifacts.verify` before the runtime believes a word of it.
+Unknown fields are refused (msgspec `forbid_unknown_fields`), so an addition raises `FORMAT_VERSION` (version.py).
+msgspec and not pydantic: the manifest is parsed on the start path of two processes, and msgspec imports in 10 ms.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Dtype = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"]
+
+
+class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=False):
+    """Base of every manifest record."""
+
+
+class FileRecord(_Record):
+    """One file of the artifact. Every file but manifest.json and the detached signature has one."""
+
+    path: str  # relative, "/"-separated, no "." or ".." parts
+    size_bytes: int
+    sha256: str  # of the whole file; for weight files of the concatenated chunk digests (hex), see WeightFile
+
+
+class TensorSpec(_Record):
+    """A graph input or output. A dimension is a size, or the name of a symbolic one ("T", "B", "N", "M", "NB")."""
+
+    name: str
+    dtype: Dtype
+    shape: list[int | str]
+
+
+class Image(_Record):
+    """A shared object or cubin, stored as images/<sha256>.<ext> and named by its hash."""
+
+    sha256: str
+    path: str
+    role: Literal["kernels", "aoti_shim", "model"]
+
+
+class Entry(_Record):
+    """One compiled program.
+
+    executor "nodes": `program` is a JSON node list (docs/artifact_format.md) run over torch.ops.
+    executor "aoti":  `program` is the path of a model image with the AOTInductor C ABI.
+    """
+
+    name: str
+    executor: Literal["nodes", "aoti"]
+    program: str
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    constants: dict[str, str]  # the program's own name for a constant -> name in `Manifest.tensors`
+
+
+class KVGroup(_Record):
+    """Layers that share one block table. Layers with the same sliding window stand in the same group."""
+
+    layers: list[int]
+    window: int  # tokens a query sees, itself included; 0 = all
+
+
+class KVFacts(_Record):
+    """How the paged KV cache is cut. Per layer two tensors, K and V, each [num_blocks, num_kv_heads, block_size, head_dim]."""
+
+    block_size: int  # tokens per block
+    dtype: Dtype
+    num_kv_heads: list[int]  # per layer
+    head_dim: list[int]  # per layer
+    groups: list[KVGroup]
+
+
+class ModelFacts(_Record):
+    """What the runtime needs to know of the model; it never asks transformers."""
+
+    name: str  # for people and for the API's default model name
+    architecture: str  # e.g. "Qwen3ForCausalLM"
+    model_type: str
+    dtype: Dtype
+    num_layers: int
+    hidden_size: int
+    vocab_size: int  # width of the logits; token ids are checked against it
+    max_position_embeddings: int
+    num_parameters: int
+
+
+class Limits(_Record):
+    """What the artifact was compiled for. The scheduler's own limits may be lower, never higher."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+class Requirements(_Record):
+    """Superset check before load: what the machine must have."""
+
+    machine: str  # platform.machine(), "x86_64"
+    cpu_features: list[str]  # names as in /proc/cpuinfo flags, sorted
+    torch: str | None  # minor version whose AOTInductor C ABI the image was built against, e.g. "2.13"; None: no torch needed
+    min_format: int
+
+
+class Target(_Record):
+    name: str  # "cpu:x86-64-v4", or "cpu:native(<features>)" resolved
+    kind: Literal["cpu", "cuda"]
+    isa: str  # kernel level: "x86-64-v3" | "x86-64-v4" | "x86-64-v4+bf16" | "x86-64-v4+bf16+amx"
+
+
+class WeightFile(_Record):
+    """A safetensors file, hashed per chunk so that hashing runs in parallel with reading. Chunks tile the file."""
+
+    path: str
+    size_bytes: int
+    chunk_bytes: int
+    chunks: list[str]  # sha256 hex per chunk
+
+
+class TensorRecord(_Record):
+    """One packed tensor: where its bytes lie and how they were made from the checkpoint.
+
+    `recipe` is a small expression tree (artifacts/recipes.py). file None: weights are external, the recipe is
+    applied when a checkpoint is bound.
+    """
+
+    name: str
+    dtype: Dtype
+    shape: list[int]
+    file: str | None
+    offset: int  # bytes from the start of the file, 64-byte aligned
+    nbytes: int
+    recipe: dict
+
+
+class PassRecord(_Record):
+    name: str
+    numerics: Literal["exact", "close"]
+    matches: int
+    refusals: dict[str, int]  # reason -> count
+    nodes_before: int
+    nodes_after: int
+
+
+class TokenizerFacts(_Record):
+    """Files under tokenizer/ and what the front process must know without transformers."""
+
+    tokenizer_json: str | None  # path in the artifact
+    chat_template: str | None  # path in the artifact
+    template_parity: Literal["same", "differs", "untested", "none"]  # minijinja against jinja2 on the probe conversations
+    bos_token_id: int | None
+    eos_token_ids: list[int]
+    pad_token_id: int | None
+    special_tokens: dict[str, str]  # bos_token, eos_token, ... as the template sees them
+    num_tokens: int  # tokenizer's own length, may differ from the width of the logits
+
+
+class Canary(_Record):
+    """Prompt with the reference's greedy continuation and the margin (top1 - top2 logit) at each step."""
+
+    prompt_token_ids: list[int]
+    expected_token_ids: list[int]
+    margins: list[float]
+
+
+class Manifest(_Record):
+    """See docs/artifact_format.md for the page a reader of this file can be written from."""
+
+    format_version: int
+    llmc_version: str
+    model: ModelFacts
+    target: Target
+    requirements: Requirements
+    level: int
+    limits: Limits
+    kv: KVFacts
+    entries: list[Entry]
+    images: list[Image]
+    weights: list[WeightFile]
+    tensors: list[TensorRecord]
+    passes: list[PassRecord]
+    op_implementations: dict[str, str]  # op -> implementation chosen at compile time
+    tokenizer: TokenizerFacts
+    generation_defaults: dict[str, float | int | bool | list[int]]
+    canaries: list[Canary]
+    canary_tolerance: float  # positions whose margin is below are not compared
+    toolchain: dict[str, str]  # "torch", "transformers", "g++", ... -> version
+    settings: dict[str, str | int | float | bool | None]  # resolved compile settings
+    files: list[FileRecord]

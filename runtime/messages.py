@@ -1,0 +1,130 @@
+"""What crosses between the front process, which knows text, and the engine, which knows token ids.
+
+msgspec structs, tagged unions, no pickle. The engine's input is a `EngineRequest`, its output a list of `EngineEvent`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """Base of every message; the tag is the class name."""
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to choose tokens, named as vLLM's and OpenAI's users know them. Checked by `runtime.sampling_params.check`.
+
+    Everything the engine needs is here in token ids; what needs text (`stop`) is done where text is known.
+    """
+
+    n: int = 1
+    temperature: float = 1.0  # 0 = greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 or -1 = all
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words_token_ids: list[list[int]] | None = None
+    seed: int | None = None
+    max_tokens: int | None = 16  # None: up to max_model_len
+    min_tokens: int = 0
+    stop: list[str] | None = None  # matched by the text side, which aborts the sequence
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None = none; 0 = the chosen token's only; n = top n too
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+
+
+class GenerateRequest(_Message):
+    """One sequence to generate. A request with n > 1 is n of these, made by the front (they share the prefix cache)."""
+
+    request_id: str  # made by us, never by the client
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    priority: int = 0  # lower runs earlier, policy "priority"
+    arrival_time: float = 0.0  # time.monotonic() of acceptance
+    cache_salt: str = ""  # tenant part of the prefix-cache key
+
+
+class AbortRequest(_Message):
+    """Stop a sequence and free its blocks within one step. Unknown ids are ignored: it may just have finished."""
+
+    request_id: str
+    reason: FinishReason = "abort"
+
+
+class Shutdown(_Message):
+    """Finish nothing more and exit."""
+
+
+EngineRequest = GenerateRequest | AbortRequest | Shutdown
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True):
+    """Log-probabilities at one position: the chosen token's, and the top ones asked for, highest first."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1 = most likely
+    top: list[tuple[int, float]]  # (token id, logprob)
+
+
+class TokenEvent(_Message):
+    """New tokens of one sequence; the last event of a sequence has a finish_reason. Every accepted request ends exactly once."""
+
+    request_id: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None  # one per token id, when asked for
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # sent once, with the first token
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None  # the eos or stop token that ended it
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    error: str | None = None  # with finish_reason "error": one sentence for the client
+    error_status: int = 500
+
+
+class EngineReady(_Message):
+    """Weights verified, canaries passed, first step possible."""
+
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    startup_ms: dict[str, float]  # stage -> milliseconds, in order
+
+
+class EngineFailed(_Message):
+    """The engine could not start, or cannot go on. `message` is one sentence."""
+
+    message: str
+
+
+class EngineStats(_Message):
+    """Sent after each step that changed something, at most every 100 ms; source of /metrics, /load and readiness."""
+
+    step: int
+    time: float  # time.monotonic() of the engine's last progress
+    num_running: int
+    num_waiting: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    prefix_queries_tokens: int
+    prefix_hits_tokens: int
+    num_preemptions: int
+    prompt_tokens: int
+    generation_tokens: int
+
+
+EngineEvent = TokenEvent | EngineReady | EngineFailed | EngineStats

@@ -1,0 +1,98 @@
+"""The nouns of one engine step, each made by one function and read-only after.
+
+    Sequence (scheduler) -> StepPlan (scheduler.plan) -> DeviceBatch (batch.build) -> StepOutput (runner) -> TokenEvent (commit)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from llmc.runtime.messages import SamplingParams, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduledSequence:
+    """One sequence's share of a step: compute tokens [start, end) of `token_ids`."""
+
+    request_id: str
+    token_ids: list[int]  # prompt + generated so far; the scheduler's list, not to be changed
+    num_prompt_tokens: int
+    start: int  # tokens before it have K and V already
+    end: int  # exclusive; end == len(token_ids) means that this step samples
+    block_ids: tuple[list[int], ...]  # per KV group: physical block of each logical block; -1 where a window has moved on
+    sampling: SamplingParams
+    needs_prompt_logprobs: bool  # the rows [start, end) also give prompt log-probabilities
+
+    @property
+    def samples(self) -> bool:
+        """Whether a token comes out of this step."""
+        return self.end == len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """Who runs in this step, how many tokens each, in which blocks."""
+
+    step: int
+    sequences: list[ScheduledSequence]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(s.end - s.start for s in self.sequences)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceBatch:
+    """The step as the compiled program reads it; shapes and dtypes in docs/architecture.md, "The captured graph"."""
+
+    input_ids: np.ndarray
+    positions: np.ndarray
+    logits_indices: np.ndarray
+    slot_mapping: np.ndarray
+    block_tables: np.ndarray
+    seq_lens: np.ndarray
+    query_start_loc: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledToken:
+    """What the sampler chose for one sequence; `error` set: this sequence ends with it, the others go on."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutput:
+    """Results by request id; only sequences whose `samples` was true have a token."""
+
+    step: int
+    tokens: dict[str, SampledToken]
+    prompt_logprobs: dict[str, list[TokenLogprobs]]  # for the rows computed in this step, when asked for
+
+
+class Executor(Protocol):
+    """Runs the compiled program. Nothing else in the runtime knows which kind it is (nodes, aoti, later plans)."""
+
+    def allocate_kv(self, num_blocks: int) -> None:
+        """Allocate the K and V tensors of every layer, zeroed."""
+
+    def run(self, batch: DeviceBatch) -> np.ndarray:
+        """Run one step. Returns logits float32 [N, vocab_size], valid until the next call."""
+
+    def close(self) -> None:
+        """Free what it holds."""
+
+
+class Runner(Protocol):
+    """Turns a StepPlan into a StepOutput. The real one holds an executor and a sampler; tests use one with canned tokens."""
+
+    def submit(self, plan: StepPlan) -> None:
+        """Start the step; may return before it is done."""
+
+    def collect(self) -> StepOutput:
+        """Wait for the step submitted last."""
