@@ -1,0 +1,159 @@
+"""From rows of logits to tokens. What a sequence wants is worked out once; a step then touches only that row."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmc.runtime.messages import SamplingParams, TokenLogprobs
+from llmc.runtime.sampler.choose import choose
+from llmc.runtime.sampler.logprobs import token_logprobs
+from llmc.runtime.sampler.philox import uniform
+from llmc.runtime.sampler.token_counts import TokenCounts
+from llmc.runtime.step import SampledToken, ScheduledSequence
+
+_GREEDY_BELOW = 1e-5  # a lower temperature is greedy, as in vLLM
+
+
+@dataclass(slots=True)
+class _SequenceState:
+    """What the sampler keeps of one sequence between steps. The sampler owns and changes it."""
+
+    seed: int
+    plain_greedy: bool  # nothing but the argmax is asked for
+    greedy: bool
+    counts: TokenCounts | None
+    bias_ids: np.ndarray | None
+    bias: np.ndarray | None
+    allowed: np.ndarray | None
+    held_back: np.ndarray | None  # eos and stop ids, masked before min_tokens
+
+
+class Sampler:
+    """Chooses one token per sampling sequence. Not thread-safe; lives in the engine's thread.
+
+    Args:
+        eos_token_ids: masked while an output is shorter than `min_tokens`.
+        seed: base for sequences without a seed of their own; None draws each from the operating system.
+    """
+
+    def __init__(self, *, eos_token_ids: list[int], seed: int | None = None) -> None:
+        self._eos_token_ids = eos_token_ids
+        self._seed = seed
+        self._num_unseeded = 0
+        self._states: dict[str, _SequenceState] = {}
+
+    def sample(self, logits: np.ndarray, sequence: ScheduledSequence) -> SampledToken:
+        """Choose the next token of `sequence`.
+
+        Args:
+            logits: float32 [V], this sequence's row; changed in place when penalties or masks apply.
+
+        Returns:
+            The token, or one with `error` set when the row holds no finite maximum.
+        """
+        best = int(logits.argmax())  # the first of equals; the first NaN if there is one
+        if not np.isfinite(logits[best]):
+            return SampledToken(token_id=-1, error=f"the model gave no usable logits (maximum {logits[best]}) for this sequence")
+        state = self._state(sequence)
+        if state.plain_greedy:
+            return SampledToken(token_id=best)
+        params = sequence.sampling
+        raw = logits if params.logprobs is None or not _modifies(state, params) else logits.copy()
+        if _modifies(state, params):
+            self._modify(logits, state, sequence)
+            best = int(logits.argmax())
+            if not np.isfinite(logits[best]):
+                return SampledToken(token_id=-1, error="the request's masks and biases leave no token to choose")
+        token = best if state.greedy else self._draw(logits, state, sequence)
+        logprobs = None if params.logprobs is None else token_logprobs(raw, token, params.logprobs)
+        return SampledToken(token_id=token, logprobs=logprobs)
+
+    def prompt_logprobs(self, rows: np.ndarray, next_token_ids: list[int], num_top: int) -> list[TokenLogprobs]:
+        """Log-probabilities of the prompt tokens that follow each of `rows` (float32 [R, V], raw)."""
+        return [token_logprobs(row, token, num_top) for row, token in zip(rows, next_token_ids, strict=True)]
+
+    def forget(self, request_id: str) -> None:
+        """Drop what is kept of a finished sequence; unknown ids had nothing kept."""
+        self._states.pop(request_id, None)
+
+    def _state(self, sequence: ScheduledSequence) -> _SequenceState:
+        state = self._states.get(sequence.request_id)
+        if state is None:
+            state = self._states[sequence.request_id] = self._new_state(sequence)
+        if state.counts is not None:
+            state.counts.advance(sequence.token_ids)
+        return state
+
+    def _new_state(self, sequence: ScheduledSequence) -> _SequenceState:
+        params = sequence.sampling
+        penalised = params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+        held_back = sorted({*self._eos_token_ids, *(params.stop_token_ids or [])}) if params.min_tokens > 0 else []
+        bias = params.logit_bias or {}
+        state = _SequenceState(
+            seed=params.seed if params.seed is not None else self._unseeded(),
+            plain_greedy=False,
+            greedy=params.temperature < _GREEDY_BELOW,
+            counts=TokenCounts(sequence.token_ids[: sequence.num_prompt_tokens]) if penalised else None,
+            bias_ids=np.fromiter(bias.keys(), dtype=np.int64) if bias else None,
+            bias=np.fromiter(bias.values(), dtype=np.float32) if bias else None,
+            allowed=np.asarray(params.allowed_token_ids, dtype=np.int64) if params.allowed_token_ids is not None else None,
+            held_back=np.asarray(held_back, dtype=np.int64) if held_back else None,
+        )
+        state.plain_greedy = state.greedy and params.logprobs is None and not _modifies(state, params)
+        return state
+
+    def _unseeded(self) -> int:
+        if self._seed is None:
+            return int.from_bytes(os.urandom(8), "little")
+        self._num_unseeded += 1
+        return self._seed + (self._num_unseeded << 32)
+
+    def _modify(self, row: np.ndarray, state: _SequenceState, sequence: ScheduledSequence) -> None:
+        """Masks, bias and penalties, in vLLM's order. Changes `row`."""
+        params = sequence.sampling
+        num_output = len(sequence.token_ids) - sequence.num_prompt_tokens
+        if state.allowed is not None:
+            kept = row[state.allowed]
+            row.fill(-np.inf)
+            row[state.allowed] = kept
+        for word in params.bad_words_token_ids or []:
+            head = word[:-1]
+            if len(head) <= num_output and sequence.token_ids[len(sequence.token_ids) - len(head) :] == head:
+                row[word[-1]] = -np.inf
+        if state.held_back is not None and num_output < params.min_tokens:
+            row[state.held_back] = -np.inf
+        if state.bias_ids is not None:
+            row[state.bias_ids] += state.bias
+        if state.counts is not None:
+            _penalise(row, state.counts, params)
+
+    def _draw(self, row: np.ndarray, state: _SequenceState, sequence: ScheduledSequence) -> int:
+        params = sequence.sampling
+        position = len(sequence.token_ids) - sequence.num_prompt_tokens  # how many were drawn before, whatever the batch
+        return choose(
+            row,
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            draw=uniform(state.seed, position),
+        )
+
+
+def _modifies(state: _SequenceState, params: SamplingParams) -> bool:
+    """Whether anything changes the logits before the choice."""
+    kept = (state.counts, state.bias_ids, state.allowed, state.held_back)
+    return any(part is not None for part in kept) or bool(params.bad_words_token_ids)
+
+
+def _penalise(row: np.ndarray, counts: TokenCounts, params: SamplingParams) -> None:
+    """Repetition over prompt and output, frequency and presence over output. Changes `row`."""
+    ids, output = counts.ids, counts.output_counts
+    values = row[ids]
+    if params.repetition_penalty != 1.0:
+        penalty = np.float32(params.repetition_penalty)
+        values = np.where(values > 0, values / penalty, values * penalty)
+    row[ids] = values - np.float32(params.frequency_penalty) * output - np.float32(params.presence_penalty) * (output > 0)
