@@ -1,0 +1,13 @@
+"""Everything that knows text: tokenizer, incremental detokenizer, stop strings, chat template.
+
+Nothing here imports transformers or torch. The engine knows token ids only; the front process, `llmc run` and
+`llmc.LLM` turn text into ids and back with these.
+"""
+
+from llmc.runtime.text.chat_template import ChatTemplate
+from llmc.runtime.text.detokenizer import Detokenizer
+from llmc.runtime.text.stop import StopMatcher
+from llmc.runtime.text.text_stream import TextStream
+from llmc.runtime.text.tokenizer import Tokenizer
+
+__all__ = ["ChatTemplate", "Detokenizer", "StopMatcher", "TextStream", "Tokenizer"]
