@@ -1,0 +1,76 @@
+"""The command line. Commands are imported when they are called, so `llmc --help` imports nothing but click."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import rich_click as click
+
+from llmc.errors import InternalError, LlmcError
+
+# command -> (module, attribute, one line of help)
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "compile": ("llmc.cli.compile", "compile_command", "Compile a Hugging Face folder into an artifact."),
+    "serve": ("llmc.cli.serve", "serve_command", "Serve an artifact with an OpenAI-compatible API."),
+    "run": ("llmc.cli.run", "run_command", "Generate from a prompt in this process."),
+    "inspect": ("llmc.cli.artifact", "inspect_command", "Show what an artifact holds."),
+    "verify": ("llmc.cli.artifact", "verify_command", "Check every byte of an artifact, and its signature."),
+    "diff": ("llmc.cli.artifact", "diff_command", "Show how two artifacts differ."),
+    "sign": ("llmc.cli.artifact", "sign_command", "Sign an artifact with a private key."),
+    "why": ("llmc.cli.cache", "why_command", "Say which part of a cache key differs."),
+    "cache": ("llmc.cli.cache", "cache_group", "List or shrink the compile cache."),
+    "config": ("llmc.cli.config", "config_group", "Show settings and where each value comes from."),
+    "doctor": ("llmc.cli.doctor", "doctor_command", "Check that this machine can compile and serve."),
+}
+
+
+class LazyGroup(click.RichGroup):
+    """A group whose commands are imported on use; names and help lines stand in COMMANDS."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """For the list in `llmc --help`: the name and its line, nothing imported."""
+        return click.RichCommand(name, help=COMMANDS[name][2]) if name in COMMANDS else None
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """For running: the real command."""
+        if args and args[0] in COMMANDS:
+            module, attribute, _ = COMMANDS[args[0]]
+            command = getattr(import_module(module), attribute)
+            assert isinstance(command, click.Command)
+            return args[0], command, args[1:]
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="llmc", prog_name="llmc")
+def cli() -> None:
+    """Compile language models ahead of time, and serve what was compiled."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the `llmc` program. Returns the exit status; errors are one sentence on standard error."""
+    try:
+        result = cli.main(args=argv, prog_name="llmc", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        return int(stop.exit_code)
+    except click.Abort:
+        print("llmc: interrupted", file=sys.stderr)
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except InternalError as error:
+        print(f"llmc: internal error: {error}\nThis is a fault of llmc; please report it with the command line.", file=sys.stderr)
+        return error.exit_code
+    except LlmcError as error:
+        print(f"llmc: {error}", file=sys.stderr)
+        return error.exit_code
+    return result if isinstance(result, int) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,247 @@
+"""Every setting of `llmc compile`, `llmc serve` and `llmc run`: one table, read by the command line, the TOML file, the
+environment and the documentation. Names, aliases, types and defaults follow vLLM's flags, so that a user's command line carries
+over; docs/flags.md lists where llmc differs on purpose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmc.config.human import human_int, human_int_or_auto
+from llmc.errors import ConfigError
+
+COMPILE, SERVE, RUN = "compile", "serve", "run"
+ENGINE = frozenset({SERVE, RUN})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """One setting.
+
+    `parse` turns the text of a flag, an environment variable or a TOML string into the value and raises ConfigError.
+    A `default` of None means unset: what follows from that is resolved once, by the command, and stated in `help`.
+    """
+
+    name: str
+    parse: Callable[[str], Any]
+    default: Any
+    commands: frozenset[str]
+    group: str
+    help: str
+    metavar: str = ""
+    aliases: tuple[str, ...] = ()
+    is_flag: bool = False
+    negatable: bool = False  # has a --no- form
+    many: bool = False  # takes one or more values
+    secret: bool = False  # never shown
+    choices: tuple[str, ...] = field(default=())
+    refused: dict[str, str] = field(default_factory=dict)  # value -> why it is not accepted here
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def env(self) -> str:
+        return "LLMC_" + self.name.upper()
+
+
+def text(value: str) -> str:
+    return value
+
+
+def integer(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A parser of integers in [low, high]."""
+
+    def parse(value: str) -> int:
+        number = human_int(value)
+        if number < low or (high is not None and number > high):
+            raise ConfigError(f"{value!r} is out of range; accepted: {low} to {high if high is not None else 'any'}")
+        return number
+
+    return parse
+
+
+def length(value: str) -> int:
+    """A positive human-readable integer, or -1 / auto."""
+    number = human_int_or_auto(value)
+    if number < 1 and number != -1:
+        raise ConfigError(f"{value!r} is no length; accepted: a positive integer such as 4096 or 25.6k, -1 or auto")
+    return number
+
+
+def fraction(value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        raise ConfigError(f"{value!r} is no number between 0 and 1") from None
+    if not 0.0 < number <= 1.0:
+        raise ConfigError(f"{value!r} is out of range; accepted: above 0, up to 1")
+    return number
+
+
+def seconds(value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        raise ConfigError(f"{value!r} is no number of seconds") from None
+    if not 0.0 <= number <= 86400.0:
+        raise ConfigError(f"{value!r} is out of range; accepted: 0 to 86400 seconds")
+    return number
+
+
+def boolean(value: str) -> bool:
+    """Environment and TOML strings; flags carry their value in their name."""
+    lowered = value.strip().lower()
+    if lowered in ("1", "true", "yes", "on"):
+        return True
+    if lowered in ("0", "false", "no", "off"):
+        return False
+    raise ConfigError(f"{value!r} is no truth value; write true or false")
+
+
+def int_list(value: str) -> list[int]:
+    """Comma-separated integers; kept sorted and unique by who uses them."""
+    parts = [part for part in value.replace(" ", ",").split(",") if part]
+    if not parts:
+        raise ConfigError(f"{value!r} names no size; write for example 1,2,4,8")
+    numbers = [human_int(part) for part in parts]
+    if min(numbers) < 1:
+        raise ConfigError(f"{value!r}: sizes are positive")
+    return numbers
+
+
+def choice(*accepted: str, refused: dict[str, str] | None = None, synonyms: dict[str, str] | None = None) -> Callable[[str], str]:
+    """A parser of one word out of `accepted`; words of `refused` are turned away with their reason."""
+    reasons, same = refused or {}, synonyms or {}
+
+    def parse(value: str) -> str:
+        word = same.get(value, value)
+        if word in accepted:
+            return word
+        if value in reasons:
+            raise ConfigError(f"{value!r} is not built: {reasons[value]}; accepted: {', '.join(accepted)}")
+        raise ConfigError(f"{value!r} is not known; accepted: {', '.join(accepted)}")
+
+    return parse
+
+
+def block_size(value: str) -> int:
+    number = human_int(value)
+    if number not in (8, 16, 32, 64, 128):
+        raise ConfigError(f"{value!r} is no block size; accepted: 8, 16, 32, 64, 128")
+    return number
+
+
+def _flag(name: str, commands: frozenset[str], group: str, help: str, *, default: bool | None = False, negatable: bool = True) -> Setting:
+    return Setting(name=name, parse=boolean, default=default, commands=commands, group=group, help=help, is_flag=True, negatable=negatable)
+
+
+_COMPILE = frozenset({COMPILE})
+_SERVE = frozenset({SERVE})
+_BOTH = frozenset({COMPILE, SERVE, RUN})
+_NOT_SAFE = "only safetensors are read, since other formats run code or lack checks when they are loaded"
+
+SETTINGS: tuple[Setting, ...] = (
+    # --- what is compiled -------------------------------------------------------------------------------------------------
+    Setting(name="optimization_level", aliases=("-O",), parse=integer(0, 3), default=2, commands=_COMPILE, group="Compilation",
+            metavar="0..3", help="0: the captured graph, the oracle. 1: exact passes. 2: all passes, prepacked weights. 3: search."),
+    Setting(name="target", parse=text, default="cpu", commands=_COMPILE, group="Compilation", metavar="NAME",
+            help="cpu (this machine), cpu:x86-64-v3, cpu:x86-64-v4 or cpu:native."),
+    Setting(name="dtype", parse=choice("auto", "bfloat16", "float16", "float32", synonyms={"half": "float16", "float": "float32"}),
+            default="auto", commands=_COMPILE, group="Compilation", choices=("auto", "bfloat16", "float", "float16", "float32", "half"),
+            help="Type of weights and activations; auto: the checkpoint's own."),
+    Setting(name="weights", parse=choice("embed", "external"), default="embed", commands=_COMPILE, group="Compilation",
+            choices=("embed", "external"), help="embed: packed into the artifact. external: bound to a checkpoint when served."),
+    Setting(name="load_format",
+            parse=choice("auto", "safetensors", refused=dict.fromkeys(("pt", "npcache", "dummy", "tensorizer", "gguf", "instanttensor", "runai_streamer", "runai_streamer_sharded", "bitsandbytes", "sharded_state", "mistral"), _NOT_SAFE)),
+            default="auto", commands=_COMPILE, group="Compilation", choices=("auto", "safetensors"), help="Format of the checkpoint."),
+    Setting(name="attention_backend", parse=choice("auto", "llmc"), default=None, commands=_COMPILE, group="Compilation",
+            choices=("auto", "llmc"), help="llmc's paged attention is the only one; auto names it."),
+    Setting(name="tokenizer", parse=text, default=None, commands=_COMPILE, group="Compilation", metavar="DIR",
+            help="Folder with tokenizer.json, when it is not the model's."),
+    Setting(name="jobs", parse=integer(1, 256), default=None, commands=_COMPILE, group="Compilation", metavar="N",
+            help="C++ compilations at once; default: the processors this process may use."),
+    Setting(name="report", parse=text, default=None, commands=_COMPILE, group="Compilation", metavar="DIR",
+            help="Where measured times go; default: OUT.report beside the artifact."),
+    # --- limits -----------------------------------------------------------------------------------------------------------
+    Setting(name="max_model_len", parse=length, default=None, commands=_BOTH, group="Limits", metavar="N|25.6k|auto",
+            help="Prompt and output tokens of one sequence. Compile: default the model's own. Serve: not above the artifact's."),
+    Setting(name="max_num_seqs", parse=integer(1, 65536), default=None, commands=_BOTH, group="Limits", metavar="N",
+            help="Sequences in one step; default 256 at compile, the artifact's at serve."),
+    Setting(name="max_num_batched_tokens", parse=integer(1), default=None, commands=_BOTH, group="Limits", metavar="N",
+            help="Tokens in one step; default 2048 at compile, the artifact's at serve."),
+    # --- sizes ------------------------------------------------------------------------------------------------------------
+    Setting(name="cudagraph_capture_sizes", parse=int_list, default=None, commands=_COMPILE, group="Sizes", metavar="N,N,...", many=True,
+            help="Decode batches that a CUDA artifact gets a graph for. A CPU artifact has one program for all sizes and refuses it."),
+    Setting(name="max_cudagraph_capture_size", parse=integer(1), default=None, commands=_COMPILE, group="Sizes", metavar="N",
+            help="Largest of the inferred capture sizes; CUDA targets only."),
+    Setting(name="compile_sizes", parse=int_list, default=None, commands=_COMPILE, group="Sizes", metavar="N,N,...", many=True,
+            help="Prefill token buckets of a CUDA artifact; CUDA targets only."),
+    Setting(name="performance_mode",
+            parse=choice("balanced", refused=dict.fromkeys(("interactivity", "throughput"), "it chooses among sizes and kernels that a CPU artifact does not have yet")),
+            default="balanced", commands=_BOTH, group="Sizes", choices=("balanced",), help="Preset of sizes and kernels."),
+    # --- KV cache ---------------------------------------------------------------------------------------------------------
+    Setting(name="block_size", parse=block_size, default=16, commands=_COMPILE, group="KV cache", metavar="N",
+            help="Tokens per KV block: 8, 16, 32, 64 or 128."),
+    Setting(name="kv_cache_dtype",
+            parse=choice("auto", "bfloat16", "float16", refused=dict.fromkeys(("fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc", "fp8_ds_mla", "fp8_per_token_head", "int8_per_token_head"), "quantised KV caches come with quantisation")),
+            default="auto", commands=_COMPILE, group="KV cache", choices=("auto", "bfloat16", "float16"),
+            help="Type of the stored KV cache; auto: the model's. Another type than the model's is refused on a CPU."),
+    Setting(name="kv_cache_memory_bytes", parse=integer(1), default=None, commands=ENGINE, group="KV cache", metavar="BYTES",
+            help="Size of the KV cache; default: what max-num-seqs sequences can use, within the free memory."),
+    Setting(name="num_gpu_blocks_override", parse=integer(2), default=None, commands=ENGINE, group="KV cache", metavar="N",
+            help="Number of KV blocks, whatever the memory; for tests of preemption."),
+    Setting(name="gpu_memory_utilization", parse=fraction, default=0.9, commands=ENGINE, group="KV cache", metavar="0..1",
+            help="Share of the free memory that weights and KV cache may take (on a CPU: of the machine's memory)."),
+    _flag("enable_prefix_caching", ENGINE, "KV cache", "Reuse KV blocks of shared prefixes; on by default.", default=True),
+    # --- scheduler --------------------------------------------------------------------------------------------------------
+    Setting(name="scheduling_policy", parse=choice("fcfs", "priority"), default="fcfs", commands=ENGINE, group="Scheduler",
+            choices=("fcfs", "priority"), help="fcfs: by arrival. priority: lower values first, ties by arrival."),
+    _flag("enable_chunked_prefill", ENGINE, "Scheduler", "Split prompts over steps; on by default.", default=True),
+    Setting(name="max_queue", parse=integer(1), default=1024, commands=_SERVE, group="Scheduler", metavar="N",
+            help="Sequences that may wait; one more is answered with 429."),
+    # --- engine -----------------------------------------------------------------------------------------------------------
+    Setting(name="seed", parse=integer(0), default=0, commands=_BOTH, group="Engine", metavar="N",
+            help="Seed of compile-time choices; requests without a seed draw their own."),
+    Setting(name="threads", parse=integer(1, 1024), default=None, commands=ENGINE, group="Engine", metavar="N",
+            help="Threads of a step; default: the processors this process may use."),
+    Setting(name="max_logprobs", parse=integer(-1), default=20, commands=ENGINE, group="Engine", metavar="N",
+            help="Most log-probabilities a request may ask for per token; -1: as many as the vocabulary has."),
+    Setting(name="generation_config", parse=choice("auto", "vllm", "llmc"), default="auto", commands=ENGINE, group="Engine",
+            choices=("auto", "vllm", "llmc"), help="Default sampling: auto: the model's, from the artifact. vllm, llmc: none."),
+    Setting(name="verify_weights", parse=choice("always", "once", "never"), default="always", commands=ENGINE, group="Engine",
+            choices=("always", "once", "never"), help="Hash the weights at each start, once per file, or not."),
+    _flag("weights_mmap", ENGINE, "Engine", "Map the weights instead of copying them into huge pages: less memory, slower."),
+    _flag("canary", ENGINE, "Engine", "Run the stored prompts before the engine says that it is ready; on by default.", default=True),
+    _flag("require_signature", ENGINE, "Engine", "Refuse an artifact that is not signed by a key of --trust."),
+    Setting(name="trust", parse=text, default=None, commands=ENGINE, group="Engine", metavar="PUBLIC_KEY",
+            help="Public key (PEM) that must have signed the artifact."),
+    Setting(name="checkpoint", parse=text, default=None, commands=ENGINE, group="Engine", metavar="DIR",
+            help="Checkpoint to bind, for an artifact compiled with --weights external."),
+    # --- front ------------------------------------------------------------------------------------------------------------
+    Setting(name="host", parse=text, default=None, commands=_SERVE, group="Server", metavar="NAME",
+            help="Address to listen on; default 127.0.0.1, loopback only."),
+    Setting(name="port", parse=integer(0, 65535), default=8000, commands=_SERVE, group="Server", metavar="N",
+            help="Port to listen on; 0: a free one, printed."),
+    Setting(name="api_key", parse=text, default=None, commands=_SERVE, group="Server", metavar="KEY", many=True, secret=True,
+            help="Key that clients must send as a bearer token; several may be given."),
+    Setting(name="served_model_name", parse=text, default=None, commands=_SERVE, group="Server", metavar="NAME", many=True,
+            help="Names the API answers to, the first in responses; default: the model's name."),
+    Setting(name="chat_template", parse=text, default=None, commands=_SERVE, group="Server", metavar="FILE|TEMPLATE",
+            help="The operator's own chat template; default: the artifact's. A request cannot bring one."),
+    Setting(name="shutdown_timeout", parse=seconds, default=30.0, commands=_SERVE, group="Server", metavar="SECONDS",
+            help="How long running requests may finish after SIGTERM."),
+    _flag("disable_log_stats", _SERVE, "Server", "No periodic line of engine statistics.", negatable=False),
+    Setting(name="log_level", parse=choice("debug", "info", "warning", "error"), default="info", commands=_SERVE, group="Server",
+            choices=("debug", "info", "warning", "error"), help="Least severe messages that are logged."),
+)  # fmt: skip
+
+BY_NAME = {setting.name: setting for setting in SETTINGS}
+
+
+def for_command(command: str) -> list[Setting]:
+    """The settings of one command, in the table's order."""
+    return [setting for setting in SETTINGS if command in setting.commands]
