@@ -142,7 +142,18 @@ def _flag(name: str, commands: frozenset[str], group: str, help: str, *, default
 _COMPILE = frozenset({COMPILE})
 _SERVE = frozenset({SERVE})
 _BOTH = frozenset({COMPILE, SERVE, RUN})
-_NOT_SAFE = "only safetensors are read, since other formats run code or lack checks when they are loaded"
+_OTHER_FORMATS = dict.fromkeys(
+    ("pt", "npcache", "dummy", "tensorizer", "gguf", "instanttensor", "runai_streamer", "runai_streamer_sharded", "bitsandbytes",
+     "sharded_state", "mistral"),
+    "only safetensors are read, since other formats run code or lack checks when they are loaded",
+)  # fmt: skip
+_OTHER_MODES = dict.fromkeys(
+    ("interactivity", "throughput"), "it chooses among sizes and kernels that a CPU artifact does not have yet"
+)
+_QUANTISED_KV = dict.fromkeys(
+    ("fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc", "fp8_ds_mla", "fp8_per_token_head", "int8_per_token_head"),
+    "quantised KV caches come with quantisation",
+)
 
 SETTINGS: tuple[Setting, ...] = (
     # --- what is compiled -------------------------------------------------------------------------------------------------
@@ -156,7 +167,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(name="weights", parse=choice("embed", "external"), default="embed", commands=_COMPILE, group="Compilation",
             choices=("embed", "external"), help="embed: packed into the artifact. external: bound to a checkpoint when served."),
     Setting(name="load_format",
-            parse=choice("auto", "safetensors", refused=dict.fromkeys(("pt", "npcache", "dummy", "tensorizer", "gguf", "instanttensor", "runai_streamer", "runai_streamer_sharded", "bitsandbytes", "sharded_state", "mistral"), _NOT_SAFE)),
+            parse=choice("auto", "safetensors", refused=_OTHER_FORMATS),
             default="auto", commands=_COMPILE, group="Compilation", choices=("auto", "safetensors"), help="Format of the checkpoint."),
     Setting(name="attention_backend", parse=choice("auto", "llmc"), default=None, commands=_COMPILE, group="Compilation",
             choices=("auto", "llmc"), help="llmc's paged attention is the only one; auto names it."),
@@ -181,13 +192,13 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(name="compile_sizes", parse=int_list, default=None, commands=_COMPILE, group="Sizes", metavar="N,N,...", many=True,
             help="Prefill token buckets of a CUDA artifact; CUDA targets only."),
     Setting(name="performance_mode",
-            parse=choice("balanced", refused=dict.fromkeys(("interactivity", "throughput"), "it chooses among sizes and kernels that a CPU artifact does not have yet")),
+            parse=choice("balanced", refused=_OTHER_MODES),
             default="balanced", commands=_BOTH, group="Sizes", choices=("balanced",), help="Preset of sizes and kernels."),
     # --- KV cache ---------------------------------------------------------------------------------------------------------
     Setting(name="block_size", parse=block_size, default=16, commands=_COMPILE, group="KV cache", metavar="N",
             help="Tokens per KV block: 8, 16, 32, 64 or 128."),
     Setting(name="kv_cache_dtype",
-            parse=choice("auto", "bfloat16", "float16", refused=dict.fromkeys(("fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc", "fp8_ds_mla", "fp8_per_token_head", "int8_per_token_head"), "quantised KV caches come with quantisation")),
+            parse=choice("auto", "bfloat16", "float16", refused=_QUANTISED_KV),
             default="auto", commands=_COMPILE, group="KV cache", choices=("auto", "bfloat16", "float16"),
             help="Type of the stored KV cache; auto: the model's. Another type than the model's is refused on a CPU."),
     Setting(name="kv_cache_memory_bytes", parse=integer(1), default=None, commands=ENGINE, group="KV cache", metavar="BYTES",
