@@ -1,0 +1,86 @@
+"""What `llmc compile` was asked for, with nothing left open that needs no look at the model."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmc.config.human import AUTO
+from llmc.config.resolve import Resolved
+from llmc.errors import ConfigError
+
+DEFAULT_MAX_NUM_SEQS = 256
+DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompileConfig:
+    """One compilation. Fields up to `block_size` decide the artifact's bytes; the rest says where and how it is made."""
+
+    model: Path
+    level: int = 2
+    target: str = "cpu"
+    dtype: str = "auto"  # resolved when the checkpoint is read
+    weights: str = "embed"  # "embed" or "external"
+    tokenizer: Path | None = None  # None: the model's folder
+    max_model_len: int | None = None  # None: the model's own
+    max_num_seqs: int = DEFAULT_MAX_NUM_SEQS
+    max_num_batched_tokens: int = DEFAULT_MAX_NUM_BATCHED_TOKENS
+    block_size: int = 16
+    kv_cache_dtype: str = "auto"
+    seed: int = 0
+    out: Path
+    report: Path | None = None  # None: OUT.report
+    jobs: int = 1
+    force: bool = False
+    use_cache: bool = True
+
+    def __post_init__(self) -> None:
+        if self.level == 3:
+            raise ConfigError("-O3 is not built: it would be -O2 under another name until there is a search; use -O2")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_num_seqs={self.max_num_seqs}: "
+                "a step could not give each sequence one token; raise the first or lower the second"
+            )
+
+    def key_fields(self) -> dict[str, object]:
+        """Every field that decides the artifact's bytes; a new field is included unless it is named here."""
+        excluded = {"model", "tokenizer", "out", "report", "jobs", "force", "use_cache"}  # files enter the key by content
+        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in excluded}
+
+
+def compile_config(model: Path, out: Path, settings: Resolved, *, force: bool, use_cache: bool) -> CompileConfig:
+    """Build the configuration from resolved settings.
+
+    Raises:
+        ConfigError: settings that disagree, or one that the target does not take.
+    """
+    if str(settings["target"]).startswith("cpu"):
+        for name in ("cudagraph_capture_sizes", "max_cudagraph_capture_size", "compile_sizes"):
+            if settings[name] is not None:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')}: a {settings['target']} artifact has one program for all sizes and captures nothing; "
+                    "leave it out, or compile for a CUDA target"
+                )
+    max_model_len = settings["max_model_len"]
+    return CompileConfig(
+        model=model,
+        level=settings["optimization_level"],
+        target=settings["target"],
+        dtype=settings["dtype"],
+        weights=settings["weights"],
+        tokenizer=Path(settings["tokenizer"]) if settings["tokenizer"] else None,
+        max_model_len=None if max_model_len in (None, AUTO) else max_model_len,
+        max_num_seqs=settings["max_num_seqs"] or DEFAULT_MAX_NUM_SEQS,
+        max_num_batched_tokens=settings["max_num_batched_tokens"] or DEFAULT_MAX_NUM_BATCHED_TOKENS,
+        block_size=settings["block_size"],
+        kv_cache_dtype=settings["kv_cache_dtype"],
+        seed=settings["seed"],
+        out=out,
+        report=Path(settings["report"]) if settings["report"] else None,
+        jobs=settings["jobs"] or len(os.sched_getaffinity(0)),
+        force=force,
+        use_cache=use_cache,
+    )
