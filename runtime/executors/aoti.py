@@ -1,0 +1,236 @@
+"""Runs a model image with the AOTInductor C interface, without Python's torch. Levels -O1 and above.
+
+The image takes tensors as handles and steals them: what stays (KV cache, arrays whose address and shape repeat) keeps a base
+handle here, and each step makes cheap copies of those.
+
+Source: torch/csrc/inductor/aoti_runtime/interface.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from typing import ClassVar
+
+import numpy as np
+
+from llmc.artifacts.manifest import Entry, KVFacts
+from llmc.errors import ArtifactError, InternalError
+from llmc.runtime.executors.kv_cache import KVCache, cache_input
+from llmc.runtime.executors.libtorch import LibTorch
+from llmc.runtime.executors.logits import LogitsBuffer
+from llmc.runtime.memory import NUMPY_DTYPES
+from llmc.runtime.step import DeviceBatch
+from llmc.runtime.weights import Weights
+
+_HANDLE = ctypes.c_void_p
+_MAX_CACHED_SHAPES = 512  # per input; decode steps repeat a few, prefill chunks rarely do
+
+
+class _ConstantPair(ctypes.Structure):
+    """AOTInductorConstantMapEntry."""
+
+    _fields_: ClassVar = [("name", ctypes.c_char_p), ("handle", _HANDLE)]
+
+
+class AotiExecutor:
+    """An `Executor` over one AOTInductor entry.
+
+    Args:
+        entry: the program's inputs, outputs and constants.
+        kv: how the KV cache is cut.
+        image: the loaded model image; kernels, shim and libtorch are loaded before it.
+        libtorch: the C interface.
+        weights: stays alive as long as this object, which gives the program their addresses.
+        num_threads: of every parallel region.
+
+    Raises:
+        ArtifactError: the image and the manifest disagree.
+        InternalError: the image refuses its constants.
+    """
+
+    def __init__(self, *, entry: Entry, kv: KVFacts, image: ctypes.CDLL, libtorch: LibTorch, weights: Weights, num_threads: int) -> None:
+        self._entry = entry
+        self._kv_facts = kv
+        self._image = image
+        self._torch = libtorch
+        self._weights = weights
+        self._num_threads = num_threads
+        self._thread: int | None = None
+        self._container = _HANDLE()
+        self._constants: list[int] = []
+        self._cache: KVCache | None = None
+        self._fixed: list[tuple[int, int]] = []  # base handle, address of its place in the input array
+        self._varying: list[tuple[str, str, int, dict[tuple[int, tuple[int, ...]], int]]] = []  # name, dtype, place, handles
+        if len(entry.outputs) != 1:
+            raise ArtifactError(f"entry {entry.name}: {len(entry.outputs)} outputs where the logits alone are expected; compile again")
+        self._logits = LogitsBuffer(entry.outputs[0].dtype)
+        self._output_dtype = entry.outputs[0].dtype
+        self._inputs = (_HANDLE * len(entry.inputs))()
+        self._output = (_HANDLE * 1)()
+        self._held_output = 0  # kept while the logits returned last are a view of it
+        self._run = self._function("AOTInductorModelContainerRunSingleThreaded", 7)
+        self._use_threads()
+        self._call("AOTInductorModelContainerCreateWithDevice", ctypes.byref(self._container), ctypes.c_size_t(1), b"cpu", None)
+        self._check_arity()
+        self._bind_constants()
+
+    def allocate_kv(self, num_blocks: int) -> None:
+        """Allocate K and V of every layer, zeroed, in huge pages, and bind them to the program's inputs."""
+        if self._cache is not None:
+            raise InternalError("the KV cache was allocated twice; please report this")
+        self._cache = KVCache(self._kv_facts, num_blocks)
+        base = ctypes.addressof(self._inputs)
+        for index, spec in enumerate(self._entry.inputs):
+            place = base + index * ctypes.sizeof(_HANDLE)
+            owner = cache_input(spec.name)
+            if owner is None:
+                self._varying.append((spec.name, spec.dtype, place, {}))
+            else:
+                array = self._cache.tensor(*owner)
+                self._fixed.append((self._torch.tensor(array.ctypes.data, array.shape, spec.dtype), place))
+
+    def run(self, batch: DeviceBatch) -> np.ndarray:
+        """One step. Returns float32 [N, vocab_size], valid until the next call.
+
+        Raises:
+            InternalError: the program failed; its own message is in the error.
+        """
+        if threading.get_ident() != self._thread:
+            self._use_threads()  # OpenMP keeps the number of threads per starting thread
+        self._release_output()
+        self._place_inputs(batch)
+        status = self._run(self._container, self._inputs, len(self._inputs), self._output, 1, None, None)
+        if status:
+            raise InternalError(f"the compiled program failed in a step of {len(batch.input_ids)} tokens: {self._last_error()}")
+        handle = self._output[0] or 0
+        self._held_output = handle
+        logits = self._torch.read(handle, dtype=self._output_dtype)
+        if len(logits) != len(batch.logits_indices):
+            raise InternalError(f"the program gave {len(logits)} rows of logits for {len(batch.logits_indices)}; please report this")
+        return self._logits.to_float32(logits)
+
+    def close(self) -> None:
+        """Free the container, every handle and the KV cache. The images stay mapped until the process ends."""
+        self._release_output()
+        if self._container.value:
+            self._call("AOTInductorModelContainerDelete", self._container)
+            self._container = _HANDLE()
+        for handle in self._constants:
+            self._torch.delete(handle)
+        for handle, _ in self._fixed:
+            self._torch.delete(handle)
+        for _, _, _, handles in self._varying:
+            for handle in handles.values():
+                self._torch.delete(handle)
+        self._constants, self._fixed, self._varying, self._cache = [], [], [], None
+
+    def _place_inputs(self, batch: DeviceBatch) -> None:
+        """A fresh handle for every input, which the program will free."""
+        if self._cache is None:
+            raise InternalError("a step ran before the KV cache was allocated; please report this")
+        copy = self._torch.new_handle
+        for base, place in self._fixed:
+            copy(base, place)
+        for name, dtype, place, handles in self._varying:
+            array: np.ndarray = getattr(batch, name)
+            key = (array.__array_interface__["data"][0], array.shape)
+            base = handles.get(key)
+            if base is None:
+                base = self._new_base(name, array, dtype, handles)
+                handles[key] = base
+            copy(base, place)
+
+    def _new_base(self, name: str, array: np.ndarray, dtype: str, handles: dict[tuple[int, tuple[int, ...]], int]) -> int:
+        """A base handle for an array not seen before. The program reads inputs as contiguous, so nothing else may pass."""
+        if array.dtype != NUMPY_DTYPES[dtype] or not array.flags.c_contiguous:
+            raise InternalError(f"input {name} is {array.dtype}, contiguous: {array.flags.c_contiguous}; contiguous {dtype} is expected")
+        if len(handles) >= _MAX_CACHED_SHAPES:
+            for handle in handles.values():
+                self._torch.delete(handle)
+            handles.clear()
+        return self._torch.tensor(array.ctypes.data, array.shape, dtype)
+
+    def _release_output(self) -> None:
+        if self._held_output:
+            self._torch.delete(self._held_output)
+            self._held_output = 0
+
+    def _use_threads(self) -> None:
+        self._torch.set_num_threads(self._num_threads)
+        self._thread = threading.get_ident()
+
+    def _check_arity(self) -> None:
+        found = ctypes.c_size_t()
+        self._call("AOTInductorModelContainerGetNumInputs", self._container, ctypes.byref(found))
+        if found.value != len(self._entry.inputs):
+            raise ArtifactError(
+                f"entry {self._entry.name}: the image takes {found.value} inputs, the manifest names {len(self._entry.inputs)}"
+            )
+        known = {"input_ids", "positions", "logits_indices", "slot_mapping", "block_tables", "seq_lens", "query_start_loc"}
+        unknown = [spec.name for spec in self._entry.inputs if spec.name not in known and cache_input(spec.name) is None]
+        if unknown:
+            raise ArtifactError(f"entry {self._entry.name}: this runtime has no input named {unknown[0]!r}; upgrade llmc or compile again")
+
+    def _bind_constants(self) -> None:
+        """Give the program the addresses of its weights, without copying."""
+        count = ctypes.c_size_t()
+        self._call("AOTInductorModelContainerGetNumConstants", self._container, ctypes.byref(count))
+        pairs: list[tuple[bytes, int]] = []
+        for index in range(count.value):
+            name, original, folded = ctypes.c_char_p(), ctypes.c_char_p(), ctypes.c_bool()
+            place = ctypes.c_size_t(index)
+            self._call("AOTInductorModelContainerGetConstantName", self._container, place, ctypes.byref(name))
+            self._call("AOTInductorModelContainerGetConstantOriginalFQN", self._container, place, ctypes.byref(original))
+            self._call("AOTInductorModelContainerGetConstantFromFolded", self._container, place, ctypes.byref(folded))
+            if folded.value:
+                continue
+            pairs.append((name.value or b"", self._constant(name.value or b"", original.value or b"", index)))
+        if not pairs:
+            return
+        array = (_ConstantPair * len(pairs))(*[_ConstantPair(name, handle) for name, handle in pairs])
+        self._call(
+            "AOTInductorModelContainerUpdateUserManagedConstantBufferPairs",
+            self._container,
+            array,
+            ctypes.c_size_t(len(pairs)),
+            ctypes.c_bool(False),
+            ctypes.c_bool(True),
+        )
+
+    def _constant(self, name: bytes, original: bytes, index: int) -> int:
+        """A handle over the weight a constant of the program stands for, after comparing sizes."""
+        tensor = self._entry.constants.get(original.decode()) or self._entry.constants.get(name.decode())
+        view = self._weights.views.get(tensor) if tensor is not None else None
+        if view is None:
+            raise ArtifactError(
+                f"entry {self._entry.name}: no weight is bound to the program's constant {original.decode()!r}; compile again"
+            )
+        size = ctypes.c_size_t()
+        self._call("AOTInductorModelContainerGetConstantDataSize", self._container, ctypes.c_size_t(index), ctypes.byref(size))
+        if size.value != view.array.nbytes:
+            raise ArtifactError(f"tensor {tensor}: {view.array.nbytes} bytes where the program expects {size.value}; compile again")
+        handle = self._torch.tensor(view.address, view.shape, view.dtype)
+        self._constants.append(handle)
+        return handle
+
+    def _function(self, name: str, num_args: int | None = None) -> ctypes._CFuncPtr:
+        try:
+            function = getattr(self._image, name)
+        except AttributeError as error:
+            raise ArtifactError(f"entry {self._entry.name}: the model image has no {name}; compile the artifact again") from error
+        function.restype = ctypes.c_int32
+        if num_args == 7:
+            size, pointer = ctypes.c_size_t, ctypes.c_void_p
+            function.argtypes = [pointer, pointer, size, pointer, size, pointer, pointer]
+        return function
+
+    def _call(self, name: str, *args: object) -> None:
+        if self._function(name)(*args):
+            raise InternalError(f"{name} failed for entry {self._entry.name}: {self._last_error()}")
+
+    def _last_error(self) -> str:
+        message = ctypes.c_char_p()
+        self._function("AOTInductorGetLastError")(ctypes.byref(message))
+        text = (message.value or b"").decode(errors="replace").strip() or "no message"
+        return text.splitlines()[0]  # the lines after it are a C++ stack

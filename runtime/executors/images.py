@@ -1,0 +1,48 @@
+"""Loading an artifact's shared objects, each once per process, from the descriptor that was verified.
+
+A path could name another file by the time the loader opens it; `/proc/self/fd/N` names the file whose hash was checked.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+
+from llmc.errors import ArtifactError, ConfigError
+
+_lock = threading.Lock()
+_by_hash: dict[tuple[str, bool], ctypes.CDLL] = {}
+_global_roles: dict[str, str] = {}  # role -> sha256 of the image that serves it to the whole process
+
+
+def load_image(fd: int, *, sha256: str, role: str, shared: bool) -> ctypes.CDLL:
+    """Map one verified image.
+
+    Args:
+        fd: open descriptor of the verified file; duplicated, the caller keeps its own.
+        sha256: of the file, its identity.
+        role: "kernels", "aoti_shim" or "model".
+        shared: its symbols serve images loaded later. Two different images cannot do this for one role in one process, because
+            the first would answer for both.
+
+    Raises:
+        ConfigError: another image already serves this role in this process.
+        ArtifactError: the system's loader refuses the image.
+    """
+    with _lock:
+        if shared and _global_roles.setdefault(role, sha256) != sha256:
+            raise ConfigError(
+                f"this process already runs the {role} image of another artifact ({_global_roles[role][:12]}, now {sha256[:12]}); "
+                "use one process per artifact"
+            )
+        library = _by_hash.get((sha256, shared))
+        if library is None:
+            # The duplicate is never closed: the loader remembers libraries by name, so a number used again would give the wrong one
+            path = f"/proc/self/fd/{os.dup(fd)}"
+            try:
+                library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL if shared else ctypes.RTLD_LOCAL)
+            except OSError as error:
+                raise ArtifactError(f"the {role} image {sha256[:12]} cannot be loaded: {error}; compile the artifact again here") from error
+            _by_hash[(sha256, shared)] = library
+        return library
