@@ -23,7 +23,7 @@ class FileRecord(_Record):
 
     path: str  # relative, "/"-separated, no "." or ".." parts
     size_bytes: int
-    sha256: str  # of the whole file; for weight files of the concatenated chunk digests (hex), see WeightFile
+    sha256: str  # hex, of the whole file; for weight files of the chunk digests' raw bytes one after another, see WeightFile
 
 
 class TensorSpec(_Record):
@@ -190,3 +190,4 @@ class Manifest(_Record):
     toolchain: dict[str, str]  # "torch", "transformers", "g++", ... -> version
     settings: dict[str, str | int | float | bool | None]  # resolved compile settings
     files: list[FileRecord]
+    manifest_sha256: str = ""  # set when the manifest is encoded (manifest_json.py); finds damage, the signature finds malice

@@ -1,0 +1,55 @@
+"""How numpy carries the element types here: bf16 as its uint16 bits. Conversions round to nearest even, once."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.generic]
+
+NUMPY: dict[str, np.dtype[np.generic]] = {
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype("<u2"),
+    "int64": np.dtype("<i8"),
+    "int32": np.dtype("<i4"),
+    "int8": np.dtype("i1"),
+    "uint8": np.dtype("u1"),
+    "bool": np.dtype("?"),
+}
+FLOATS = ("float32", "float16", "bfloat16")
+
+
+def cast(values: Array, source: str, target: str) -> Array:
+    """Convert between float32, float16 and bfloat16. Overflow gives infinity, NaN stays NaN with its sign.
+
+    Args:
+        values: any shape, dtype `NUMPY[source]`.
+        source, target: names out of `FLOATS`; equal names give `values` itself.
+    """
+    if source == target:
+        return values
+    wide = _bf16_to_f32(values) if source == "bfloat16" else values.astype(np.float32)
+    if target == "float32":
+        return wide
+    if target == "bfloat16":
+        return _f32_to_bf16(wide)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        return wide.astype(np.float16)
+
+
+def _bf16_to_f32(bits: Array) -> npt.NDArray[np.float32]:
+    wide: npt.NDArray[np.uint32] = bits.astype(np.uint32)
+    wide <<= np.uint32(16)
+    return wide.view(np.float32)
+
+
+def _f32_to_bf16(values: Array) -> npt.NDArray[np.uint16]:
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))  # wraps only where the value is NaN
+    result: npt.NDArray[np.uint16] = (rounded >> np.uint32(16)).astype(np.uint16)
+    nan = np.isnan(values)
+    if nan.any():
+        # Rounding could carry a NaN's fraction away and leave infinity: set the quiet bit instead.
+        result[nan] = ((bits[nan] >> np.uint32(16)) | np.uint32(0x40)).astype(np.uint16)
+    return result

@@ -1,0 +1,151 @@
+"""Whether a manifest agrees with itself: every name it uses exists, every offset lies inside its file.
+
+Run by the writer before publishing (a failure is our bug) and by the reader before any file is opened (a failure is theirs).
+"""
+
+from __future__ import annotations
+
+import re
+
+from llmc.artifacts.chunks import digest_of_chunks
+from llmc.artifacts.dtypes import nbytes_of
+from llmc.artifacts.manifest import FileRecord, Manifest, TensorRecord, WeightFile
+from llmc.artifacts.relative_paths import check_relative_path
+from llmc.errors import ArtifactError
+
+ALIGNMENT = 64  # bytes; a cache line, and what the kernels' aligned loads need
+MAX_FILES = 10_000
+MAX_TENSORS = 1_000_000
+MAX_CHUNK_BYTES = 1 << 30
+_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+
+def check_manifest(manifest: Manifest, where: str) -> None:
+    """Hold a manifest's parts against each other.
+
+    Args:
+        manifest: what was parsed, or is about to be written.
+        where: how messages call the file.
+
+    Raises:
+        ArtifactError: one sentence about the first thing that is wrong.
+    """
+    if len(manifest.files) > MAX_FILES or len(manifest.tensors) > MAX_TENSORS:
+        raise ArtifactError(
+            f"{where}: lists {len(manifest.files)} files and {len(manifest.tensors)} tensors, "
+            f"more than a manifest may have ({MAX_FILES} and {MAX_TENSORS})"
+        )
+    files = _check_files(manifest.files, where)
+    _check_images(manifest, files, where)
+    weights = _check_weights(manifest.weights, files, where)
+    names = _check_tensors(manifest.tensors, weights, where)
+    _check_entries(manifest, files, names, where)
+    for path in (manifest.tokenizer.tokenizer_json, manifest.tokenizer.chat_template):
+        if path is not None:
+            _known(path, files, where, "tokenizer")
+
+
+def _check_files(records: list[FileRecord], where: str) -> dict[str, FileRecord]:
+    files: dict[str, FileRecord] = {}
+    for record in records:
+        check_relative_path(record.path, where)
+        if record.path in files:
+            raise ArtifactError(f"{where}: lists {record.path} twice")
+        if record.size_bytes < 0 or not _SHA256.fullmatch(record.sha256):
+            raise ArtifactError(f"{where}: the record of {record.path} has no valid size and SHA-256")
+        files[record.path] = record
+    for path in files:
+        parts = path.split("/")
+        for depth in range(1, len(parts)):
+            if "/".join(parts[:depth]) in files:
+                raise ArtifactError(f"{where}: {'/'.join(parts[:depth])} is listed both as a file and as the folder of {path}")
+    return files
+
+
+def _check_images(manifest: Manifest, files: dict[str, FileRecord], where: str) -> None:
+    for image in manifest.images:
+        record = _known(image.path, files, where, "images")
+        folder, _, name = image.path.rpartition("/")
+        if folder != "images" or name.split(".")[0] != image.sha256 or record.sha256 != image.sha256:
+            raise ArtifactError(f"{where}: image {image.path} is not named images/<its SHA-256>.<extension>")
+    if len({image.path for image in manifest.images}) != len(manifest.images):
+        raise ArtifactError(f"{where}: lists an image twice")
+
+
+def _check_weights(weights: list[WeightFile], files: dict[str, FileRecord], where: str) -> dict[str, WeightFile]:
+    found: dict[str, WeightFile] = {}
+    for weight in weights:
+        record = _known(weight.path, files, where, "weights")
+        if weight.path in found:
+            raise ArtifactError(f"{where}: lists weight file {weight.path} twice")
+        if not 0 < weight.chunk_bytes <= MAX_CHUNK_BYTES or weight.chunk_bytes % 4096:
+            raise ArtifactError(f"{where}: chunk_bytes {weight.chunk_bytes} of {weight.path} is not a multiple of 4096 up to 1 GiB")
+        if weight.size_bytes != record.size_bytes:
+            raise ArtifactError(f"{where}: {weight.path} has two sizes, {weight.size_bytes} and {record.size_bytes} bytes")
+        expected = -(-weight.size_bytes // weight.chunk_bytes)
+        if len(weight.chunks) != expected or not all(_SHA256.fullmatch(chunk) for chunk in weight.chunks):
+            raise ArtifactError(
+                f"{where}: {weight.path} needs {expected} chunk digests, {len(weight.chunks)} are there or one is not SHA-256"
+            )
+        if digest_of_chunks(weight.chunks) != record.sha256:
+            raise ArtifactError(f"{where}: the digest of {weight.path} is not that of its chunk digests")
+        found[weight.path] = weight
+    return found
+
+
+def _check_tensors(tensors: list[TensorRecord], weights: dict[str, WeightFile], where: str) -> set[str]:
+    names: set[str] = set()
+    spans: dict[str, list[tuple[int, int, str]]] = {path: [] for path in weights}
+    for tensor in tensors:
+        label = f"{where}: tensor {tensor.name[:200]!r}"
+        if tensor.name in names:
+            raise ArtifactError(f"{label} is listed twice")
+        names.add(tensor.name)
+        if any(dim < 0 for dim in tensor.shape) or len(tensor.shape) > 16:
+            raise ArtifactError(f"{label} has shape {tensor.shape[:20]}, expected at most 16 sizes of 0 or more")
+        if tensor.nbytes != nbytes_of(tensor.dtype, tensor.shape):
+            raise ArtifactError(
+                f"{label} has {tensor.nbytes} bytes, but {tensor.dtype} {tensor.shape} needs {nbytes_of(tensor.dtype, tensor.shape)}"
+            )
+        if tensor.file is None:
+            continue
+        if tensor.file not in weights:
+            raise ArtifactError(f"{label} lies in {tensor.file[:200]!r}, which is not a weight file")
+        size = weights[tensor.file].size_bytes
+        if tensor.offset < 0 or tensor.offset % ALIGNMENT or tensor.offset + tensor.nbytes > size:
+            raise ArtifactError(
+                f"{label} takes bytes {tensor.offset} to {tensor.offset + tensor.nbytes} of {tensor.file}, "
+                f"expected a start divisible by {ALIGNMENT} and an end within {size}"
+            )
+        spans[tensor.file].append((tensor.offset, tensor.offset + tensor.nbytes, tensor.name))
+    for path, taken in spans.items():
+        _check_no_overlap(taken, f"{where}: {path}")
+    return names
+
+
+def _check_no_overlap(spans: list[tuple[int, int, str]], where: str) -> None:
+    end, owner = 0, ""
+    for start, stop, name in sorted(span for span in spans if span[0] != span[1]):
+        if start < end:
+            raise ArtifactError(f"{where}: tensors {owner!r} and {name!r} overlap")
+        end, owner = stop, name
+
+
+def _check_entries(manifest: Manifest, files: dict[str, FileRecord], tensors: set[str], where: str) -> None:
+    images = {image.path for image in manifest.images if image.role == "model"}
+    names = [entry.name for entry in manifest.entries]
+    if len(set(names)) != len(names):
+        raise ArtifactError(f"{where}: two entries share a name ({', '.join(names)})")
+    for entry in manifest.entries:
+        _known(entry.program, files, where, f"entry {entry.name}")
+        if entry.executor == "aoti" and entry.program not in images:
+            raise ArtifactError(f"{where}: entry {entry.name} runs {entry.program}, which is not an image of role model")
+        missing = sorted(set(entry.constants.values()) - tensors)
+        if missing:
+            raise ArtifactError(f"{where}: entry {entry.name} uses tensor {missing[0][:200]!r}, which is not listed")
+
+
+def _known(path: str, files: dict[str, FileRecord], where: str, user: str) -> FileRecord:
+    if path not in files:
+        raise ArtifactError(f"{where}: {user} names the file {path[:200]!r}, which is not listed in files")
+    return files[path]
