@@ -6,12 +6,17 @@ only inside `use_compiled`; in an artifact they are reached through the AOTInduc
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch._ops import OpOverload
 
 from . import embedding, grouped_linear, linear, paged_attention
+from .native import NativeKernels
 
 NAMESPACE = "llmc"
 
@@ -43,3 +48,23 @@ def overload(name: str) -> OpOverload:
 
 # For `torch._inductor.config.aot_inductor.custom_ops_to_c_shims`.
 C_SHIMS: dict[OpOverload, list[str]] = {overload(name): [module.C_SHIM] for name, module in _MODULES.items()}
+
+
+@contextlib.contextmanager
+def use_compiled(kernels_so: Path, num_threads: int = 0) -> Iterator[NativeKernels]:
+    """While open, `torch.ops.llmc.{linear,embedding,grouped_linear}` on CPU run the compiled kernels in place of the references.
+
+    Args:
+        kernels_so: `BuiltKernels.kernels_so`.
+        num_threads: threads per call; 0 takes OpenMP's choice.
+    """
+    native = NativeKernels(kernels_so, num_threads)
+    override = torch.library.Library(NAMESPACE, "IMPL")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Warning only once for all operators")  # overriding is the point
+            for name in ("linear", "embedding", "grouped_linear"):
+                override.impl(name, getattr(native, name), "CPU", allow_override=True)
+        yield native
+    finally:
+        override._destroy()

@@ -1,0 +1,48 @@
+#include "aoti_tensor.h"
+#include "linear.h"
+
+LLMC_SHIM AOTITorchError aoti_torch_cpu_llmc_linear(AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias,
+                                                    int64_t out_features, AtenTensorHandle* ret) {
+  using namespace llmc;
+  const TensorView tx(x), tw(weight);
+  if (!tx.ok || !tw.ok || tx.dim < 1 || tx.dim > 8 || out_features < 1) return AOTI_TORCH_FAILURE;
+  const int64_t last = tx.dim - 1, k = tx.sizes[last], m = tx.rows_before(last);
+  if (k < 1 || !tw.packed(out_features, k, tx.element())) return AOTI_TORCH_FAILURE;
+  if (tx.strides[last] != 1 && k != 1) return AOTI_TORCH_FAILURE;
+  // Rows must lie evenly: all leading dimensions collapse into one.
+  int64_t x_stride = k, expected = -1;
+  for (int64_t i = last - 1; i >= 0; i--) {
+    if (tx.sizes[i] == 1) continue;
+    if (expected < 0) {
+      x_stride = tx.strides[i];
+    } else if (tx.strides[i] != expected) {
+      return AOTI_TORCH_FAILURE;
+    }
+    expected = tx.strides[i] * tx.sizes[i];
+  }
+  const void* bias_data = nullptr;
+  if (bias && *bias) {
+    const TensorView tb(*bias);
+    if (!tb.ok || tb.dim != 1 || tb.sizes[0] != out_features || !tb.contiguous() || tb.dtype != tx.dtype) return AOTI_TORCH_FAILURE;
+    bias_data = tb.data;
+  }
+  int64_t sizes[8];
+  for (int64_t i = 0; i < last; i++) sizes[i] = tx.sizes[i];
+  sizes[last] = out_features;
+  AtenTensorHandle made = nullptr;
+  if (empty_contiguous(tx.dim, sizes, tx.dtype, &made)) return AOTI_TORCH_FAILURE;
+
+  LlmcLinearArgs args = {};
+  args.struct_bytes = sizeof(args);
+  args.x = tx.data;
+  args.weight = tw.data;
+  args.bias = bias_data;
+  args.y = TensorView(made).data;
+  args.m = m;
+  args.n = out_features;
+  args.k = k;
+  args.x_stride = x_stride;
+  args.y_stride = out_features;
+  args.dtype = tx.element();
+  return give(llmc_linear(&args), made, ret);
+}

@@ -1,0 +1,10 @@
+/* Every C entry point of the kernels shared object. */
+#ifndef LLMC_KERNELS_H
+#define LLMC_KERNELS_H
+
+#include "embedding/cpu/embedding.h"
+#include "grouped_linear/cpu/grouped_linear.h"
+#include "linear/cpu/linear.h"
+#include "paged_attention/cpu/paged_attention.h"
+
+#endif

@@ -1,0 +1,112 @@
+"""Call the compiled kernels from Python through their C interface: for tests, benchmarks and `ops.use_compiled`.
+
+The runtime has its own caller; it knows the kernels only as files of an artifact.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llmc.errors import InternalError
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # LLMC_* of llmc_types.h
+_CODES = ("ok", "struct size differs", "bad dtype", "bad shape", "index out of range", "no AMX permission", "out of memory")
+
+_I64, _I32, _P = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
+
+
+class LinearArgs(ctypes.Structure):
+    """LlmcLinearArgs of linear/cpu/linear.h."""
+
+    _fields_ = [
+        *[("struct_bytes", _I64), ("x", _P), ("weight", _P), ("bias", _P), ("y", _P), ("m", _I64), ("n", _I64), ("k", _I64)],
+        *[("x_stride", _I64), ("y_stride", _I64), ("dtype", _I32), ("num_threads", _I32)],
+    ]
+
+
+class EmbeddingArgs(ctypes.Structure):
+    """LlmcEmbeddingArgs of embedding/cpu/embedding.h."""
+
+    _fields_ = [
+        *[("struct_bytes", _I64), ("ids", _P), ("weight", _P), ("y", _P), ("count", _I64), ("num_rows", _I64), ("k", _I64)],
+        *[("y_stride", _I64), ("dtype", _I32), ("num_threads", _I32)],
+    ]
+
+
+class GroupedLinearArgs(ctypes.Structure):
+    """LlmcGroupedLinearArgs of grouped_linear/cpu/grouped_linear.h."""
+
+    _fields_ = [
+        *[("struct_bytes", _I64), ("x", _P), ("weight", _P), ("expert_ids", _P), ("bias", _P), ("y", _P)],
+        *[("m", _I64), ("n", _I64), ("k", _I64), ("num_experts", _I64), ("x_stride", _I64), ("y_stride", _I64)],
+        *[("dtype", _I32), ("num_threads", _I32)],
+    ]
+
+
+class NativeKernels:
+    """One built kernels shared object. Several, of different levels, can be open in one process."""
+
+    def __init__(self, kernels_so: Path, num_threads: int = 0) -> None:
+        """Open the file. torch is imported above, so its OpenMP runtime is the one the kernels bind to.
+
+        Args:
+            kernels_so: `BuiltKernels.kernels_so`.
+            num_threads: threads per call; 0 takes OpenMP's choice.
+        """
+        self.num_threads = num_threads
+        self.library = ctypes.CDLL(str(kernels_so), mode=os.RTLD_NOW | os.RTLD_LOCAL)
+        for name in ("llmc_linear", "llmc_embedding", "llmc_grouped_linear"):
+            getattr(self.library, name).restype = _I32
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+        """The op `llmc::linear`, by the compiled kernel."""
+        k = x.shape[-1]
+        rows = x.reshape(-1, k)
+        if rows.stride(-1) != 1:
+            rows = rows.contiguous()
+        y = x.new_empty((*x.shape[:-1], out_features))
+        args = LinearArgs(
+            x=rows.data_ptr(), weight=weight.data_ptr(), bias=_pointer(bias), y=y.data_ptr(), m=rows.shape[0], n=out_features, k=k,
+            x_stride=rows.stride(0), y_stride=out_features, dtype=_DTYPES[x.dtype], num_threads=self.num_threads,
+        )  # fmt: skip
+        self._call("llmc_linear", args)
+        return y
+
+    def embedding(self, ids: Tensor, weight: Tensor, embedding_dim: int) -> Tensor:
+        """The op `llmc::embedding`, by the compiled kernel."""
+        ids = ids.contiguous()
+        y = weight.new_empty((*ids.shape, embedding_dim))
+        args = EmbeddingArgs(
+            ids=ids.data_ptr(), weight=weight.data_ptr(), y=y.data_ptr(), count=ids.numel(), num_rows=weight.shape[0] * 16,
+            k=embedding_dim, y_stride=embedding_dim, dtype=_DTYPES[weight.dtype], num_threads=self.num_threads,
+        )  # fmt: skip
+        self._call("llmc_embedding", args)
+        return y
+
+    def grouped_linear(self, x: Tensor, weight: Tensor, expert_ids: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+        """The op `llmc::grouped_linear`, by the compiled kernel."""
+        x, expert_ids = x if x.stride(-1) == 1 else x.contiguous(), expert_ids.contiguous()
+        y = x.new_empty((x.shape[0], out_features))
+        args = GroupedLinearArgs(
+            x=x.data_ptr(), weight=weight.data_ptr(), expert_ids=expert_ids.data_ptr(), bias=_pointer(bias), y=y.data_ptr(),
+            m=x.shape[0], n=out_features, k=x.shape[1], num_experts=weight.shape[0], x_stride=x.stride(0), y_stride=out_features,
+            dtype=_DTYPES[x.dtype], num_threads=self.num_threads,
+        )  # fmt: skip
+        self._call("llmc_grouped_linear", args)
+        return y
+
+    def _call(self, name: str, args: ctypes.Structure) -> None:
+        args.struct_bytes = ctypes.sizeof(args)
+        code = getattr(self.library, name)(ctypes.byref(args))
+        if code != 0:
+            reason = _CODES[code] if code < len(_CODES) else f"code {code}"
+            raise InternalError(f"{name} refused its arguments: {reason}")
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
