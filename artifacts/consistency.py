@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 from llmc.artifacts.chunks import digest_of_chunks
-from llmc.artifacts.dtypes import nbytes_of
+from llmc.artifacts.element_sizes import nbytes_of
 from llmc.artifacts.manifest import FileRecord, Manifest, TensorRecord, WeightFile
 from llmc.artifacts.relative_paths import check_relative_path
 from llmc.errors import ArtifactError

@@ -1,18 +1,21 @@
-"""Element types by the manifest's names: their size and their safetensors names. No numpy here: the front process reads manifests too."""
+"""Element types by the manifest's names, their safetensors names, and how numpy carries them here (bf16 as its uint16 bits)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numpy as np
+import numpy.typing as npt
 
-ITEM_BYTES: dict[str, int] = {
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "int64": 8,
-    "int32": 4,
-    "int8": 1,
-    "uint8": 1,
-    "bool": 1,
+Array = npt.NDArray[np.generic]
+
+NUMPY: dict[str, np.dtype[np.generic]] = {
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype("<u2"),
+    "int64": np.dtype("<i8"),
+    "int32": np.dtype("<i4"),
+    "int8": np.dtype("i1"),
+    "uint8": np.dtype("u1"),
+    "bool": np.dtype("?"),
 }
 SAFETENSORS: dict[str, str] = {
     "float32": "F32",
@@ -25,11 +28,4 @@ SAFETENSORS: dict[str, str] = {
     "bool": "BOOL",
 }
 FROM_SAFETENSORS: dict[str, str] = {name: dtype for dtype, name in SAFETENSORS.items()}
-
-
-def nbytes_of(dtype: str, shape: Sequence[int]) -> int:
-    """Bytes of a contiguous tensor."""
-    size = ITEM_BYTES[dtype]
-    for dim in shape:
-        size *= dim
-    return size
+FLOATS = ("float32", "float16", "bfloat16")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -146,6 +147,46 @@ def open_artifact(
         artifact.close()
         raise
     return artifact
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport:
+    """What `verify` looked at."""
+
+    num_files: int  # the manifest included
+    size_bytes: int
+    num_tensors: int
+    digest: str  # SHA-256 of manifest.json
+    signed_by: Path | None
+
+
+def verify(path: str | Path, *, trust: Path | None = None) -> VerifyReport:
+    """Check every byte of an artifact, weights included, on any machine; nothing of it is run.
+
+    Args:
+        path: the artifact's folder.
+        trust: a public key, or a folder of them; given, the artifact must be signed by one.
+
+    Raises:
+        ArtifactError: one sentence about the first thing that is wrong.
+    """
+    from llmc.artifacts.weight_header import check_weight_header
+
+    with open_artifact(path, trust=trust, check_machine=False) as artifact:
+        for source in artifact.weights(verify="always"):
+            buffer = memoryview(bytearray(min(source.chunk_bytes, source.size_bytes)))
+            for index in range(source.num_chunks):
+                source.read_chunk(index, buffer[: source.chunk_span(index)[1]])
+            source.finish()
+            check_weight_header(source.fd, artifact.manifest.tensors, source.path, str(path))
+        size = sum(record.size_bytes for record in artifact.manifest.files)
+        return VerifyReport(
+            num_files=len(artifact.manifest.files) + 1,
+            size_bytes=size,
+            num_tensors=len(artifact.manifest.tensors),
+            digest=artifact.digest,
+            signed_by=artifact.signed_by,
+        )
 
 
 def _open_once(path: Path, folder: int) -> OpenArtifact:

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from llmc.artifacts.arrays import NUMPY, Array
 from llmc.artifacts.chunks import CHUNK_BYTES, ChunkHasher
 from llmc.artifacts.consistency import ALIGNMENT
-from llmc.artifacts.dtypes import SAFETENSORS, nbytes_of
+from llmc.artifacts.dtypes import NUMPY, SAFETENSORS, Array
+from llmc.artifacts.element_sizes import nbytes_of
 from llmc.artifacts.filesystem import FileSystem, require_free_bytes, write_all
 from llmc.artifacts.manifest import Dtype, TensorRecord, WeightFile
 from llmc.errors import InternalError

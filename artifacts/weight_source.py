@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from typing import Literal
 
-from llmc.artifacts.chunks import sha256_hex
+from llmc.artifacts.chunks import digest_of_chunks, sha256_hex
 from llmc.artifacts.manifest import WeightFile
 from llmc.artifacts.stamps import StampFolder
 from llmc.errors import ArtifactError, InternalError
@@ -25,6 +25,7 @@ class WeightSource:
 
     Attributes:
         path: the file's name inside the artifact.
+        record: its entry in the manifest, with the chunk digests.
         fd: open for reading; its size has been checked.
         size_bytes, chunk_bytes, num_chunks: chunks tile the file, the last may be short.
         must_verify: whether chunks are hashed; False for mode "never", and for "once" with a valid stamp.
@@ -37,13 +38,12 @@ class WeightSource:
         self.size_bytes = record.size_bytes
         self.chunk_bytes = record.chunk_bytes
         self.num_chunks = len(record.chunks)
-        self._record = record
+        self.record = record
         self._where = where
         self._stamps = stamps if mode == "once" else None
         self._before = os.fstat(fd)
         self._verified = bytearray(self.num_chunks)  # one byte per chunk: threads write different bytes
-        self._stamp_digest = f"weights:{record.chunk_bytes}:{''.join(record.chunks)}"
-        self._stamp_digest = f"weights:{sha256_hex(self._stamp_digest.encode())}"
+        self._stamp_digest = f"chunks:{record.chunk_bytes}:{digest_of_chunks(record.chunks)}"
         stamped = self._stamps is not None and self._stamps.find(self._before) == self._stamp_digest
         self.must_verify = mode != "never" and not stamped
         if self.must_verify:
@@ -85,10 +85,10 @@ class WeightSource:
             ArtifactError: the bytes are not the chunk's.
         """
         found = sha256_hex(buffer)
-        if found != self._record.chunks[index]:
+        if found != self.record.chunks[index]:
             offset, nbytes = self.chunk_span(index)
             raise ArtifactError(
-                f"{self._where}: bytes {offset} to {offset + nbytes} are damaged, expected SHA-256 {self._record.chunks[index]}, "
+                f"{self._where}: bytes {offset} to {offset + nbytes} are damaged, expected SHA-256 {self.record.chunks[index]}, "
                 f"found {found}; fetch the artifact again or compile again"
             )
         self._verified[index] = 1
@@ -103,5 +103,9 @@ class WeightSource:
             return
         if not all(self._verified):
             raise InternalError(f"{self._where}: chunk {self._verified.index(0)} was never verified; please report this")
+        self.remember()
+
+    def remember(self) -> None:
+        """Leave a stamp, for mode "once". For callers that hashed every chunk against `record` themselves, and only after they did."""
         if self._stamps is not None:
             self._stamps.remember(self._before, os.fstat(self.fd), self._stamp_digest)

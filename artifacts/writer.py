@@ -22,7 +22,7 @@ import msgspec
 
 from llmc.artifacts.chunks import digest_of_chunks, sha256_hex
 from llmc.artifacts.consistency import check_manifest
-from llmc.artifacts.dtypes import nbytes_of
+from llmc.artifacts.element_sizes import nbytes_of
 from llmc.artifacts.filesystem import (
     OS,
     FileSystem,

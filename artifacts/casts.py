@@ -1,23 +1,11 @@
-"""How numpy carries the element types here: bf16 as its uint16 bits. Conversions round to nearest even, once."""
+"""Conversions between the float types. They round once, to nearest even."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.generic]
-
-NUMPY: dict[str, np.dtype[np.generic]] = {
-    "float32": np.dtype("<f4"),
-    "float16": np.dtype("<f2"),
-    "bfloat16": np.dtype("<u2"),
-    "int64": np.dtype("<i8"),
-    "int32": np.dtype("<i4"),
-    "int8": np.dtype("i1"),
-    "uint8": np.dtype("u1"),
-    "bool": np.dtype("?"),
-}
-FLOATS = ("float32", "float16", "bfloat16")
+from llmc.artifacts.dtypes import Array
 
 
 def cast(values: Array, source: str, target: str) -> Array:
