@@ -1,0 +1,138 @@
+"""The attention implementation that Hugging Face models are built with: one llmc op per layer.
+
+Hugging Face hands every attention layer's q, k and v to the function registered under the model's attention
+implementation. Ours writes the layer's K and V into the paged cache and attends, in one op. What a model passes that
+the op cannot express is refused by name, since leaving it out would give wrong answers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmc.errors import UnsupportedModel
+
+IMPLEMENTATION = "llmc_paged"
+
+# Flags that ride along in every model's kwargs and do not change what attention computes.
+_HARMLESS = frozenset({"use_cache", "position_ids", "output_router_logits", "output_attentions", "output_hidden_states", "return_dict"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerFacts:
+    """What one attention layer asks for."""
+
+    layer: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int  # 0 = all
+
+
+@dataclass
+class LayerProbe:
+    """Stands in for the op during a dry run on the meta device and notes each layer's facts, in call order."""
+
+    layers: list[LayerFacts] = field(default_factory=list)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, layer: int, window: int, scale: float, softcap: float, sinks: Tensor | None
+    ) -> Tensor:
+        """Note the layer; returns an empty tensor of the result's shape."""
+        self.layers.append(LayerFacts(layer=layer, num_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[2], window=window))
+        return q.new_empty(q.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PagedAttention:
+    """The op, bound to the step's inputs. k_cache, v_cache: per layer; group_of_layer: row of slot_mapping and block_tables."""
+
+    k_cache: list[Tensor]
+    v_cache: list[Tensor]
+    slot_mapping: Tensor
+    block_tables: Tensor
+    seq_lens: Tensor
+    query_start_loc: Tensor
+    group_of_layer: tuple[int, ...]
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, layer: int, window: int, scale: float, softcap: float, sinks: Tensor | None
+    ) -> Tensor:
+        """Emit llmc::paged_attention for one layer. Shapes and meaning: docs/architecture.md."""
+        result: Tensor = torch.ops.llmc.paged_attention.default(
+            q,
+            k,
+            v,
+            self.k_cache[layer],
+            self.v_cache[layer],
+            self.slot_mapping,
+            self.block_tables,
+            self.seq_lens,
+            self.query_start_loc,
+            layer,
+            self.group_of_layer[layer],
+            scale,
+            window,
+            softcap,
+            sinks,
+        )
+        return result
+
+
+def register() -> None:
+    """Make `IMPLEMENTATION` known to transformers. Harmless when repeated."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(IMPLEMENTATION, _forward)
+
+
+def _forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    llmc_paged: LayerProbe | PagedAttention,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H, D]."""
+    where = f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')})"
+    unknown = sorted(name for name, given in rest.items() if given is not None and name not in _HARMLESS)
+    if unknown:
+        raise UnsupportedModel(f"{where}: attention is called with {', '.join(unknown)}, which llmc's paged attention does not take")
+    if attention_mask is not None:
+        raise UnsupportedModel(
+            f"{where}: attention is called with a mask of its own; llmc's paged attention is causal, with an optional window"
+        )
+    if getattr(module, "is_causal", True) is False:
+        raise UnsupportedModel(f"{where}: attention is not causal; llmc compiles causal language models")
+    if key.shape[-1] != query.shape[-1] or value.shape[-1] != query.shape[-1]:
+        raise UnsupportedModel(f"{where}: q, k and v differ in head size ({query.shape[-1]}, {key.shape[-1]}, {value.shape[-1]})")
+    if dropout and module.training:
+        raise UnsupportedModel(f"{where}: attention drops out; llmc compiles models for inference")
+    head_dim = query.shape[-1]
+    result = llmc_paged.attend(
+        _flat(query),
+        _flat(key),
+        _flat(value),
+        layer=int(module.layer_idx),  # type: ignore[arg-type]
+        window=int(sliding_window or 0),
+        scale=float(head_dim**-0.5 if scaling is None else scaling),
+        softcap=float(softcap or 0.0),
+        sinks=s_aux,
+    )
+    return result.unsqueeze(0), None
+
+
+def _flat(heads: Tensor) -> Tensor:
+    """[1, heads, T, D] -> [T, heads, D], as a view."""
+    return heads.transpose(1, 2).squeeze(0)
