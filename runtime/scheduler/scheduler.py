@@ -1,0 +1,396 @@
+"""Decides who runs in the next step and what became of the last one: `plan` and `commit`, plain Python without a device.
+
+plan     running sequences first, best rank first: one token for each that decodes, the rest of the budget to prompts;
+         then requests from the queue while budget, blocks and places last
+commit   the step's tokens: appended, checked for an end, handed on as events; blocks that became full are offered to the prefix cache
+
+The ideas: continuous batching (Orca, Yu et al., OSDI 2022), paged KV with recomputation on preemption (Kwon et al. 2023,
+arXiv:2309.06180), chunked prefill under a token budget (Sarathi-Serve, Agrawal et al. 2024, arXiv:2403.02310).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from llmc.artifacts.manifest import KVFacts
+from llmc.errors import ConfigError, InternalError, RequestRejected
+from llmc.runtime.kv import KVManager, PrefixHit, max_tokens_that_fit
+from llmc.runtime.messages import EngineStats, FinishReason, GenerateRequest, TokenEvent
+from llmc.runtime.scheduler.config import SchedulerConfig
+from llmc.runtime.scheduler.counters import Counters
+from llmc.runtime.scheduler.invariants import check_sequences
+from llmc.runtime.scheduler.policy import insert_ranked, remove_ranked
+from llmc.runtime.scheduler.request import Sequence, make_sequence
+from llmc.runtime.step import SampledToken, ScheduledSequence, StepOutput, StepPlan
+
+# Requests with one prefix wait for the first of them; looking past more than this many would cost every step.
+_MAX_PASSED_OVER = 32
+
+
+class Scheduler:
+    """Owns every accepted request until its last event, and the KV pool's books.
+
+    One step is in flight at most: `plan`, then `commit` (or `fail_all`), then `plan` again. `add` and `abort` may come at any
+    time between calls, also while a step is in flight. Not thread-safe.
+
+    Args:
+        config: limits and choices.
+        kv_facts: the artifact's KV layout.
+        clock: seconds, as `time.monotonic`; only `stats` shows it.
+        secret: key of the prefix cache's hashes; None makes a random one.
+    """
+
+    def __init__(
+        self, config: SchedulerConfig, kv_facts: KVFacts, *, clock: Callable[[], float] = time.monotonic, secret: bytes | None = None
+    ) -> None:
+        if config.block_size != kv_facts.block_size:
+            raise ConfigError(f"block_size={config.block_size} differs from the artifact's {kv_facts.block_size}")
+        self.config = config
+        self._kv = KVManager(
+            kv_facts,
+            num_blocks=config.num_blocks,
+            max_chunk_tokens=config.max_num_batched_tokens,
+            enable_prefix_caching=config.enable_prefix_caching,
+            secret=secret,
+        )
+        self._tokens_that_fit = max_tokens_that_fit(
+            kv_facts, num_blocks=config.num_blocks, max_chunk_tokens=config.max_num_batched_tokens, limit=config.max_model_len
+        )
+        self._sequences: dict[str, Sequence] = {}  # every live one, by request id
+        self._waiting: list[Sequence] = []  # sorted by rank; they hold no blocks
+        self._running: list[Sequence] = []  # sorted by rank
+        self._num_prefilling = 0  # of the running ones
+        self._in_flight: tuple[StepPlan, list[Sequence]] | None = None
+        self._step = 0
+        self._clock = clock
+        self._counters = Counters(last_progress=clock())
+
+    # Asking changes nothing.
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Longest sequence that can run: max_model_len, or less when the pool is too small for that."""
+        return min(self.config.max_model_len, self._tokens_that_fit + 1)
+
+    def has_work(self) -> bool:
+        """Whether a live request exists. If so, and no step is in flight, `plan` schedules at least one sequence."""
+        return bool(self._sequences)
+
+    def stats(self) -> EngineStats:
+        """The state and the counters since the start."""
+        return self._counters.as_stats(step=self._step, num_running=len(self._running), num_waiting=len(self._waiting), pool=self._kv.pool)
+
+    def check(self) -> None:
+        """Recount every invariant; tests call it after every step. Changes nothing.
+
+        Raises:
+            InternalError: one does not hold.
+        """
+        self._kv.check(sequence.blocks for sequence in self._sequences.values())
+        check_sequences(self._sequences.values(), self._waiting, self._running, num_prefilling=self._num_prefilling)
+
+    # Doing.
+
+    def add(self, request: GenerateRequest) -> None:
+        """Accept a request; from now on it ends with exactly one event that has a finish_reason.
+
+        Raises:
+            RequestRejected: it can never run (400), its id is in use (400), or the queue is full (429).
+        """
+        if request.request_id in self._sequences:
+            raise RequestRejected(f"request id {request.request_id} is in use")
+        if len(self._waiting) >= self.config.max_queue:
+            raise RequestRejected(
+                f"{len(self._waiting)} requests are waiting, as many as the queue holds; try again later", status=429, code="queue_full"
+            )
+        sequence = make_sequence(request, self.config, self._kv, tokens_that_fit=self._tokens_that_fit)
+        self._sequences[sequence.request_id] = sequence
+        insert_ranked(self._waiting, sequence)
+
+    def abort(self, request_id: str, reason: FinishReason = "abort") -> list[TokenEvent]:
+        """End a request now and free its blocks. Unknown ids give no event: it may just have finished.
+
+        While a step is in flight its result for this request is dropped; no other sequence gets the blocks before that
+        step's `commit`, because only `plan` allocates.
+        """
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return []
+        self._remove(sequence)
+        return [TokenEvent(request_id=request_id, token_ids=[], finish_reason=reason)]
+
+    def fail_all(self, message: str) -> list[TokenEvent]:
+        """End every request with an error, for a step that failed as a whole; the step in flight is forgotten."""
+        self._in_flight = None
+        events = []
+        for sequence in [*self._running, *self._waiting]:
+            self._remove(sequence)
+            events.append(TokenEvent(request_id=sequence.request_id, token_ids=[], finish_reason="error", error=message))
+        return events
+
+    def reset_prefix_cache(self) -> int:
+        """Forget all cached prefixes. Running sequences go on. Returns the number of blocks that became free."""
+        return self._kv.drop_cache()
+
+    def plan(self) -> StepPlan:
+        """Choose the next step. Allocates blocks, preempts and admits.
+
+        The plan refers to the scheduler's own lists: it is to be read before the next `plan` or `commit`.
+
+        Raises:
+            InternalError: the previous step was not committed.
+        """
+        if self._in_flight is not None:
+            raise InternalError(f"scheduler: plan was called while step {self._step} is in flight; commit it first")
+        self._step += 1
+        sequences: list[Sequence] = []
+        scheduled: list[ScheduledSequence] = []
+        # Each decoding sequence is sure of its token, whatever its rank; prompts share what is left.
+        prefill_budget = self.config.max_num_batched_tokens - (len(self._running) - self._num_prefilling)
+        num_partial = 0
+        preemptions_before = self._counters.num_preemptions
+
+        # Preemption takes from the end of this list, so a sequence that is already in the plan stays in it.
+        for sequence in self._running:
+            start = sequence.num_computed
+            if sequence.prefilling:
+                count = self._chunk(len(sequence.token_ids) - start, prefill_budget, begun=True)
+                if start + count < len(sequence.token_ids):
+                    num_partial += 1
+                if count == 0:
+                    continue
+                end = start + count
+                prefill_budget -= count
+            else:
+                end = start + 1
+            if end > sequence.blocks.ready_tokens and not self._make_room(sequence, start, end):
+                break  # it was the last one and gave way itself
+            sequences.append(sequence)
+            scheduled.append(_scheduled(sequence, start, end))
+
+        # After a preemption nobody is admitted: the blocks just freed are needed by those who run.
+        if self._waiting and self._counters.num_preemptions == preemptions_before:
+            self._admit(sequences, scheduled, prefill_budget, num_partial)
+        plan = StepPlan(step=self._step, sequences=scheduled)
+        self._in_flight = (plan, sequences)
+        return plan
+
+    def commit(self, output: StepOutput) -> list[TokenEvent]:
+        """Take the results of the step planned last; returns one event for each sequence that got a token or ended.
+
+        Raises:
+            InternalError: no step is in flight, or the output is another step's.
+        """
+        if self._in_flight is None or output.step != self._in_flight[0].step:
+            raise InternalError(f"scheduler: results of step {output.step} came while step {self._step} was planned; commit each plan once")
+        (plan, sequences), self._in_flight = self._in_flight, None
+        tokens, block_size = output.tokens, self.config.block_size
+        events: list[TokenEvent] = []
+        num_generated = 0
+        for sequence, share in zip(sequences, plan.sequences, strict=True):
+            if sequence.state != "running":
+                continue  # aborted while the step was in flight
+            token_ids, end = sequence.token_ids, share.end
+            samples = end == len(token_ids)
+            sampled = tokens.get(sequence.request_id)
+            if sampled is None or sampled.error is not None or sequence.prompt_logprobs is not None:
+                problem = self._problem(sequence, share, samples, sampled, output)
+                if problem is not None:
+                    # Nothing of this step is offered to the prefix cache: its K and V may be what is wrong.
+                    events.append(self._finish_with_error(sequence, problem))
+                    continue
+            sequence.num_computed = end
+            if end // block_size > sequence.blocks.num_published:
+                self._kv.publish(sequence.blocks, token_ids, end)
+            if not samples or sampled is None:
+                continue
+            token = sampled.token_id
+            token_ids.append(token)
+            num_generated += 1
+            if (
+                sequence.prefilling
+                or token in sequence.stop_token_ids
+                or len(token_ids) >= sequence.max_length
+                or sampled.logprobs is not None
+            ):
+                events.append(self._notable_token(sequence, sampled))
+            else:
+                events.append(TokenEvent(request_id=sequence.request_id, token_ids=[token]))
+        self._counters.generation_tokens += num_generated
+        self._counters.last_progress = self._clock()
+        return events
+
+    # Parts of plan.
+
+    def _chunk(self, remaining: int, budget: int, *, begun: bool) -> int:
+        """How many of a prompt's `remaining` tokens may run now; 0: none."""
+        config = self.config
+        # Without chunked prefill, chunks are for a preempted sequence that outgrew the budget alone: in one step it could never run again.
+        if not config.enable_chunked_prefill and not begun and remaining <= config.max_num_batched_tokens:
+            return remaining if remaining <= budget else 0
+        return min(remaining, config.long_prefill_token_threshold or remaining, budget)
+
+    def _make_room(self, sequence: Sequence, start: int, end: int) -> bool:
+        """Get the blocks for tokens [start, end), preempting from the worst rank; False: the sequence itself was preempted."""
+        kv = self._kv
+        kv.return_passed(sequence.blocks, start)
+        while kv.blocks_to_extend(sequence.blocks, end) > kv.pool.num_available:
+            victim = self._running[-1]
+            if victim is sequence and len(self._running) == 1:
+                raise InternalError(f"scheduler: request {sequence.request_id} holds every block and needs more, though it was accepted")
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        kv.extend(sequence.blocks, end)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Send a running sequence back to the queue; it keeps its tokens and computes their K and V again."""
+        remove_ranked(self._running, sequence)
+        self._num_prefilling -= sequence.prefilling
+        self._kv.free(sequence.blocks)
+        sequence.num_computed = 0
+        sequence.prefilling = True
+        sequence.state = "waiting"
+        if sequence.prompt_logprobs is not None:
+            sequence.prompt_logprobs = [None]
+        insert_ranked(self._waiting, sequence)
+        self._counters.num_preemptions += 1
+
+    def _admit(self, sequences: list[Sequence], scheduled: list[ScheduledSequence], budget: int, num_partial: int) -> None:
+        """Move requests from the queue into the plan, best rank first, until one does not fit."""
+        config, kv = self.config, self._kv
+        if len(self._running) >= config.max_num_seqs:
+            return  # the common case under load
+        committed = sum(kv.blocks_to_finish(s.blocks, len(s.token_ids)) for s in self._running if s.prefilling)
+        computing = {digest for share, s in zip(scheduled, sequences, strict=True) if s.prefilling for digest in self._digests(s, share)}
+        index = 0
+        while index < min(len(self._waiting), _MAX_PASSED_OVER) and len(self._running) < config.max_num_seqs and budget > 0:
+            sequence = self._waiting[index]
+            num_tokens = len(sequence.token_ids)
+            hit = self._match(sequence)
+            if self._next_digest(sequence, hit) in computing:
+                index += 1  # another sequence computes its next block in this very step; one step later it is a hit
+                continue
+            start = hit.num_blocks * config.block_size
+            count = self._chunk(num_tokens - start, budget, begun=False)
+            partial = count < num_tokens - start
+            if count == 0 or (partial and num_partial >= config.max_num_partial_prefills):
+                return
+            # All of its tokens must fit beside what running prompts still need, or it would be admitted only to be preempted.
+            # Alone it always fits: `add` saw to that.
+            needed = kv.blocks_to_admit(hit, num_tokens) + committed + config.reserve_blocks
+            if self._running and needed > kv.pool.num_available:
+                return
+            del self._waiting[index]
+            kv.attach(sequence.blocks, hit)
+            kv.extend(sequence.blocks, start + count)
+            self._start(sequence, start)
+            committed += kv.blocks_to_finish(sequence.blocks, num_tokens)
+            num_partial += partial
+            budget -= count
+            share = _scheduled(sequence, start, start + count)
+            computing.update(self._digests(sequence, share))
+            sequences.append(sequence)
+            scheduled.append(share)
+
+    def _match(self, sequence: Sequence) -> PrefixHit:
+        """What of a waiting sequence is cached. Prompt log-probabilities need every row computed, so they hit nothing."""
+        return self._kv.match(sequence.blocks, len(sequence.token_ids) if sequence.prompt_logprobs is None else 0)
+
+    def _next_digest(self, sequence: Sequence, hit: PrefixHit) -> bytes | None:
+        """Digest of the first block that a later hit could add, if there is one."""
+        reusable = (len(sequence.token_ids) - 1) // self.config.block_size
+        if sequence.prompt_logprobs is not None or hit.num_blocks >= min(reusable, len(sequence.blocks.digests)):
+            return None
+        return sequence.blocks.digests[hit.num_blocks]
+
+    def _digests(self, sequence: Sequence, share: ScheduledSequence) -> list[bytes]:
+        """Digests of the blocks that become full in this step."""
+        return sequence.blocks.digests[share.start // self.config.block_size : share.end // self.config.block_size]
+
+    def _start(self, sequence: Sequence, num_cached_tokens: int) -> None:
+        sequence.state = "running"
+        sequence.num_computed = num_cached_tokens
+        insert_ranked(self._running, sequence)
+        self._num_prefilling += 1
+        if sequence.num_cached_tokens < 0:  # the first time: after a preemption it would find its own blocks
+            sequence.num_cached_tokens = num_cached_tokens
+            if self.config.enable_prefix_caching and sequence.prompt_logprobs is None:
+                self._counters.prefix_queries_tokens += sequence.num_prompt_tokens
+                self._counters.prefix_hits_tokens += num_cached_tokens
+
+    # Parts of commit.
+
+    def _problem(
+        self, sequence: Sequence, share: ScheduledSequence, samples: bool, sampled: SampledToken | None, output: StepOutput
+    ) -> str | None:
+        """Why a sequence must end with an error, or None. Takes its prompt log-probabilities."""
+        if sampled is not None and sampled.error is not None:
+            return sampled.error
+        if samples and sampled is None:
+            return "the step gave this sequence no token; please report this"
+        if share.needs_prompt_logprobs and sequence.prompt_logprobs is not None:
+            rows = min(share.end, sequence.num_prompt_rows) - share.start
+            found = output.prompt_logprobs.get(sequence.request_id, [])
+            if len(found) < rows:
+                return f"the step gave {len(found)} prompt log-probabilities instead of {rows}; please report this"
+            sequence.prompt_logprobs.extend(found[:rows])
+        return None
+
+    def _notable_token(self, sequence: Sequence, sampled: SampledToken) -> TokenEvent:
+        """The event of a token that is the first, may be the last, or carries more than its id."""
+        token, length = sampled.token_id, len(sequence.token_ids)
+        num_cached_tokens, prompt_logprobs = 0, None
+        if length == sequence.num_prompt_tokens + 1:
+            num_cached_tokens = sequence.num_cached_tokens
+            prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
+            self._counters.prompt_tokens += sequence.num_prompt_tokens
+        if sequence.prefilling:
+            sequence.prefilling = False
+            self._num_prefilling -= 1
+        finish_reason: FinishReason | None = None
+        if token in sequence.stop_token_ids and length >= sequence.earliest_stop:
+            finish_reason = "stop"
+        elif length >= sequence.max_length:
+            finish_reason = "length"
+        if finish_reason is not None:
+            self._remove(sequence)
+        return TokenEvent(
+            request_id=sequence.request_id,
+            token_ids=[token],
+            logprobs=None if sampled.logprobs is None else [sampled.logprobs],
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=finish_reason,
+            stop_token_id=token if finish_reason == "stop" else None,
+            num_cached_tokens=num_cached_tokens,
+        )
+
+    def _finish_with_error(self, sequence: Sequence, message: str) -> TokenEvent:
+        self._remove(sequence)
+        return TokenEvent(request_id=sequence.request_id, token_ids=[], finish_reason="error", error=message)
+
+    def _remove(self, sequence: Sequence) -> None:
+        """Forget a live sequence and free its blocks."""
+        del self._sequences[sequence.request_id]
+        if sequence.state == "running":
+            remove_ranked(self._running, sequence)
+            self._num_prefilling -= sequence.prefilling
+        else:
+            remove_ranked(self._waiting, sequence)
+        sequence.state = "finished"
+        self._kv.free(sequence.blocks)
+
+
+def _scheduled(sequence: Sequence, start: int, end: int) -> ScheduledSequence:
+    return ScheduledSequence(
+        request_id=sequence.request_id,
+        token_ids=sequence.token_ids,
+        num_prompt_tokens=sequence.num_prompt_tokens,
+        start=start,
+        end=end,
+        block_ids=sequence.blocks.groups,
+        sampling=sequence.sampling,
+        needs_prompt_logprobs=sequence.prompt_logprobs is not None and start < sequence.num_prompt_tokens - 1,
+    )

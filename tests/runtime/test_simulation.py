@@ -1,0 +1,126 @@
+"""The seeded simulation itself, and proof that it sees planted faults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from llmc.runtime.kv import BlockPool, KVManager, PrefixCache
+from llmc.runtime.scheduler import Scheduler
+from tests.runtime.simulation import SimulationError, simulate
+
+STEPS_IN_SUITE = 100_000
+SEEDS = (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_invariants_hold_over_random_lives(seed: int) -> None:
+    totals = simulate(STEPS_IN_SUITE // len(SEEDS), seed=seed)
+    # The corners must have been reached, or the result says little.
+    assert totals.preemptions > 100
+    assert totals.cached_tokens > 1000
+    assert totals.windows_moved > 1000
+    assert min(totals.aborts, totals.errors, totals.rejections) > 100
+    assert totals.largest_batch == 8
+
+
+def test_same_seed_gives_the_same_life() -> None:
+    assert simulate(500, seed=9) == simulate(500, seed=9)
+
+
+def _tenants_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = PrefixCache.root
+    monkeypatch.setattr(PrefixCache, "root", lambda self, salt: root(self, ""))
+
+
+def _window_gives_back_one_block_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    visible = PrefixCache.first_visible_block
+    monkeypatch.setattr(PrefixCache, "first_visible_block", lambda self, window, position: visible(self, window, position + 1))
+
+
+def _window_groups_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PrefixCache, "_longest_agreed", lambda self, windowed, limit: limit)
+
+
+def _hit_covers_whole_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    match = PrefixCache.match
+    monkeypatch.setattr(PrefixCache, "match", lambda self, digests, num_tokens: match(self, digests, num_tokens + 1 if num_tokens else 0))
+
+
+def _block_is_published_before_it_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    publish = KVManager.publish
+
+    def early(self: KVManager, blocks: object, token_ids: list[int], num_computed: int) -> None:
+        tables = blocks.groups  # type: ignore[attr-defined]
+        reach = min(len(token_ids), len(tables[0]) * self.block_size)
+        publish(self, blocks, token_ids, reach)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(KVManager, "publish", early)
+
+
+def _hash_forgets_what_came_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = PrefixCache._digest
+
+    def short(self: PrefixCache, content: bytes, kind: bytes) -> bytes:
+        return digest(self, content[16:] if kind == b"llmc-block" else content, kind)
+
+    monkeypatch.setattr(PrefixCache, "_digest", short)
+
+
+def _shared_block_is_freed_by_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = BlockPool.release
+
+    def release_for_all(self: BlockPool, blocks: object) -> None:
+        blocks = list(blocks)  # type: ignore[call-overload]
+        for block in blocks:
+            self._ref_counts[block] = min(self._ref_counts[block], 1)
+        release(self, blocks)
+
+    monkeypatch.setattr(BlockPool, "release", release_for_all)
+
+
+def _evicted_block_keeps_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BlockPool, "_forget", lambda self, block: None)
+
+
+def _preempted_sequence_trusts_its_old_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    preempt = Scheduler._preempt
+
+    def keep(self: Scheduler, sequence: object) -> None:
+        computed = sequence.num_computed  # type: ignore[attr-defined]
+        preempt(self, sequence)  # type: ignore[arg-type]
+        sequence.num_computed = computed  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(Scheduler, "_preempt", keep)
+
+
+def _aborted_sequence_gets_its_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    remove = Scheduler._remove
+
+    def stay_running(self: Scheduler, sequence: object) -> None:
+        remove(self, sequence)  # type: ignore[arg-type]
+        sequence.state = "running"  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(Scheduler, "_remove", stay_running)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        _tenants_share,
+        _window_gives_back_one_block_early,
+        _window_groups_are_not_asked,
+        _hit_covers_whole_prompt,
+        _block_is_published_before_it_is_full,
+        _hash_forgets_what_came_before,
+        _shared_block_is_freed_by_the_first,
+        _evicted_block_keeps_its_key,
+        _preempted_sequence_trusts_its_old_blocks,
+        _aborted_sequence_gets_its_token,
+    ],
+)
+def test_planted_fault_is_seen(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    with pytest.raises(SimulationError, match="repeat with"):
+        simulate(5_000, seed=0)
