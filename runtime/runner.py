@@ -2,63 +2,88 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from llmc.errors import InternalError
-from llmc.runtime.batch import BatchBuilder, BuiltBatch, LogitsRows
+from llmc.runtime.batch import BatchBuilder, LogitsRows
 from llmc.runtime.messages import TokenLogprobs
 from llmc.runtime.sampler import Sampler
 from llmc.runtime.step import Executor, SampledToken, ScheduledSequence, StepOutput, StepPlan
+
+_Result = tuple[ScheduledSequence, LogitsRows, np.ndarray]  # whose rows of which logits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Submitted:
+    """A step between `submit` and `collect`."""
+
+    plan: StepPlan
+    failed: dict[str, SampledToken]
+    results: list[_Result]
 
 
 class ModelRunner:
     """The `Runner` of real models. Submits and collects in the caller's thread.
 
-    What fails for one sequence (its ids, its logits, its sampling) becomes that sequence's `SampledToken.error`; what fails for
-    the whole program is raised from `submit`.
+    What fails for one sequence (its ids, its logits, its sampling) becomes that sequence's `SampledToken.error`; when the
+    program fails for a batch, its sequences run one by one.
     """
 
     def __init__(self, executor: Executor, sampler: Sampler, builder: BatchBuilder) -> None:
         self._executor = executor
         self._sampler = sampler
         self._builder = builder
-        self._submitted: tuple[StepPlan, list[ScheduledSequence], BuiltBatch | None, np.ndarray | None] | None = None
-        self._failed: dict[str, SampledToken] = {}
+        self._submitted: _Submitted | None = None
 
     def submit(self, plan: StepPlan) -> None:
         """Run the program for `plan`. A plan without sequences runs nothing."""
         if self._submitted is not None:
-            raise InternalError(f"step {plan.step} was submitted before step {self._submitted[0].step} was collected; please report this")
-        self._failed = {}
+            raise InternalError(f"step {plan.step} was submitted before step {self._submitted.plan.step} was collected; please report this")
+        failed: dict[str, SampledToken] = {}
         accepted: list[ScheduledSequence] = []
         for sequence in plan.sequences:
             try:
                 self._builder.check(sequence)
                 accepted.append(sequence)
             except Exception as error:
-                self._failed[sequence.request_id] = SampledToken(token_id=-1, error=str(error))
-        if not accepted:
-            self._submitted = (plan, accepted, None, None)
-            return
-        built = self._builder.build(accepted)
-        logits = self._executor.run(built.batch)
-        self._submitted = (plan, accepted, built, logits)
+                failed[sequence.request_id] = SampledToken(token_id=-1, error=str(error))
+        self._submitted = _Submitted(plan=plan, failed=failed, results=self._run(accepted, failed) if accepted else [])
 
     def collect(self) -> StepOutput:
         """Sample from the logits of the step submitted last."""
         if self._submitted is None:
             raise InternalError("collect without a submitted step; please report this")
-        plan, sequences, built, logits = self._submitted
-        self._submitted = None
-        tokens = dict(self._failed)
+        submitted, self._submitted = self._submitted, None
+        tokens = submitted.failed
         prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
-        if built is not None and logits is not None:
-            for sequence, rows in zip(sequences, built.rows, strict=True):
-                try:
-                    self._finish(sequence, rows, logits, tokens, prompt_logprobs)
-                except Exception as error:
-                    tokens[sequence.request_id] = SampledToken(token_id=-1, error=f"sampling failed: {error}")
-        return StepOutput(step=plan.step, tokens=tokens, prompt_logprobs=prompt_logprobs)
+        for sequence, rows, logits in submitted.results:
+            try:
+                self._finish(sequence, rows, logits, tokens, prompt_logprobs)
+            except Exception as error:
+                tokens[sequence.request_id] = SampledToken(token_id=-1, error=f"sampling failed: {error}")
+        return StepOutput(step=submitted.plan.step, tokens=tokens, prompt_logprobs=prompt_logprobs)
+
+    def reset(self) -> None:
+        """Forget a step that was submitted and will not be collected."""
+        self._submitted = None
+
+    def _run(self, sequences: list[ScheduledSequence], failed: dict[str, SampledToken]) -> list[_Result]:
+        """Run all at once; when that fails, each alone, so that only the one at fault ends. Writes errors to `failed`."""
+        try:
+            built = self._builder.build(sequences)
+            logits = self._executor.run(built.batch)
+            return [(sequence, rows, logits) for sequence, rows in zip(sequences, built.rows, strict=True)]
+        except Exception as error:
+            if len(sequences) == 1:
+                failed[sequences[0].request_id] = SampledToken(token_id=-1, error=f"the step failed: {error}")
+                return []
+        results: list[_Result] = []
+        for sequence in sequences:  # writing the same K and V again changes nothing
+            # copied: an executor's logits are valid until its next run
+            results += [(one, rows, logits.copy()) for one, rows, logits in self._run([sequence], failed)]
+        return results
 
     def _finish(
         self,
@@ -78,7 +103,3 @@ class ModelRunner:
             prompt_logprobs[sequence.request_id] = self._sampler.prompt_logprobs(own, following, sequence.sampling.prompt_logprobs or 0)
         if rows.sample is not None:
             tokens[sequence.request_id] = self._sampler.sample(logits[rows.sample], sequence)
-
-    def forget(self, request_id: str) -> None:
-        """Drop what is kept of a finished sequence."""
-        self._sampler.forget(request_id)

@@ -1,15 +1,12 @@
-"""Weight files -> one region of memory, hashed while they are read.
+"""Weight files -> one region of huge pages, hashed while they are read.
 
-Reading and hashing release the interpreter lock, so a few threads overlap them; what was hashed is the copy that is used, not the
+Reading and hashing release the interpreter lock, so a few threads overlap them; what is hashed is the copy that is used, not the
 file, so nobody can change it in between. Nothing is returned before the last chunk is verified.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 import mmap
-import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmc.artifacts.manifest import TensorRecord, WeightFile
+from llmc.artifacts.dtypes import NUMPY
+from llmc.artifacts.element_sizes import nbytes_of
+from llmc.artifacts.manifest import TensorRecord
+from llmc.artifacts.weight_source import WeightSource
 from llmc.errors import ArtifactError
-from llmc.runtime.memory import HUGE_PAGE_BYTES, NUMPY_DTYPES, TENSOR_ALIGN_BYTES, allocate_huge, round_up
+from llmc.runtime.memory import HUGE_PAGE_BYTES, TENSOR_ALIGN_BYTES, allocate_huge, round_up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,7 @@ class WeightView:
 
     @property
     def address(self) -> int:
-        return self.array.ctypes.data
+        return int(self.array.ctypes.data)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -45,45 +45,41 @@ class Weights:
     views: Mapping[str, WeightView]
     num_bytes: int
     num_bytes_hashed: int
-    stage_ms: Mapping[str, float]  # "allocate", "read", "hash" (the last two summed over threads), "wall"
+    stage_ms: Mapping[str, float]  # wall-clock milliseconds: "reserve", "fill" (read and hash, or bind)
 
 
-def load_weights(
-    files: list[tuple[WeightFile, int]], tensors: list[TensorRecord], *, verify: bool, num_threads: int, map_files: bool = False
-) -> Weights:
-    """Bring the packed weights into memory.
+def load_weights(sources: list[WeightSource], tensors: list[TensorRecord], *, num_threads: int, map_files: bool = False) -> Weights:
+    """Bring packed weights into memory.
 
     Args:
-        files: each weight file's record and an open descriptor of it; descriptors stay open and are not moved.
-        tensors: the records that lie in `files`.
-        verify: hash every chunk against its record.
-        num_threads: readers; at least 1.
-        map_files: map the files privately instead of copying them into huge pages. Starts faster when `verify` is off, uses the page
-            cache's memory, and reads slower at every step.
+        sources: the artifact's weight files; each knows whether its chunks are to be hashed.
+        tensors: the records that lie in those files.
+        num_threads: readers, at least 1; two saturate one disk, and hashing profits from more.
+        map_files: map the files privately instead of copying them into huge pages. Takes the page cache's memory instead of new
+            memory, and reads slower at every step.
 
     Raises:
         ArtifactError: a file is short, a chunk's hash differs, or a tensor lies outside its file.
     """
     began = time.perf_counter()
-    regions = _map(files) if map_files else _reserve(files)
-    allocated = time.perf_counter()
-    read_s, hash_s = _fill(files, regions, copy=not map_files, verify=verify, num_threads=num_threads)
+    regions = {source.path: _mapped(source) for source in sources} if map_files else _reserve(sources)
+    reserved = time.perf_counter()
+    _fill(sources, regions, copy=not map_files, num_threads=num_threads)
     views = {record.name: _view(record, regions) for record in tensors}
-    num_bytes = sum(record.size_bytes for record, _ in files)
-    stage_ms = {
-        "allocate": 1e3 * (allocated - began),
-        "read": 1e3 * read_s,
-        "hash": 1e3 * hash_s,
-        "wall": 1e3 * (time.perf_counter() - began),
-    }
-    return Weights(views=views, num_bytes=num_bytes, num_bytes_hashed=num_bytes if verify else 0, stage_ms=stage_ms)
+    return Weights(
+        views=views,
+        num_bytes=sum(source.size_bytes for source in sources),
+        num_bytes_hashed=sum(source.size_bytes for source in sources if source.must_verify),
+        stage_ms={"reserve": 1e3 * (reserved - began), "fill": 1e3 * (time.perf_counter() - reserved)},
+    )
 
 
 def place_weights(tensors: list[TensorRecord], fill: Callable[[TensorRecord, np.ndarray], None], *, num_threads: int) -> Weights:
-    """Weights that do not come from the artifact: reserve the same region and let `fill` write each tensor.
+    """Weights that do not come from the artifact: reserve the same kind of region and let `fill` write each tensor.
 
     Args:
-        fill: writes the packed bytes of a record into the uint8 array given; called from several threads, for different records.
+        fill: writes a record's packed tensor into the array given, of the record's dtype (bfloat16 as uint16) and shape; called from
+            several threads, for different records.
     """
     began = time.perf_counter()
     offsets: list[int] = []
@@ -92,77 +88,53 @@ def place_weights(tensors: list[TensorRecord], fill: Callable[[TensorRecord, np.
         offsets.append(total)
         total = round_up(total + record.nbytes, TENSOR_ALIGN_BYTES)
     region = allocate_huge(total, what="the weights")
-    allocated = time.perf_counter()
-    places = [region[offset : offset + record.nbytes] for offset, record in zip(offsets, tensors, strict=True)]
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="llmc-weights") as pool:
-        list(pool.map(fill, tensors, places))
-    views = {record.name: _typed(record, place) for record, place in zip(tensors, places, strict=True)}
-    stage_ms = {"allocate": 1e3 * (allocated - began), "wall": 1e3 * (time.perf_counter() - began)}
-    return Weights(views=views, num_bytes=total, num_bytes_hashed=0, stage_ms=stage_ms)
+    views = {record.name: _typed(record, region[at : at + record.nbytes]) for at, record in zip(offsets, tensors, strict=True)}
+    reserved = time.perf_counter()
+    with ThreadPoolExecutor(max(1, num_threads), thread_name_prefix="llmc-weights") as pool:
+        for _ in pool.map(fill, tensors, [views[record.name].array for record in tensors]):
+            pass  # fill writes in place; reading the results raises what it raised
+    return Weights(
+        views=views,
+        num_bytes=total,
+        num_bytes_hashed=0,
+        stage_ms={"reserve": 1e3 * (reserved - began), "fill": 1e3 * (time.perf_counter() - reserved)},
+    )
 
 
-def _reserve(files: list[tuple[WeightFile, int]]) -> dict[str, np.ndarray]:
+def _reserve(sources: list[WeightSource]) -> dict[str, np.ndarray]:
     """One huge-page region cut into a piece per file."""
     starts: list[int] = []
     total = 0
-    for record, _ in files:
+    for source in sources:
         starts.append(total)
-        total = round_up(total + record.size_bytes, HUGE_PAGE_BYTES)
+        total = round_up(total + source.size_bytes, HUGE_PAGE_BYTES)
     region = allocate_huge(total, what="the weights")
-    return {record.path: region[start : start + record.size_bytes] for start, (record, _) in zip(starts, files, strict=True)}
+    return {source.path: region[start : start + source.size_bytes] for start, source in zip(starts, sources, strict=True)}
 
 
-def _map(files: list[tuple[WeightFile, int]]) -> dict[str, np.ndarray]:
-    regions = {}
-    for record, fd in files:
-        size_bytes = os.fstat(fd).st_size
-        if size_bytes != record.size_bytes:
-            raise ArtifactError(f"{record.path}: {size_bytes} bytes where the manifest says {record.size_bytes}; copy the artifact again")
-        # ACCESS_COPY: private, so that no write through a kernel could reach the file
-        regions[record.path] = np.frombuffer(mmap.mmap(fd, record.size_bytes, access=mmap.ACCESS_COPY), dtype=np.uint8)
-    return regions
+def _mapped(source: WeightSource) -> np.ndarray:
+    # ACCESS_COPY: private and writable, as kernels take plain pointers; no write could reach the file
+    return np.frombuffer(mmap.mmap(source.fd, source.size_bytes, access=mmap.ACCESS_COPY), dtype=np.uint8)
 
 
-def _fill(
-    files: list[tuple[WeightFile, int]], regions: dict[str, np.ndarray], *, copy: bool, verify: bool, num_threads: int
-) -> tuple[float, float]:
-    """Read and check chunk by chunk, largest spread over threads. Returns seconds spent reading and hashing, over all threads."""
-    if not copy and not verify:
-        return 0.0, 0.0
+def _fill(sources: list[WeightSource], regions: dict[str, np.ndarray], *, copy: bool, num_threads: int) -> None:
+    """Read and verify chunk by chunk, over threads."""
 
-    def one(task: tuple[WeightFile, int, int]) -> tuple[float, float]:
-        record, fd, index = task
-        start = index * record.chunk_bytes
-        chunk = memoryview(regions[record.path])[start : start + record.chunk_bytes]
-        began = time.perf_counter()
+    def one(task: tuple[WeightSource, int]) -> None:
+        source, index = task
+        start, nbytes = source.chunk_span(index)
+        chunk = memoryview(regions[source.path])[start : start + nbytes]
         if copy:
-            _read_exactly(fd, chunk, start, record.path)
-        read = time.perf_counter()
-        if verify:
-            found = hashlib.sha256(chunk).hexdigest()
-            if found != record.chunks[index]:
-                raise ArtifactError(
-                    f"{record.path}: bytes {start} to {start + len(chunk)} have sha256 {found}, the manifest says {record.chunks[index]}; "
-                    "the file is damaged, copy or compile the artifact again"
-                )
-        return read - began, time.perf_counter() - read
+            source.read_chunk(index, chunk)
+        elif source.must_verify:
+            source.verify_chunk(index, chunk)
 
-    tasks = [(record, fd, index) for record, fd in files for index in range(math.ceil(record.size_bytes / record.chunk_bytes))]
-    for record, _ in files:
-        if len(record.chunks) != math.ceil(record.size_bytes / record.chunk_bytes):
-            raise ArtifactError(f"{record.path}: {len(record.chunks)} chunk hashes do not tile {record.size_bytes} bytes; compile again")
+    tasks = [(source, index) for source in sources for index in range(source.num_chunks)]
     with ThreadPoolExecutor(max(1, num_threads), thread_name_prefix="llmc-weights") as pool:
-        spent = list(pool.map(one, tasks))
-    return sum(read for read, _ in spent), sum(hashed for _, hashed in spent)
-
-
-def _read_exactly(fd: int, into: memoryview, offset: int, path: str) -> None:
-    done = 0
-    while done < len(into):
-        count = os.preadv(fd, [into[done:]], offset + done)
-        if count == 0:
-            raise ArtifactError(f"{path}: ends at byte {offset + done}, {len(into) - done} bytes early; copy the artifact again")
-        done += count
+        for _ in pool.map(one, tasks):
+            pass  # reading the results raises what a thread raised
+    for source in sources:
+        source.finish()
 
 
 def _view(record: TensorRecord, regions: dict[str, np.ndarray]) -> WeightView:
@@ -175,8 +147,9 @@ def _view(record: TensorRecord, regions: dict[str, np.ndarray]) -> WeightView:
 
 
 def _typed(record: TensorRecord, piece: np.ndarray) -> WeightView:
-    dtype = NUMPY_DTYPES[record.dtype]
-    if math.prod(record.shape) * dtype.itemsize != record.nbytes:
+    """Raw bytes as the record's dtype and shape; the last check before an address goes to machine code."""
+    dtype = NUMPY[record.dtype]
+    if nbytes_of(record.dtype, record.shape) != record.nbytes:
         raise ArtifactError(f"tensor {record.name}: {record.dtype} {record.shape} does not take {record.nbytes} bytes; compile again")
     if piece.ctypes.data % dtype.itemsize:
         raise ArtifactError(f"tensor {record.name}: lies at an offset not aligned to {record.dtype}; compile again")

@@ -14,12 +14,12 @@ from typing import ClassVar
 
 import numpy as np
 
+from llmc.artifacts.dtypes import NUMPY
 from llmc.artifacts.manifest import Entry, KVFacts
 from llmc.errors import ArtifactError, InternalError
 from llmc.runtime.executors.kv_cache import KVCache, cache_input
 from llmc.runtime.executors.libtorch import LibTorch
 from llmc.runtime.executors.logits import LogitsBuffer
-from llmc.runtime.memory import NUMPY_DTYPES
 from llmc.runtime.step import DeviceBatch
 from llmc.runtime.weights import Weights
 
@@ -143,7 +143,7 @@ class AotiExecutor:
 
     def _new_base(self, name: str, array: np.ndarray, dtype: str, handles: dict[tuple[int, tuple[int, ...]], int]) -> int:
         """A base handle for an array not seen before. The program reads inputs as contiguous, so nothing else may pass."""
-        if array.dtype != NUMPY_DTYPES[dtype] or not array.flags.c_contiguous:
+        if array.dtype != NUMPY[dtype] or not array.flags.c_contiguous:
             raise InternalError(f"input {name} is {array.dtype}, contiguous: {array.flags.c_contiguous}; contiguous {dtype} is expected")
         if len(handles) >= _MAX_CACHED_SHAPES:
             for handle in handles.values():

@@ -10,6 +10,7 @@ import os
 import threading
 
 from llmc.errors import ArtifactError, ConfigError
+from llmc.runtime.executors.dynamic_library import open_library
 
 _lock = threading.Lock()
 _by_hash: dict[tuple[str, bool], ctypes.CDLL] = {}
@@ -41,7 +42,7 @@ def load_image(fd: int, *, sha256: str, role: str, shared: bool) -> ctypes.CDLL:
             # The duplicate is never closed: the loader remembers libraries by name, so a number used again would give the wrong one
             path = f"/proc/self/fd/{os.dup(fd)}"
             try:
-                library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL if shared else ctypes.RTLD_LOCAL)
+                library = open_library(path, shared=shared)
             except OSError as error:
                 raise ArtifactError(f"the {role} image {sha256[:12]} cannot be loaded: {error}; compile the artifact again here") from error
             _by_hash[(sha256, shared)] = library

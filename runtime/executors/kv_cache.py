@@ -6,8 +6,9 @@ import re
 
 import numpy as np
 
+from llmc.artifacts.dtypes import NUMPY
 from llmc.artifacts.manifest import KVFacts
-from llmc.runtime.memory import HUGE_PAGE_BYTES, NUMPY_DTYPES, allocate_huge, round_up
+from llmc.runtime.memory import HUGE_PAGE_BYTES, allocate_huge, round_up
 
 _CACHE_INPUT = re.compile(r"([kv])_cache\.([0-9]+)")
 
@@ -20,7 +21,7 @@ def cache_input(name: str) -> tuple[str, int] | None:
 
 def block_bytes(kv: KVFacts) -> int:
     """Bytes one block takes, K and V of every layer together."""
-    itemsize = NUMPY_DTYPES[kv.dtype].itemsize
+    itemsize = NUMPY[kv.dtype].itemsize
     return sum(2 * heads * kv.block_size * dim * itemsize for heads, dim in zip(kv.num_kv_heads, kv.head_dim, strict=True))
 
 
@@ -28,7 +29,7 @@ class KVCache:
     """K and V of every layer, [num_blocks, num_kv_heads, block_size, head_dim], zeroed. Pages appear when first written."""
 
     def __init__(self, kv: KVFacts, num_blocks: int) -> None:
-        dtype = NUMPY_DTYPES[kv.dtype]
+        dtype = NUMPY[kv.dtype]
         shapes = [(num_blocks, heads, kv.block_size, dim) for heads, dim in zip(kv.num_kv_heads, kv.head_dim, strict=True)]
         sizes = [round_up(int(np.prod(shape)) * dtype.itemsize, HUGE_PAGE_BYTES) for shape in shapes]
         region = allocate_huge(2 * sum(sizes), what=f"a KV cache of {num_blocks} blocks")

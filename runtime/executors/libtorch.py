@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from llmc.artifacts.dtypes import NUMPY
 from llmc.errors import ConfigError, InternalError
-from llmc.runtime.memory import NUMPY_DTYPES
+from llmc.runtime.executors.dynamic_library import open_library
 
 # c10::ScalarType values, part of the stable interface (aoti_torch_dtype_*)
 DTYPE_CODES = {"uint8": 0, "int8": 1, "int32": 3, "int64": 4, "float16": 5, "float32": 6, "bool": 11, "bfloat16": 15}
@@ -31,10 +32,10 @@ class LibTorch:
 
     def __init__(self) -> None:
         self.path = find_libtorch()
-        # RTLD_GLOBAL: model images leave the C interface undefined and find it here
-        library = ctypes.CDLL(str(self.path), mode=ctypes.RTLD_GLOBAL)
+        # shared: model images leave the C interface undefined and find it here
+        library = open_library(str(self.path), shared=True)
         # PyDLL keeps the interpreter lock: these calls take a fraction of a microsecond, less than giving it away and back
-        quick = ctypes.PyDLL(str(self.path), mode=ctypes.RTLD_GLOBAL)
+        quick = ctypes.PyDLL(str(self.path), handle=library._handle)
         int64_p = ctypes.POINTER(ctypes.c_int64)
         self._from_blob = _bind(
             quick,
@@ -109,7 +110,7 @@ def find_libtorch() -> Path:
 
 def view_memory(address: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """A numpy array over memory somebody else keeps alive."""
-    kind = NUMPY_DTYPES[dtype]
+    kind = NUMPY[dtype]
     count = int(np.prod(shape, dtype=np.int64))
     if count == 0:
         return np.empty(shape, dtype=kind)

@@ -1,0 +1,106 @@
+"""The engine: a loaded model, a scheduler, a runner. Knows token ids, neither HTTP nor text."""
+
+from __future__ import annotations
+
+from llmc.errors import RequestRejected
+from llmc.runtime.engine_config import EngineConfig
+from llmc.runtime.load import LoadedModel, load_model
+from llmc.runtime.messages import EngineReady, EngineStats, FinishReason, GenerateRequest, TokenEvent
+from llmc.runtime.runner import ModelRunner
+from llmc.runtime.sampler import Sampler
+from llmc.runtime.sampling_params import check, check_token_ids
+from llmc.runtime.scheduler import Scheduler
+
+__all__ = ["Engine", "EngineConfig"]
+
+
+class Engine:
+    """One loaded artifact, ready to generate. Not thread-safe: one thread calls it.
+
+    Args:
+        config: what to load and how.
+        model: loaded already, as tests do; None loads what `config` names.
+
+    Attributes:
+        manifest: the artifact's.
+        ready: limits and start-up times, as the front process is told them.
+
+    Raises:
+        ArtifactError: the artifact is damaged, foreign, or computes something else than its compiler did.
+        ConfigError: a setting does not fit the artifact or the machine.
+    """
+
+    def __init__(self, config: EngineConfig, model: LoadedModel | None = None) -> None:
+        model = model if model is not None else load_model(config)
+        limits = model.limits
+        self.manifest = model.manifest
+        self._config = config
+        self._executor = model.executor
+        self._sampler = Sampler(eos_token_ids=model.manifest.tokenizer.eos_token_ids, seed=config.seed)
+        self._runner = ModelRunner(model.executor, self._sampler, model.builder)
+        self._scheduler = Scheduler(limits, model.manifest.kv)
+        self._closed = False
+        self.ready = EngineReady(
+            num_blocks=limits.num_blocks,
+            block_size=limits.block_size,
+            max_model_len=self._scheduler.max_sequence_tokens,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            startup_ms=dict(model.startup_ms),
+        )
+
+    def add(self, request: GenerateRequest) -> None:
+        """Accept one sequence; from now on it ends with exactly one event that has a finish_reason.
+
+        Raises:
+            RequestRejected: a parameter or the prompt cannot run here, or the queue is full.
+        """
+        vocab_size = self.manifest.model.vocab_size
+        sampling = request.sampling
+        if sampling.n != 1:
+            raise RequestRejected(f"n is {sampling.n} in one engine request; n sequences are n requests", param="n")
+        check(sampling, vocab_size=vocab_size, max_logprobs=self._config.max_logprobs, max_model_len=self.ready.max_model_len)
+        check_token_ids(request.prompt_token_ids, vocab_size=vocab_size, param="prompt")
+        self._scheduler.add(request)
+
+    def abort(self, request_id: str, reason: FinishReason = "abort") -> list[TokenEvent]:
+        """End a sequence now and free its blocks. An unknown id gives no event: it may just have finished."""
+        return self._forget_finished(self._scheduler.abort(request_id, reason))
+
+    def step(self) -> list[TokenEvent]:
+        """Run one step and return what became of its sequences.
+
+        What fails for one sequence ends that sequence alone. What fails for the step as a whole, which only a bug of ours can cause,
+        ends every sequence with an error, and the engine goes on.
+        """
+        try:
+            self._runner.submit(self._scheduler.plan())  # who runs, how many tokens each, in which blocks
+            events = self._scheduler.commit(self._runner.collect())  # their tokens
+        except Exception as error:
+            self._runner.reset()
+            events = self._scheduler.fail_all(f"the engine's step failed: {error}")
+        return self._forget_finished(events)
+
+    def has_work(self) -> bool:
+        """Whether a sequence is waiting or running."""
+        return self._scheduler.has_work()
+
+    def stats(self) -> EngineStats:
+        """The scheduler's state and counters."""
+        return self._scheduler.stats()
+
+    def reset_prefix_cache(self) -> int:
+        """Forget all cached prefixes; running sequences go on. Returns the number of blocks freed."""
+        return self._scheduler.reset_prefix_cache()
+
+    def close(self) -> None:
+        """Free weights, KV cache and handles. The engine cannot be used afterwards; doing it twice is fine."""
+        if not self._closed:
+            self._closed = True
+            self._executor.close()
+
+    def _forget_finished(self, events: list[TokenEvent]) -> list[TokenEvent]:
+        for event in events:
+            if event.finish_reason is not None:
+                self._sampler.forget(event.request_id)
+        return events

@@ -1,0 +1,117 @@
+"""What an engine is told, and what follows from it once the artifact and the machine are known."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from llmc.artifacts.manifest import Manifest
+from llmc.errors import ConfigError
+from llmc.runtime.executors.kv_cache import block_bytes
+from llmc.runtime.kv import peak_blocks
+from llmc.runtime.scheduler import Policy, SchedulerConfig
+
+VerifyWeights = Literal["always", "once", "never"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """An engine's settings. None means: the artifact's or the machine's own, resolved once by `resolve`.
+
+    Raises:
+        ConfigError: a value is out of range or two disagree.
+    """
+
+    artifact: str  # folder
+    max_model_len: int | None = None  # tokens of one sequence; not above the artifact's
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    num_blocks: int | None = None  # KV blocks, whatever the memory
+    kv_cache_memory_bytes: int | None = None
+    memory_utilization: float = 0.9  # of the memory that is free once the weights are in
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    scheduling_policy: Policy = "fcfs"
+    max_queue: int = 1024
+    threads: int | None = None
+    verify_weights: VerifyWeights = "always"
+    require_signature: bool = False
+    trust: str | None = None  # public key file (PEM)
+    canary: bool = True
+    weights_mmap: bool = False
+    checkpoint: str | None = None  # folder with the weights of an artifact that has none
+    max_logprobs: int = 20  # -1: the whole vocabulary
+    seed: int | None = None  # base for requests without a seed; None: from the operating system
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes", "threads", "max_queue"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1")
+        if self.num_blocks is not None and self.num_blocks < 2:
+            raise ConfigError(f"num_blocks={self.num_blocks} must be at least 2")
+        if self.num_blocks is not None and self.kv_cache_memory_bytes is not None:
+            raise ConfigError("num_blocks and kv_cache_memory_bytes both size the KV cache; give one of them")
+        if not 0.0 < self.memory_utilization <= 1.0:
+            raise ConfigError(f"memory_utilization={self.memory_utilization} must be above 0 and at most 1")
+        if self.verify_weights not in get_args(VerifyWeights):
+            raise ConfigError(f"verify_weights={self.verify_weights!r}; accepted: {', '.join(get_args(VerifyWeights))}")
+        if self.max_logprobs < -1:
+            raise ConfigError(f"max_logprobs={self.max_logprobs} must be -1 (the whole vocabulary) or more")
+
+
+def num_threads(config: EngineConfig) -> int:
+    """Threads of a step: as told, or the processors this process may use."""
+    return config.threads if config.threads is not None else len(os.sched_getaffinity(0))
+
+
+def resolve(config: EngineConfig, manifest: Manifest, *, available_bytes: int) -> SchedulerConfig:
+    """Settle every limit. `available_bytes` is what is free once the weights are in memory.
+
+    Raises:
+        ConfigError: a limit is above what the artifact was compiled for, or the memory does not hold one sequence.
+    """
+    limits = manifest.limits
+    max_model_len = _at_most("max_model_len", config.max_model_len, limits.max_model_len)
+    max_num_batched_tokens = _at_most("max_num_batched_tokens", config.max_num_batched_tokens, limits.max_num_batched_tokens)
+    max_num_seqs = _at_most("max_num_seqs", config.max_num_seqs, limits.max_num_seqs)
+    if config.max_num_seqs is None:
+        max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
+    longest = peak_blocks(manifest.kv, max_model_len, max_chunk_tokens=max_num_batched_tokens)
+    num_blocks = config.num_blocks
+    if num_blocks is None:
+        num_blocks = _fitting_blocks(config, manifest, wanted=max_num_seqs * longest + 1, available_bytes=available_bytes)
+    return SchedulerConfig(
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        block_size=manifest.kv.block_size,
+        num_blocks=num_blocks,
+        policy=config.scheduling_policy,
+        enable_chunked_prefill=config.enable_chunked_prefill,
+        enable_prefix_caching=config.enable_prefix_caching,
+        reserve_blocks=min(8, num_blocks // 4),
+        max_queue=config.max_queue,
+        eos_token_ids=frozenset(manifest.tokenizer.eos_token_ids),
+    )
+
+
+def _at_most(name: str, asked: int | None, compiled: int) -> int:
+    if asked is not None and asked > compiled:
+        flag = "--" + name.replace("_", "-")
+        raise ConfigError(f"{name}={asked} is above the {compiled} this artifact was compiled for; lower it or compile with {flag} {asked}")
+    return compiled if asked is None else asked
+
+
+def _fitting_blocks(config: EngineConfig, manifest: Manifest, *, wanted: int, available_bytes: int) -> int:
+    """What the most sequences of the greatest length could use, within the bytes there are."""
+    one = block_bytes(manifest.kv)
+    if config.kv_cache_memory_bytes is not None:
+        fitting, where = config.kv_cache_memory_bytes // one, f"kv_cache_memory_bytes={config.kv_cache_memory_bytes}"
+    else:
+        fitting = int(config.memory_utilization * available_bytes) // one
+        where = f"memory_utilization={config.memory_utilization} of {available_bytes / 1e6:.0f} MB free"
+    if fitting < 2:
+        raise ConfigError(f"{where} does not hold two KV blocks of {one} bytes; give more memory")
+    return min(fitting, wanted)

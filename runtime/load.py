@@ -1,0 +1,99 @@
+"""Artifact folder -> LoadedModel: verify, map code and weights, allocate the KV cache, run the canaries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmc.artifacts.manifest import Manifest
+from llmc.artifacts.verify import OpenArtifact, open_artifact
+from llmc.errors import ConfigError
+from llmc.runtime.batch import BatchBuilder
+from llmc.runtime.canary import run_canaries
+from llmc.runtime.engine_config import EngineConfig, num_threads, resolve
+from llmc.runtime.executors import LoadedCode, load_code, step_entry
+from llmc.runtime.memory import available_bytes, keep_freed_memory
+from llmc.runtime.scheduler import SchedulerConfig
+from llmc.runtime.stage_timer import StageTimer
+from llmc.runtime.step import Executor
+from llmc.runtime.weights import Weights, load_weights
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedModel:
+    """A model that can compute. `executor` and `builder` are the runner's from here on."""
+
+    manifest: Manifest
+    executor: Executor
+    builder: BatchBuilder
+    limits: SchedulerConfig
+    startup_ms: Mapping[str, float]  # stage -> milliseconds; "load.code" and "load.weights" run side by side inside "load"
+
+
+def load_model(config: EngineConfig) -> LoadedModel:
+    """Load what `config` names.
+
+    Raises:
+        ArtifactError: the artifact is damaged, foreign, or computes something else than its compiler did.
+        ConfigError: a setting does not fit the artifact or the machine.
+    """
+    timer = StageTimer()
+    keep_freed_memory()
+    with timer.stage("verify"):
+        artifact = open_artifact(
+            config.artifact, require_signature=config.require_signature, trust=Path(config.trust) if config.trust else None
+        )
+    with artifact:
+        manifest = artifact.manifest
+        code, weights = _load_files(artifact, config, timer)
+    with timer.stage("bind"):
+        executor = code.bind(weights)
+    with timer.stage("kv"):
+        limits = resolve(config, manifest, available_bytes=available_bytes())
+        executor.allocate_kv(limits.num_blocks)
+        builder = make_builder(manifest, limits)
+    if config.canary:
+        with timer.stage("canary"):
+            run_canaries(manifest, executor, builder, max_tokens=limits.max_num_batched_tokens, num_blocks=limits.num_blocks)
+    return LoadedModel(manifest=manifest, executor=executor, builder=builder, limits=limits, startup_ms=timer.milliseconds)
+
+
+def make_builder(manifest: Manifest, limits: SchedulerConfig) -> BatchBuilder:
+    """Host buffers for steps within `limits`."""
+    return BatchBuilder(
+        block_size=limits.block_size,
+        num_groups=len(manifest.kv.groups),
+        vocab_size=manifest.model.vocab_size,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        max_num_seqs=limits.max_num_seqs,
+        max_model_len=limits.max_model_len,
+    )
+
+
+def _load_files(artifact: OpenArtifact, config: EngineConfig, timer: StageTimer) -> tuple[LoadedCode, Weights]:
+    """Map the code and bring in the weights at the same time: the loader's work and reading both release the interpreter lock."""
+    manifest = artifact.manifest
+    entry = step_entry(manifest)
+    threads = num_threads(config)
+    descriptors = {record.path: artifact.fd(record.path) for record in manifest.files}
+    with timer.stage("load"), ThreadPoolExecutor(1, thread_name_prefix="llmc-code") as pool:
+        mapping = pool.submit(timer.timed, "load.code", lambda: load_code(manifest, entry, descriptors, num_threads=threads))
+        weights = timer.timed("load.weights", lambda: _load_weights(artifact, config, threads))
+        return mapping.result(), weights
+
+
+def _load_weights(artifact: OpenArtifact, config: EngineConfig, threads: int) -> Weights:
+    manifest = artifact.manifest
+    external = any(tensor.file is None for tensor in manifest.tensors)
+    if external:
+        if config.checkpoint is None:
+            raise ConfigError(f"{config.artifact}: was compiled with --weights external; name the checkpoint with --checkpoint DIR")
+        from llmc.runtime.external_weights import bind_checkpoint  # most artifacts carry their weights
+
+        return bind_checkpoint(manifest, Path(config.checkpoint), num_threads=max(2, threads))
+    if config.checkpoint is not None:
+        raise ConfigError(f"{config.artifact}: carries its weights; leave --checkpoint out")
+    sources = artifact.weights(verify=config.verify_weights)
+    return load_weights(sources, manifest.tensors, num_threads=max(2, threads), map_files=config.weights_mmap)
