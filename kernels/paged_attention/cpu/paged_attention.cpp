@@ -1,0 +1,408 @@
+// llmc::paged_attention on a CPU: check the call, write K and V, share the work out, attend.
+//
+// Work is cut into items: up to kItemRows query rows (token, head of the group) of one sequence and one kv head, over all their
+// keys. Where that gives too few items for the threads (decode at a small batch), an item is cut further by key segment and
+// the parts are joined afterwards. Joining is the same arithmetic in the same order either way, so who ran what, and how the
+// work was cut, leaves no trace in the result.
+#include "paged_attention.h"
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12's own AVX-512 headers set it off (gcc.gnu.org/PR105593)
+#endif
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <new>
+#include <vector>
+
+#include "paged_attention_tile.h"
+
+namespace llmc_pa {
+namespace {
+
+using Args = llmc_paged_attention_args;
+
+constexpr int kItemRows = 64;
+constexpr int64_t kSerialWork = 256 * 1024;  // multiply-adds below which waking other threads costs more than it gives
+constexpr int64_t kSerialWrite = 32 * 1024;  // elements of K below which one thread writes the cache
+
+struct Item {
+  int32_t seq;
+  int32_t kv_head;
+  int32_t row0, row1;  // rows of the sequence's [query token, head of the group], flattened
+  int32_t segment;     // the one segment of a split item; -1: all of them, and the item finishes its rows
+  int64_t part;        // of a split item: its first row in the parts
+};
+
+// Rows whose segments were computed apart: rows x segments parts, joined in order of segments.
+struct Join {
+  int32_t seq, kv_head, row0, row1;
+  int32_t segment0, segment1;
+  int64_t part;
+};
+
+// Floats at a cache line's start; grows, never shrinks. What it held is lost when it grows.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { std::free(data_); }
+  float* data() const { return data_; }
+  void reserve(int64_t floats) {
+    if (floats <= size_) return;
+    std::free(data_);
+    size_ = 0;
+    data_ = static_cast<float*>(std::aligned_alloc(64, (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64));
+    if (data_ == nullptr) throw std::bad_alloc();
+    size_ = floats;
+  }
+
+ private:
+  float* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+struct Plan {
+  std::vector<Item> items;
+  std::vector<Join> joins;
+  Buffer scratch;  // per thread
+  Buffer parts;    // per row of a split item: maximum, denominator, padding, sums
+};
+
+struct Visible {
+  int lo, hi;  // keys [lo, hi) of the sequence
+};
+
+static Visible visible(int position, int64_t window) {
+  if (position < 0) return {0, 0};
+  return {window > 0 && position + 1 > window ? static_cast<int>(position + 1 - window) : 0, position + 1};
+}
+
+static int query_rows(const Args& a, int64_t seq) { return a.query_start_loc[seq + 1] - a.query_start_loc[seq]; }
+
+// Index of the first key any query row of the sequence sees.
+static int first_visible(const Args& a, int64_t seq) { return visible(std::max(0, a.seq_lens[seq] - query_rows(a, seq)), a.window).lo; }
+
+static bool known_dtype(int32_t dtype) { return dtype == LLMC_FLOAT32 || dtype == LLMC_FLOAT16 || dtype == LLMC_BFLOAT16; }
+
+static int check(const Args& a) {
+  if (!known_dtype(a.dtype) || a.kv_dtype != a.dtype || (a.sinks != nullptr && !known_dtype(a.sinks_dtype))) return LLMC_PA_BAD_DTYPE;
+  if (a.num_tokens < 0 || a.num_seqs < 0 || a.num_blocks < 0 || a.max_blocks < 0 || a.num_heads < 1 || a.num_kv_heads < 1) return LLMC_PA_BAD_SHAPE;
+  if (a.num_tokens > INT32_MAX || a.num_seqs >= INT32_MAX || a.num_heads > 65536 || a.num_heads % a.num_kv_heads != 0) return LLMC_PA_BAD_SHAPE;
+  if (a.head_dim < 8 || a.head_dim > 4096 || a.head_dim % 8 != 0 || a.block_size < 8 || a.block_size > 65536 || a.block_size % 8 != 0)
+    return LLMC_PA_BAD_SHAPE;
+  if (a.window < 0 || !(a.softcap >= 0.0f) || !std::isfinite(a.softcap) || !std::isfinite(a.scale)) return LLMC_PA_BAD_NUMBER;
+  const bool tokens = a.num_tokens > 0, seqs = a.num_seqs > 0;
+  if (tokens && (!a.q || !a.k || !a.v || !a.out || !a.slot_mapping)) return LLMC_PA_BAD_POINTER;
+  if (tokens && a.num_blocks > 0 && (!a.k_cache || !a.v_cache)) return LLMC_PA_BAD_POINTER;
+  if (!a.query_start_loc || (seqs && !a.seq_lens) || (seqs && a.max_blocks > 0 && !a.block_tables)) return LLMC_PA_BAD_POINTER;
+  if (a.query_start_loc[0] != 0) return LLMC_PA_BAD_QUERY_START;
+  for (int64_t t = 0; t < a.num_tokens; ++t)
+    if (a.slot_mapping[t] >= a.num_blocks * a.block_size) return LLMC_PA_BAD_SLOT;
+  for (int64_t b = 0; b < a.num_seqs; ++b) {
+    const int64_t end = a.query_start_loc[b + 1], length = a.seq_lens[b];
+    if (end < a.query_start_loc[b] || end > a.num_tokens) return LLMC_PA_BAD_QUERY_START;
+    if (length < 0) return LLMC_PA_BAD_SEQ_LEN;
+    if (query_rows(a, b) == 0 || length == 0) continue;
+    if (length > a.max_blocks * a.block_size) return LLMC_PA_BAD_SEQ_LEN;
+    const int32_t* table = a.block_tables + b * a.block_table_stride;
+    for (int64_t i = first_visible(a, b) / a.block_size; i < (length + a.block_size - 1) / a.block_size; ++i)
+      if (table[i] < 0 || table[i] >= a.num_blocks) return LLMC_PA_BAD_BLOCK;
+  }
+  return LLMC_PA_OK;
+}
+
+template <class T>
+class Call {
+ public:
+  Call(const Args& args, Plan& plan) : a_(args), plan_(plan) {
+    n_.D = static_cast<int>(a_.head_dim);
+    n_.padded = (n_.D + kGroup - 1) / kGroup * kGroup;
+    n_.lanes = W == 16 && a_.block_size % 16 == 0 ? 16 : 8;
+    n_.lanes_log2 = n_.lanes == 16 ? 4 : 3;
+    n_.scale = a_.scale;
+    n_.softcap = a_.softcap;
+    group_ = static_cast<int>(a_.num_heads / a_.num_kv_heads);
+    part_stride_ = n_.padded + 16;
+    // q, one segment's sums, all segments' sums; then a maximum and a denominator per row for both
+    scratch_stride_ = static_cast<int64_t>(kItemRows) * (3 * n_.padded + 4);
+  }
+
+  void run() {
+    const int threads = omp_in_parallel() ? 1 : a_.num_threads > 0 ? a_.num_threads : omp_get_max_threads();
+    const int64_t work = make_plan(threads);
+    const bool alone = threads == 1 || work < kSerialWork || plan_.items.size() < 2;
+    plan_.scratch.reserve((alone ? 1 : threads) * scratch_stride_);
+    zero_padding();
+    const int64_t num_items = static_cast<int64_t>(plan_.items.size()), num_joins = static_cast<int64_t>(plan_.joins.size());
+    if (alone) {
+      write_tokens(0, a_.num_tokens);
+      for (int64_t i = 0; i < num_items; ++i) run_item(plan_.items[i], plan_.scratch.data());
+      for (int64_t i = 0; i < num_joins; ++i) run_join(plan_.joins[i], plan_.scratch.data());
+      return;
+    }
+    const bool write_alone = a_.num_tokens * a_.num_kv_heads * a_.head_dim < kSerialWrite;
+    if (write_alone) write_tokens(0, a_.num_tokens);
+#pragma omp parallel num_threads(threads)
+    {
+      float* scratch = plan_.scratch.data() + omp_get_thread_num() * scratch_stride_;
+      if (!write_alone) {
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < a_.num_tokens; ++t) write_tokens(t, t + 1);
+      }
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < num_items; ++i) run_item(plan_.items[i], scratch);
+      if (num_joins > 0) {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < num_joins; ++i) run_join(plan_.joins[i], scratch);
+      }
+    }
+  }
+
+ private:
+  // Fill items, joins and parts; returns the number of multiply-adds.
+  int64_t make_plan(int threads) {
+    plan_.items.clear();
+    plan_.joins.clear();
+    int64_t work = 0, rows_total = 0;
+    for (int64_t b = 0; b < a_.num_seqs; ++b) {
+      const int64_t nq = query_rows(a_, b), keys = a_.seq_lens[b] - first_visible(a_, b);
+      rows_total += nq * group_;
+      work += nq * a_.num_heads * std::max<int64_t>(0, keys) * 2 * n_.D;
+    }
+    int item_rows = kItemRows;
+    while (item_rows > kMaxRows && rows_total * a_.num_kv_heads < static_cast<int64_t>(item_rows) * 4 * threads) item_rows /= 2;
+    for (int64_t b = 0; b < a_.num_seqs; ++b) {
+      const int rows = query_rows(a_, b) * group_;
+      if (rows == 0) continue;
+      // Late rows see more keys: they go first, so that the last items to be taken are small.
+      for (int row0 = (rows - 1) / item_rows * item_rows; row0 >= 0; row0 -= item_rows)
+        for (int h = 0; h < a_.num_kv_heads; ++h)
+          plan_.items.push_back({static_cast<int32_t>(b), h, row0, std::min(rows, row0 + item_rows), -1, 0});
+    }
+    if (threads > 1 && work >= kSerialWork && plan_.items.size() < 2 * static_cast<size_t>(threads)) split_by_segment();
+    return work;
+  }
+
+  void split_by_segment() {
+    std::vector<Item> whole;
+    whole.swap(plan_.items);
+    int64_t parts = 0;
+    for (const Item& item : whole) {
+      const Visible first = row_visible(item, item.row0), last = row_visible(item, item.row1 - 1);
+      const int s0 = first.lo / kSegment, s1 = (last.hi + kSegment - 1) / kSegment;
+      if (s1 - s0 < 2) {
+        plan_.items.push_back(item);
+        continue;
+      }
+      const int rows = item.row1 - item.row0;
+      plan_.joins.push_back({item.seq, item.kv_head, item.row0, item.row1, s0, s1, parts});
+      for (int s = s0; s < s1; ++s, parts += rows) plan_.items.push_back({item.seq, item.kv_head, item.row0, item.row1, s, parts});
+    }
+    plan_.parts.reserve(parts * part_stride_);
+  }
+
+  void zero_padding() {
+    const int64_t used = a_.query_start_loc[a_.num_seqs];
+    const int64_t row = a_.num_heads * a_.head_dim;
+    if (used < a_.num_tokens) memset(static_cast<T*>(a_.out) + used * row, 0, static_cast<size_t>(a_.num_tokens - used) * row * sizeof(T));
+  }
+
+  void write_tokens(int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t slot = a_.slot_mapping[t];
+      if (slot < 0) continue;
+      const int64_t block = slot / a_.block_size, offset = slot % a_.block_size;
+      for (int64_t h = 0; h < a_.num_kv_heads; ++h) {
+        T* k_tile = static_cast<T*>(a_.k_cache) + block * a_.k_cache_block_stride + h * a_.k_cache_head_stride;
+        T* v_tile = static_cast<T*>(a_.v_cache) + block * a_.v_cache_block_stride + h * a_.v_cache_head_stride;
+        write_k(k_tile, static_cast<int>(offset), static_cast<const T*>(a_.k) + t * a_.k_token_stride + h * a_.k_head_stride, n_.D, n_.lanes);
+        memcpy(v_tile + offset * n_.D, static_cast<const T*>(a_.v) + t * a_.v_token_stride + h * a_.v_head_stride, n_.D * sizeof(T));
+      }
+    }
+  }
+
+  Visible row_visible(const Item& item, int row) const {
+    return visible(a_.seq_lens[item.seq] - query_rows(a_, item.seq) + row / group_, a_.window);
+  }
+
+  // Find the sub-tiles that hold keys [from, to) of the chunk at `chunk`.
+  void locate(const Item& item, int chunk, int from, int to, ChunkPointers<T>* at) const {
+    const int32_t* table = a_.block_tables + item.seq * a_.block_table_stride;
+    const int64_t k_head = item.kv_head * a_.k_cache_head_stride, v_head = item.kv_head * a_.v_cache_head_stride;
+    for (int i = from >> n_.lanes_log2; i << n_.lanes_log2 < to; ++i) {
+      const int64_t key = chunk + (i << n_.lanes_log2), block = table[key / a_.block_size], inside = key % a_.block_size * n_.D;
+      at->k[i] = static_cast<const T*>(a_.k_cache) + block * a_.k_cache_block_stride + k_head + inside;
+      at->v[i] = static_cast<const T*>(a_.v_cache) + block * a_.v_cache_block_stride + v_head + inside;
+    }
+  }
+
+  void attend(int rows, const ChunkPointers<T>& at, const float* q, const int* lo, const int* hi, RowState state) const {
+    switch (rows) {
+      case 1: return attend_tile<T, 1>(n_, at, q, lo, hi, state);
+      case 2: return attend_tile<T, 2>(n_, at, q, lo, hi, state);
+      case 3: return attend_tile<T, 3>(n_, at, q, lo, hi, state);
+      case 4: return attend_tile<T, 4>(n_, at, q, lo, hi, state);
+#if LLMC_PA_AVX512
+      case 5: return attend_tile<T, 5>(n_, at, q, lo, hi, state);
+      case 6: return attend_tile<T, 6>(n_, at, q, lo, hi, state);
+      case 7: return attend_tile<T, 7>(n_, at, q, lo, hi, state);
+      case 8: return attend_tile<T, 8>(n_, at, q, lo, hi, state);
+#endif
+    }
+  }
+
+  // All of an item's rows over one segment, from nothing into `state`.
+  void run_segment(const Item& item, int segment, const Visible* see, const float* q, RowState state) const {
+    const int rows = item.row1 - item.row0;
+    for (int r = 0; r < rows; ++r) {
+      state.max[r] = -kInf;
+      state.denominator[r] = 0.0f;
+    }
+    memset(state.sums, 0, static_cast<size_t>(rows) * n_.padded * sizeof(float));
+    // Rows are in order of position, so the first sees furthest back and the last furthest on.
+    const int begin = std::max(segment * kSegment, see[0].lo / kChunk * kChunk), end = std::min((segment + 1) * kSegment, see[rows - 1].hi);
+    int lo[kItemRows], hi[kItemRows];
+    for (int chunk = begin; chunk < end; chunk += kChunk) {
+      for (int r = 0; r < rows; ++r) {
+        lo[r] = std::max(0, see[r].lo - chunk);
+        hi[r] = std::min(kChunk, see[r].hi - chunk);
+      }
+      ChunkPointers<T> at;
+      locate(item, chunk, std::max(0, see[0].lo - chunk), std::min(kChunk, see[rows - 1].hi - chunk), &at);
+      for (int r = 0; r < rows; r += kMaxRows) {
+        const int64_t shift = static_cast<int64_t>(r) * n_.padded;
+        attend(std::min(kMaxRows, rows - r), at, q + shift, lo + r, hi + r, {state.max + r, state.denominator + r, state.sums + shift});
+      }
+    }
+  }
+
+  static void start_total(int rows, RowState total) {
+    std::fill(total.max, total.max + rows, -kInf);
+    std::fill(total.denominator, total.denominator + rows, 0.0f);
+  }
+
+  // Add one segment of one row to its total. A segment that the row does not see changes nothing; its first one is copied.
+  void join_row(const Visible& see, int segment, float max, float denominator, const float* sums, float* total_max, float* total_denominator,
+                float* total_sums) const {
+    if (see.lo >= see.hi || see.lo >= (segment + 1) * kSegment || see.hi <= segment * kSegment) return;
+    if (see.lo / kSegment == segment) {
+      *total_max = max;
+      *total_denominator = denominator;
+      memcpy(total_sums, sums, n_.padded * sizeof(float));
+      return;
+    }
+    merge_segment(n_, max, denominator, sums, total_max, total_denominator, total_sums);
+  }
+
+  void finish(const Item& item, int row, float max, float denominator, float* sums) const {
+    const int64_t token = a_.query_start_loc[item.seq] + row / group_, head = static_cast<int64_t>(item.kv_head) * group_ + row % group_;
+    float sink = 0.0f;
+    if (a_.sinks != nullptr) {
+      if (a_.sinks_dtype == LLMC_FLOAT32) sink = static_cast<const float*>(a_.sinks)[head];
+      if (a_.sinks_dtype == LLMC_FLOAT16) sink = to_float(static_cast<const Fp16*>(a_.sinks)[head]);
+      if (a_.sinks_dtype == LLMC_BFLOAT16) sink = to_float(static_cast<const Bf16*>(a_.sinks)[head]);
+    }
+    T* out = static_cast<T*>(a_.out) + (token * a_.num_heads + head) * a_.head_dim;
+    finish_row(n_, a_.sinks != nullptr ? &sink : nullptr, max, denominator, sums, out);
+  }
+
+  void run_item(const Item& item, float* scratch) const {
+    const int rows = item.row1 - item.row0;
+    float* q = scratch;
+    RowState part{q + 3LL * kItemRows * n_.padded, nullptr, q + 1LL * kItemRows * n_.padded};
+    part.denominator = part.max + kItemRows;
+    RowState total{part.max + 2 * kItemRows, part.max + 3 * kItemRows, q + 2LL * kItemRows * n_.padded};
+    Visible see[kItemRows] = {};
+    for (int r = 0; r < rows; ++r) {
+      const int row = item.row0 + r;
+      see[r] = row_visible(item, row);
+      const int64_t token = a_.query_start_loc[item.seq] + row / group_, head = static_cast<int64_t>(item.kv_head) * group_ + row % group_;
+      const T* from = static_cast<const T*>(a_.q) + token * a_.q_token_stride + head * a_.q_head_stride;
+      for (int d = 0; d < n_.D; ++d) q[static_cast<int64_t>(r) * n_.padded + d] = to_float(from[d]);
+    }
+    if (item.segment >= 0) {
+      run_segment(item, item.segment, see, q, part);
+      for (int r = 0; r < rows; ++r) {
+        float* to = plan_.parts.data() + (item.part + r) * part_stride_;
+        to[0] = part.max[r];
+        to[1] = part.denominator[r];
+        memcpy(to + 16, part.sums + static_cast<int64_t>(r) * n_.padded, n_.padded * sizeof(float));
+      }
+      return;
+    }
+    start_total(rows, total);
+    memset(total.sums, 0, static_cast<size_t>(rows) * n_.padded * sizeof(float));
+    for (int s = see[0].lo / kSegment; s * kSegment < see[rows - 1].hi; ++s) {
+      run_segment(item, s, see, q, part);
+      for (int r = 0; r < rows; ++r) {
+        const int64_t shift = static_cast<int64_t>(r) * n_.padded;
+        join_row(see[r], s, part.max[r], part.denominator[r], part.sums + shift, total.max + r, total.denominator + r, total.sums + shift);
+      }
+    }
+    for (int r = 0; r < rows; ++r) finish(item, item.row0 + r, total.max[r], total.denominator[r], total.sums + static_cast<int64_t>(r) * n_.padded);
+  }
+
+  void run_join(const Join& join, float* scratch) const {
+    const Item item{join.seq, join.kv_head, join.row0, join.row1, -1, 0};
+    const int rows = join.row1 - join.row0;
+    for (int r = 0; r < rows; ++r) {
+      float max = -kInf, denominator = 0.0f;
+      memset(scratch, 0, n_.padded * sizeof(float));
+      for (int s = join.segment0; s < join.segment1; ++s) {
+        const float* from = plan_.parts.data() + (join.part + static_cast<int64_t>(s - join.segment0) * rows + r) * part_stride_;
+        join_row(row_visible(item, join.row0 + r), s, from[0], from[1], from + 16, &max, &denominator, scratch);
+      }
+      finish(item, join.row0 + r, max, denominator, scratch);
+    }
+  }
+
+  const Args& a_;
+  Plan& plan_;
+  Numbers n_;
+  int group_;
+  int64_t part_stride_, scratch_stride_;
+};
+
+}  // namespace
+}  // namespace llmc_pa
+
+extern "C" int llmc_paged_attention(const llmc_paged_attention_args* args) {
+  using namespace llmc_pa;
+  if (args == nullptr) return LLMC_PA_BAD_POINTER;
+  if (args->struct_size != sizeof(llmc_paged_attention_args)) return LLMC_PA_BAD_STRUCT_SIZE;
+  if (const int status = check(*args); status != LLMC_PA_OK) return status;
+  if (args->num_tokens == 0) return LLMC_PA_OK;
+  static thread_local Plan plan;  // keeps its memory from call to call; every field is rewritten
+  try {
+    switch (args->dtype) {
+      case LLMC_FLOAT32: Call<float>(*args, plan).run(); break;
+      case LLMC_FLOAT16: Call<Fp16>(*args, plan).run(); break;
+      default: Call<Bf16>(*args, plan).run(); break;
+    }
+  } catch (const std::bad_alloc&) {
+    return LLMC_PA_NO_MEMORY;
+  }
+  return LLMC_PA_OK;
+}
+
+extern "C" const char* llmc_paged_attention_message(int status) {
+  switch (status) {
+    case LLMC_PA_OK: return "ok";
+    case LLMC_PA_BAD_STRUCT_SIZE: return "paged_attention: the argument struct has another size; caller and kernels come from different versions";
+    case LLMC_PA_BAD_DTYPE: return "paged_attention: q, k, v, caches must share one of float32, float16, bfloat16";
+    case LLMC_PA_BAD_SHAPE: return "paged_attention: head_dim and block_size must be multiples of 8 and heads a multiple of kv heads";
+    case LLMC_PA_BAD_POINTER: return "paged_attention: a tensor that the sizes need is missing";
+    case LLMC_PA_BAD_QUERY_START: return "paged_attention: query_start_loc must start at 0, not fall, and stay within the tokens";
+    case LLMC_PA_BAD_SEQ_LEN: return "paged_attention: a sequence length is negative or longer than its block table row";
+    case LLMC_PA_BAD_BLOCK: return "paged_attention: a block id that a query needs is outside the cache";
+    case LLMC_PA_BAD_SLOT: return "paged_attention: a slot lies past the last block";
+    case LLMC_PA_BAD_NUMBER: return "paged_attention: window and softcap must not be negative, scale and softcap must be finite";
+    case LLMC_PA_NO_MEMORY: return "paged_attention: no memory for scratch";
+  }
+  return "paged_attention: unknown status";
+}

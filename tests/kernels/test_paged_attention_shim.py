@@ -1,0 +1,107 @@
+"""paged_attention's AOTInductor shim: called the way generated code calls it, with handles of real tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmc.kernels.build import build_kernels, dlopen_order
+from llmc.kernels.isa import runnable_levels
+from llmc.kernels.paged_attention import reference
+
+from .paged_attention_world import Shape, World, kernel_cache
+
+_SUCCESS = 0
+# torch hands out tensor handles wrapped in capsules.
+_pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer_of.argtypes, _pointer_of.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_void_p
+_capsule_of = ctypes.pythonapi.PyCapsule_New
+_capsule_of.argtypes, _capsule_of.restype = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p], ctypes.py_object
+Shim = Callable[..., Tensor | None]
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Shim:
+    """The op through its shim; None where the shim reports failure."""
+    built = build_kernels(runnable_levels()[0].name, kernel_cache(tmp_path_factory))
+    libraries = [
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL | os.RTLD_NOW) for path in dlopen_order(built, Path(torch.__file__).parent / "lib")
+    ]
+    function = libraries[-1].aoti_torch_cpu_llmc_paged_attention
+    handle, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+    function.argtypes = [*[handle] * 9, integer, integer, real, integer, real, ctypes.POINTER(handle), ctypes.POINTER(handle)]
+
+    def call(*args: object) -> Tensor | None:
+        *tensors, layer, group, scale, window, softcap, sinks = args
+        capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([*tensors, *([] if sinks is None else [sinks])])
+        handles = [handle(_pointer_of(capsule, None)) for capsule in capsules]
+        result = handle()
+        sinks_pointer = None if sinks is None else ctypes.pointer(handles[9])
+        status = function(*handles[:9], layer, group, scale, window, softcap, sinks_pointer, ctypes.byref(result))
+        for capsule in capsules:
+            torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(capsule)  # frees the handle
+        return torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(_capsule_of(result, None, None)) if status == _SUCCESS else None
+
+    return call
+
+
+@pytest.mark.parametrize("sinks_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("merged", [True, False])
+def test_agrees_with_the_reference(shim: Shim, merged: bool, sinks_dtype: torch.dtype | None) -> None:
+    world = World(Shape(merged_qkv=merged, sinks_dtype=sinks_dtype, window=40, softcap=30.0), seed=3)
+    ours, theirs = world.caches(), world.caches()
+    for step in ({"a": 50, "b": 3}, {"a": 1, "b": 1}):
+        batch = world.batch(step, padding=1)
+        got = batch.call(shim, ours)
+        assert got is not None
+        torch.testing.assert_close(got, batch.call(reference, theirs), atol=8e-3, rtol=1.6e-2)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda b: {"q": b.q.to(torch.float64)}, "q is none of"),
+        (lambda b: {"k": b.k.float()}, "one dtype"),
+        (lambda b: {"q": b.q.transpose(1, 2).contiguous().transpose(1, 2)}, "rows dense"),
+        (lambda b: {"v": b.v[:-1]}, "disagree in shape"),
+        (lambda b: {"seq_lens": b.seq_lens.long()}, "seq_lens must be"),
+        (lambda b: {"query_start_loc": b.query_start_loc[:-1]}, "query_start_loc must be"),
+        (lambda b: {"block_tables": b.block_tables.repeat(2, 1)}, "block_tables must be"),
+        (lambda b: {"slot_mapping": b.slot_mapping[1:]}, "slot_mapping must be"),
+        (lambda b: {"sinks": torch.zeros(3)}, "sinks must be"),
+        (lambda b: {"softcap": -2.0}, "must not be negative"),
+        (lambda b: {"block_tables": torch.full_like(b.block_tables, 1 << 20)}, "block id"),
+    ],
+)
+def test_refuses_with_one_sentence(
+    shim: Shim, change: Callable[..., dict[str, object]], says: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    world = World(Shape(), seed=3)
+    batch, caches = world.batch({"a": 5}), world.caches()
+    vars(batch).update(change(batch))
+    assert batch.call(shim, caches) is None
+    message = capfd.readouterr().err
+    assert message.startswith("llmc: paged_attention of layer 0: ")
+    assert says in message
+    assert all(torch.count_nonzero(cache) == 0 for cache in caches)
+
+
+def test_refuses_caches_that_do_not_fit(shim: Shim, capfd: pytest.CaptureFixture[str]) -> None:
+    world = World(Shape(), seed=3)
+    batch, (k_cache, v_cache) = world.batch({"a": 5}), world.caches()
+    wrong = [
+        (k_cache, v_cache[:-1]),
+        (k_cache[:, :1], v_cache[:, :1]),
+        (k_cache.float(), v_cache),
+        (k_cache.transpose(2, 3).contiguous().transpose(2, 3), v_cache),
+        (k_cache.float(), v_cache.float()),
+    ]
+    for pair in wrong:
+        assert batch.call(shim, list(pair)) is None
+        assert "paged_attention of layer 0" in capfd.readouterr().err
