@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmc.compiler.safetensors_header import CheckpointTensor
+from llmc.compiler.model import CheckpointTensor
 from llmc.errors import UnsupportedModel
 
 Recipe = dict[str, Any]

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from llmc.compiler.safetensors_header import CheckpointTensor, read_header
+from llmc.artifacts.safetensors import read_header
 from llmc.compiler.supported import check_supported
 from llmc.errors import ConfigError, UnsupportedModel
 
@@ -28,6 +28,18 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 _MAX_JSON_BYTES = 64 << 20
 _FLOAT_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointTensor:
+    """Where one tensor of the checkpoint lies."""
+
+    name: str
+    file: str  # relative to the model folder
+    dtype: str  # as safetensors spells it, "BF16"
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the file
+    nbytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +74,8 @@ def read_model(path: str | Path, *, dtype: str = "auto") -> ModelSource:
 
     Raises:
         ConfigError: no such folder, or an unknown dtype.
-        UnsupportedModel: the model is of a kind llmc does not compile, or a file is missing or damaged.
+        UnsupportedModel: the model is of a kind llmc does not compile, or a file is missing.
+        ArtifactError: a safetensors file is damaged.
     """
     folder = Path(path)
     if dtype != "auto" and dtype not in DTYPES:
@@ -125,7 +138,7 @@ def _checkpoint(folder: Path) -> dict[str, CheckpointTensor]:
     if "model.safetensors" in files:
         files = ["model.safetensors"]
     if len(files) == 1:
-        return read_header(folder / files[0], files[0])
+        return _header(folder, files[0])
     if files:
         raise UnsupportedModel(
             f"{folder}: {len(files)} safetensors files and no model.safetensors.index.json that says which tensor is where"
@@ -149,11 +162,20 @@ def _sharded(folder: Path, index: Path) -> dict[str, CheckpointTensor]:
             raise UnsupportedModel(f"{index}: {file!r} is not the plain name of a .safetensors file in the same folder")
         if not (folder / file).is_file():
             raise UnsupportedModel(f"{folder / file}: no such file, yet {index.name} names it; the download is incomplete")
-        headers[file] = read_header(folder / file, file)
+        headers[file] = _header(folder, file)
     missing = [name for name, file in weight_map.items() if name not in headers[file]]
     if missing:
         raise UnsupportedModel(f"{index}: tensor {missing[0]!r} is not in {weight_map[missing[0]]!r}, where it should be")
     return {name: headers[file][name] for name, file in weight_map.items()}
+
+
+def _header(folder: Path, file: str) -> dict[str, CheckpointTensor]:
+    with (folder / file).open("rb") as handle:
+        entries = read_header(handle.fileno(), str(folder / file))
+    return {
+        name: CheckpointTensor(name=name, file=file, dtype=e.stored_dtype, shape=e.shape, offset=e.offset, nbytes=e.nbytes)
+        for name, e in entries.items()
+    }
 
 
 def _auto_config(folder: Path) -> PretrainedConfig:
