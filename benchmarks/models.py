@@ -1,9 +1,9 @@
 """The two checkpoints that figures are given for: random weights from a fixed seed, bf16, with a tokenizer that fills the vocabulary.
 
-    S   Qwen3 architecture, hidden 512, 8 layers, vocabulary 4096
-    M   the shape of Qwen3-0.6B
+S   Qwen3 architecture, hidden 512, 8 layers, vocabulary 4096
+M   the shape of Qwen3-0.6B
 
-    python -m benchmarks.models S M --out DIR
+python -m benchmarks.models S M --out DIR
 """
 
 from __future__ import annotations
