@@ -32,22 +32,31 @@ class LoadedModel:
     startup_ms: Mapping[str, float]  # stage -> milliseconds; "load.code" and "load.weights" run side by side inside "load"
 
 
-def load_model(config: EngineConfig) -> LoadedModel:
+def load_model(config: EngineConfig, artifact: OpenArtifact | None = None) -> LoadedModel:
     """Load what `config` names.
+
+    Args:
+        artifact: the artifact, opened and verified already by a caller that keeps it open meanwhile; None opens `config.artifact`.
 
     Raises:
         ArtifactError: the artifact is damaged, foreign, or computes something else than its compiler did.
         ConfigError: a setting does not fit the artifact or the machine.
     """
     timer = StageTimer()
-    keep_freed_memory()
+    if artifact is not None:
+        return _load(artifact, config, timer)
     with timer.stage("verify"):
         artifact = open_artifact(
             config.artifact, require_signature=config.require_signature, trust=Path(config.trust) if config.trust else None
         )
     with artifact:
-        manifest = artifact.manifest
-        code, weights = _load_files(artifact, config, timer)
+        return _load(artifact, config, timer)
+
+
+def _load(artifact: OpenArtifact, config: EngineConfig, timer: StageTimer) -> LoadedModel:
+    keep_freed_memory()
+    manifest = artifact.manifest
+    code, weights = _load_files(artifact, config, timer)
     with timer.stage("bind"):
         executor = code.bind(weights)
     with timer.stage("kv"):
