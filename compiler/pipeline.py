@@ -1,0 +1,51 @@
+"""Which passes run at which level, in which order. Choices are made here, when the list is built, not inside the runner."""
+
+from __future__ import annotations
+
+from llmc.errors import ConfigError
+from llmc.passes.base import Pass
+from llmc.passes.common_subexpressions import CommonSubexpressions
+from llmc.passes.constant_fold_rope import ConstantFoldRope
+from llmc.passes.lower_experts import LowerExperts
+from llmc.passes.lower_linear import LowerLinear
+from llmc.passes.merge_gate_up import MergeGateUp
+from llmc.passes.merge_qkv import MergeQKV
+from llmc.passes.no_op_elimination import NoOpElimination
+from llmc.passes.prune_to_needed_rows import PruneToNeededRows
+
+LEVELS = (0, 1, 2)
+
+
+def pipeline(level: int) -> list[Pass]:
+    """The passes of an optimisation level, in order.
+
+    Args:
+        level: 0 gives no pass at all: the captured graph is the oracle the other levels are held to.
+
+    Raises:
+        ConfigError: a level that does not exist.
+    """
+    if level not in LEVELS:
+        raise ConfigError(f"optimisation level {level}: expected one of {', '.join(map(str, LEVELS))}; choose -O2 if in doubt")
+    if level == 0:
+        return []
+    # -O2 has no pass of its own yet: the inexact fusions (norm with residual, QK-norm with rope) will be appended for level 2.
+    # What -O2 adds today is decided in lowering, not here.
+    return _exact() + _lowering()
+
+
+def _exact() -> list[Pass]:
+    """Same bits, given that a row and a column of a linear do not depend on their neighbours."""
+    return [
+        NoOpElimination(),  # first: it puts next to each other what the others match
+        CommonSubexpressions(),  # before folding: what each layer derives from the rotary values becomes one value
+        PruneToNeededRows(),  # before the merges: the last layer's MLP is then merged on few rows as any other
+        MergeQKV(),  # the merges need plain aten.linear, so they stand before lower-linear
+        MergeGateUp(),
+        ConstantFoldRope(),  # anywhere after no-op-elimination; late, since its tables are the only bytes a pass holds
+    ]
+
+
+def _lowering() -> list[Pass]:
+    """Last: what these write, no other pass reads. They stand at -O1 too, for a row's bits must not depend on its batch."""
+    return [LowerLinear(), LowerExperts()]
