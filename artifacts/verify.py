@@ -31,7 +31,6 @@ from llmc.artifacts.weight_source import VerifyMode, WeightSource
 from llmc.errors import ArtifactError, ConfigError, InternalError
 
 _MAX_ENTRIES = 20_000  # names in the folder, before looking at any of them
-_MAX_SIGNATURE_BYTES = 64 * 1024 * 1024
 _READ_BYTES = 1 << 20
 
 
@@ -41,14 +40,16 @@ class OpenArtifact:
     Attributes:
         path: where it was opened.
         manifest: checked.
-        digest: SHA-256 of manifest.json, the artifact's name.
+        manifest_bytes: manifest.json as read.
+        digest: SHA-256 of it, the artifact's name.
         signed_by: the public key file whose signature was verified, or None if no policy asked.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, digest: str, fds: dict[str, int]) -> None:
+    def __init__(self, path: Path, manifest: Manifest, manifest_bytes: bytes, fds: dict[str, int]) -> None:
         self.path = path
         self.manifest = manifest
-        self.digest = digest
+        self.manifest_bytes = manifest_bytes
+        self.digest = sha256_hex(manifest_bytes)
         self.signed_by: Path | None = None
         self._fds = fds
         self._records = {record.path: record for record in manifest.files}
@@ -65,6 +66,11 @@ class OpenArtifact:
         if path not in self._fds:
             raise InternalError(f"{self.path}: {path} is not an open file of this artifact; please report this")
         return self._fds[path]
+
+    @property
+    def signature_fd(self) -> int | None:
+        """The open signature file; None if the artifact is unsigned."""
+        return self._fds.get(SIGNATURE_NAME)
 
     def read(self, path: str) -> bytes:
         """A file's bytes, hashed once more as they are read, so that they are what the manifest says whatever happened since.
@@ -213,7 +219,7 @@ def _open_once(path: Path, folder: int) -> OpenArtifact:
         for fd in fds.values():
             os.close(fd)
         raise
-    return OpenArtifact(path, manifest, sha256_hex(data), fds)
+    return OpenArtifact(path, manifest, data, fds)
 
 
 def _open_folder(path: Path) -> int:
