@@ -80,7 +80,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True):
     top: list[tuple[int, float]]  # (token id, logprob)
 
 
-class TokenEvent(_Message):
+class TokenEvent(_Message, gc=False):  # one per sequence and step; never part of a cycle
     """New tokens of one sequence; the last event of a sequence has a finish_reason. Every accepted request ends exactly once."""
 
     request_id: str

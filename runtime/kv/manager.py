@@ -115,7 +115,10 @@ class KVManager:
         blocks.ready_tokens = 0
 
     def return_passed(self, blocks: SequenceBlocks, start: int) -> None:
-        """Give back blocks that no query at `start` or later sees. Changes the pool."""
+        """Give back blocks that no query at `start` or later sees. Changes the pool.
+
+        Called when new blocks are needed, not in every step: until then the sequence holds no more than it did.
+        """
         if not self._has_window:
             return
         for group, window in enumerate(self._windows):
@@ -139,12 +142,7 @@ class KVManager:
             new = self.pool.allocate(missing * len(self._windows))
             for group, table in enumerate(blocks.groups):
                 table.extend(new[group * missing : (group + 1) * missing])
-        ready = len(blocks.groups[0]) * self.block_size
-        for window, returned in zip(self._windows, blocks.num_returned, strict=True):
-            if window:
-                # The query at this position would no longer see the block after those returned.
-                ready = min(ready, (returned + 1) * self.block_size + window - 1)
-        blocks.ready_tokens = ready
+        blocks.ready_tokens = len(blocks.groups[0]) * self.block_size
 
     def publish(self, blocks: SequenceBlocks, token_ids: list[int], num_computed: int) -> None:
         """Offer the full blocks among tokens [0, num_computed), now computed, to the prefix cache. Changes the pool's keys."""

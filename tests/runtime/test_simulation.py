@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from llmc.runtime.kv import BlockPool, KVManager, PrefixCache
+from llmc.runtime.kv import BlockPool, KVManager, PrefixCache, prefix_cache
 from llmc.runtime.scheduler import Scheduler
 from tests.runtime.simulation import SimulationError, simulate
 
@@ -60,12 +60,8 @@ def _block_is_published_before_it_is_full(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def _hash_forgets_what_came_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    digest = PrefixCache._digest
-
-    def short(self: PrefixCache, content: bytes, kind: bytes) -> bytes:
-        return digest(self, content[16:] if kind == b"llmc-block" else content, kind)
-
-    monkeypatch.setattr(PrefixCache, "_digest", short)
+    digest = prefix_cache._digest
+    monkeypatch.setattr(prefix_cache, "_digest", lambda hasher, content: digest(hasher, content[16:] or content))
 
 
 def _shared_block_is_freed_by_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
