@@ -17,7 +17,7 @@ import minijinja
 
 from llmc.errors import ArtifactError, RequestRejected
 
-FUEL = 10_000_000  # instructions; a 1,000-message conversation takes about 100,000
+FUEL = 4_000_000  # instructions; a 1,000-message conversation takes about 100,000
 MAX_RENDERED_CHARS = 32 * 1024 * 1024
 _MAX_INDENT = 32
 # Marks assistant text for training; it prints nothing, and minijinja does not know the tag.

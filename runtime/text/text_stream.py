@@ -25,6 +25,7 @@ class TextStream:
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens)
         self._matcher = StopMatcher(stop or [], include_stop)
         self._min_tokens = min_tokens
+        self.include_stop = include_stop
         self.num_tokens = 0
         self.matched_stop: str | None = None
 

@@ -15,7 +15,8 @@ from tiny_tokenizers import CHATML
 from llmc.errors import ArtifactError, RequestRejected
 from llmc.runtime.text import ChatTemplate, chat_template
 
-LLAMA2_LIKE = """{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system_message = messages[0]['content'] %}
+LLAMA2_LIKE = """{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}
+{% set system_message = messages[0]['content'] %}
 {% else %}{% set loop_messages = messages %}{% set system_message = false %}{% endif %}
 {% for message in loop_messages %}
 {% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
@@ -78,7 +79,8 @@ MACRO_LIKE = """{%- macro turn(role, text) -%}
 {%- generation %}
 tail {{ messages | map(attribute='role') | list | tojson }} {{ {'b': 1.5, 'a': [none, true]} | tojson(indent=2) }}
 {% endgeneration %}
-{{ messages | selectattr('role', 'equalto', 'user') | list | length }} {{ messages[-1].content[:3] | upper }} {{ unknown }}|{{ none }}|{{ 1 == 1.0 }}
+{{ messages | selectattr('role', 'equalto', 'user') | list | length }}
+{{ messages[-1].content[:3] | upper }} {{ unknown }}|{{ none }}|{{ 1 == 1.0 }}
 """
 
 TEMPLATES = {"chatml": CHATML, "llama2": LLAMA2_LIKE, "tools": TOOLS_LIKE, "macros": MACRO_LIKE}

@@ -1,0 +1,82 @@
+"""The HTTP application: routes, error answers, and the layers every request passes.
+
+From the outside in: context (id, log, last word), CORS if allowed, keys, body limits, then FastAPI's routes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from llmc.errors import RequestRejected
+from llmc.runtime.server.auth import AuthMiddleware, KeyCheck
+from llmc.runtime.server.context import ContextMiddleware
+from llmc.runtime.server.errors import error_response, rejection_response
+from llmc.runtime.server.front import Front
+from llmc.runtime.server.generation import ClientGone
+from llmc.runtime.server.health import operator_router
+from llmc.runtime.server.limits import BodyMiddleware
+from llmc.runtime.server.openai_chat import chat_router
+from llmc.runtime.server.openai_completions import completions_router
+from llmc.runtime.server.openapi import describe
+from llmc.runtime.server.tokenize import tokenize_router
+from llmc.runtime.server.version import VERSION
+
+_MESSAGES = {404: "there is nothing at this path; GET /v1/models lists what is served", 405: "this path does not take this method"}
+
+
+def build_app(front: Front) -> Any:
+    """The whole ASGI application of a server."""
+    settings = front.settings
+    app = FastAPI(
+        title="llmc",
+        version=VERSION,
+        docs_url=None,  # the interactive pages load scripts from elsewhere
+        redoc_url=None,
+        openapi_url=None if settings.disable_docs else "/openapi.json",
+        redirect_slashes=False,  # a redirect would be built from the Host header
+        root_path=settings.root_path,
+    )
+    for router in (chat_router(front), completions_router(front), tokenize_router(front), operator_router(front)):
+        app.include_router(router)
+    app.openapi = lambda: describe(app)  # type: ignore[method-assign]
+    _add_error_answers(app)
+    layers: Any = BodyMiddleware(app, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    layers = AuthMiddleware(layers, KeyCheck(settings.api_keys), settings.root_path)
+    if settings.allowed_origins:
+        # Outside the keys: a browser's preflight carries none.
+        layers = CORSMiddleware(
+            layers,
+            allow_origins=settings.allowed_origins,
+            allow_methods=settings.allowed_methods,
+            allow_headers=settings.allowed_headers,
+            allow_credentials=settings.allow_credentials,
+        )
+    return ContextMiddleware(layers, front.metrics, access_log=not settings.disable_access_log)
+
+
+def _add_error_answers(app: FastAPI) -> None:
+    async def rejected(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestRejected)
+        return rejection_response(error)
+
+    async def http_error(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        message = _MESSAGES.get(error.status_code, "the request was refused")
+        return error_response(message, status=error.status_code, code=code, headers=dict(error.headers or {}))
+
+    async def gone(_request: Request, _error: Exception) -> Response:
+        return Response(status_code=499)  # for the log; nobody reads it
+
+    async def failed(_request: Request, _error: Exception) -> Response:
+        return error_response("the server failed on this request; its log has the reason", status=500)  # ContextMiddleware logs it
+
+    app.add_exception_handler(Exception, failed)
+    app.add_exception_handler(RequestRejected, rejected)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(ClientGone, gone)

@@ -1,0 +1,201 @@
+"""One client request in the engine: its sequences go in, text comes out, each ends exactly once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+
+from llmc.errors import RequestRejected
+from llmc.runtime.messages import FinishReason, GenerateRequest, SamplingParams, TokenEvent, TokenLogprobs
+from llmc.runtime.server.front import Front, tenant_of
+from llmc.runtime.server.sampling import for_choice
+from llmc.runtime.text import TextStream
+
+
+class ClientGone(Exception):
+    """The client closed the connection; there is nobody to answer."""
+
+
+@dataclass(slots=True)
+class Delta:
+    """What one event added to one choice."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None
+    prompt_logprobs: list[TokenLogprobs | None] | None
+    finish_reason: FinishReason | None
+    stop_reason: int | str | None  # the stop string or token that ended it, as vLLM shows it
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """One running sequence."""
+
+    index: int
+    prompt: list[int]
+    text: TextStream
+    last_token_at: float = 0.0
+    first_token_at: float = 0.0
+    num_tokens: int = 0
+
+
+class Generation:
+    """Runs `n` samples of each prompt. Choice i of prompt p has the index p * n + i."""
+
+    def __init__(self, front: Front, request: Request, prompts: list[list[int]], sampling: SamplingParams, *, priority: int = 0) -> None:
+        """Submit everything. Must be closed in the end, whatever happens.
+
+        Raises:
+            RequestRejected: the engine takes nothing now.
+        """
+        self._front = front
+        self._started = time.monotonic()
+        self._sequences: dict[str, _Sequence] = {}
+        self.num_prompt_tokens = sum(len(prompt) for prompt in prompts)
+        self.num_output_tokens = 0
+        self.num_cached_tokens = 0
+        self._n = sampling.n
+        base, salt = request.scope["llmc.request_id"], tenant_of(request)
+        messages = []
+        for index in range(len(prompts) * sampling.n):
+            prompt, choice = prompts[index // sampling.n], index % sampling.n
+            request_id = f"{base}-{index}"
+            text = TextStream(
+                front.model.tokenizer,
+                stop=sampling.stop,
+                include_stop=sampling.include_stop_str_in_output,
+                skip_special_tokens=sampling.skip_special_tokens,
+                min_tokens=sampling.min_tokens,
+            )
+            self._sequences[request_id] = _Sequence(index=index, prompt=prompt, text=text)
+            messages.append(
+                GenerateRequest(
+                    request_id=request_id,
+                    prompt_token_ids=prompt,
+                    sampling=for_choice(sampling, choice),
+                    priority=priority,
+                    arrival_time=self._started,
+                    cache_salt=salt,
+                )
+            )
+        self._stream = front.client.submit(messages)
+        self._stream.on_cut = request.scope["llmc.abort"]
+        front.metrics.prompt_tokens.inc(sum(len(m.prompt_token_ids) for m in messages))
+        front.metrics.request_params_n.observe(sampling.n)
+        front.metrics.request_params_max_tokens.observe(sampling.max_tokens or 0)
+        self._watcher = asyncio.get_running_loop().create_task(self._watch(request.receive))
+
+    async def deltas(self) -> AsyncIterator[list[Delta]]:
+        """What the engine gave, as it comes, until every sequence has ended.
+
+        Raises:
+            RequestRejected: the engine ended a sequence with an error; the others are stopped.
+            ClientGone: the client left, or was too slow and was cut.
+        """
+        try:
+            while self._sequences:
+                events = await self._stream.get()
+                if not events:
+                    raise ClientGone
+                deltas = [delta for event in events if (delta := self._take(event)) is not None]
+                if deltas:
+                    yield deltas
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Stop what still runs. May be called again."""
+        self._watcher.cancel()
+        for request_id in list(self._sequences):
+            self._end(request_id, "abort")
+        self._front.client.abort_stream(self._stream)
+
+    def usage(self) -> dict[str, Any]:
+        """The usage object of OpenAI's answers."""
+        return {
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": self.num_output_tokens,
+            "total_tokens": self.num_prompt_tokens + self.num_output_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens},
+        }
+
+    async def _watch(self, receive: Any) -> None:
+        """Free the sequences as soon as the client is gone, whatever the handler is waiting for."""
+        while (await receive())["type"] != "http.disconnect":
+            continue
+        for request_id in list(self._sequences):
+            self._end(request_id, "abort")
+        self._front.client.abort_stream(self._stream)
+
+    def _take(self, event: TokenEvent) -> Delta | None:
+        sequence = self._sequences.get(event.request_id)
+        if sequence is None:
+            return None
+        if event.finish_reason == "error":
+            self._end(event.request_id, "error")
+            raise RequestRejected(event.error or "the engine failed on this request", status=event.error_status, code="engine_error")
+        self._count(sequence, event)
+        finish, stop_reason = event.finish_reason, event.stop_token_id
+        before = sequence.text.num_tokens
+        # An end token's text is shown only if asked for, as a stop string's is.
+        shown_ids = event.token_ids
+        if event.stop_token_id is not None and shown_ids and shown_ids[-1] == event.stop_token_id and not sequence.text.include_stop:
+            shown_ids = shown_ids[:-1]
+        text = sequence.text.push(shown_ids, last=finish is not None)
+        if sequence.text.matched_stop is not None:
+            used = sequence.text.num_tokens - before
+            finish, stop_reason = "stop", sequence.text.matched_stop
+            event_ids = event.token_ids[:used]
+            if event.finish_reason is None:
+                self._front.client.abort(event.request_id, "stop")
+        else:
+            event_ids = event.token_ids
+        if finish is not None:
+            self._end(event.request_id, finish)
+        return Delta(
+            index=sequence.index,
+            text=text,
+            token_ids=event_ids,
+            logprobs=event.logprobs[: len(event_ids)] if event.logprobs is not None else None,
+            prompt_logprobs=event.prompt_logprobs,
+            finish_reason=finish,
+            stop_reason=stop_reason,
+        )
+
+    def _count(self, sequence: _Sequence, event: TokenEvent) -> None:
+        num_new = len(event.token_ids)
+        if not num_new:
+            return
+        now, metrics = time.monotonic(), self._front.metrics
+        metrics.generation_tokens.inc(num_new)
+        self.num_output_tokens += num_new
+        if sequence.num_tokens == 0:
+            sequence.first_token_at = now
+            metrics.time_to_first_token.observe(now - self._started)
+            if sequence.index % self._n == 0:  # n samples share one prompt, which usage counts once
+                self.num_cached_tokens += event.num_cached_tokens
+        else:
+            metrics.inter_token_latency.observe((now - sequence.last_token_at) / num_new)
+        sequence.num_tokens += num_new
+        sequence.last_token_at = now
+
+    def _end(self, request_id: str, reason: FinishReason) -> None:
+        """Take a sequence off the list and count its end, once."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is None:
+            return
+        metrics = self._front.metrics
+        metrics.ended(reason)
+        if reason in ("stop", "length"):
+            metrics.request_prompt_tokens.observe(len(sequence.prompt))
+            metrics.request_generation_tokens.observe(sequence.num_tokens)
+            metrics.e2e_latency.observe(time.monotonic() - self._started)
+            if sequence.num_tokens > 1:
+                metrics.time_per_output_token.observe((sequence.last_token_at - sequence.first_token_at) / (sequence.num_tokens - 1))

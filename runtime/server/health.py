@@ -1,0 +1,89 @@
+"""What operators and load balancers ask: health, metrics, load, version, models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import prometheus_client
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from llmc.errors import RequestRejected
+from llmc.runtime.engine_client import EngineState
+from llmc.runtime.server.answers import json_answer
+from llmc.runtime.server.errors import error_response
+from llmc.runtime.server.front import Front
+from llmc.runtime.server.version import VERSION
+
+_WHY_NOT = {
+    EngineState.LOADING: "the model is being loaded",
+    EngineState.RESTARTING: "the engine ended and is being restarted",
+    EngineState.DRAINING: "the server is shutting down",
+    EngineState.FAILED: "the engine ended and could not be restarted",
+    EngineState.READY: "the engine made no progress lately",
+}
+
+
+def operator_router(front: Front) -> APIRouter:
+    """The routes that run no model."""
+    router = APIRouter()
+
+    @router.get("/health/live")
+    async def live() -> Any:
+        """This process answers."""
+        return json_answer({"status": "live"})
+
+    @router.get("/health/ready")
+    @router.get("/health")
+    async def ready() -> Any:
+        """A request sent now would be worked on: the engine made progress lately, or is idle and answering."""
+        if front.client.is_ready(front.settings.stall_timeout_s):
+            return json_answer({"status": "ready"})
+        return error_response(_WHY_NOT[front.client.state], status=503, code=f"not_ready_{front.client.state.value}")
+
+    @router.get("/metrics")
+    async def metrics() -> Any:
+        return Response(front.metrics.text(), headers={"content-type": prometheus_client.CONTENT_TYPE_LATEST})
+
+    @router.get("/load")
+    async def load() -> Any:
+        """How busy the server is. `server_load` counts open sequences, as vLLM's clients read it."""
+        stats = front.client.stats
+        return json_answer(
+            {
+                "server_load": front.client.num_open,
+                "num_requests_running": stats.num_running if stats else 0,
+                "num_requests_waiting": stats.num_waiting if stats else 0,
+                "kv_cache_usage": stats.kv_blocks_used / max(1, stats.kv_blocks_total) if stats else 0.0,
+                "state": front.client.state.value,
+            }
+        )
+
+    @router.get("/version")
+    async def version() -> Any:
+        return json_answer({"version": VERSION})
+
+    @router.get("/v1/models")
+    async def models() -> Any:
+        return json_answer({"object": "list", "data": [_model_card(front, name) for name in front.model.names]})
+
+    @router.get("/v1/models/{model:path}")
+    async def model(model: str) -> Any:
+        if model not in front.model.names:
+            raise RequestRejected("the model does not exist here; GET /v1/models lists what does", status=404, code="model_not_found")
+        return json_answer(_model_card(front, model))
+
+    return router
+
+
+def _model_card(front: Front, name: str) -> dict[str, Any]:
+    ready = front.client.ready
+    return {
+        "id": name,
+        "object": "model",
+        "created": front.created,
+        "owned_by": "llmc",
+        "root": front.model.name,
+        "parent": None,
+        "max_model_len": ready.max_model_len if ready is not None else None,
+    }

@@ -1,0 +1,190 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from llmc.errors import RequestRejected
+from llmc.runtime.messages import TokenLogprobs
+from llmc.runtime.server import sse
+from llmc.runtime.server.answers import json_answer
+from llmc.runtime.server.front import Front
+from llmc.runtime.server.generation import Delta, Generation
+from llmc.runtime.server.logprobs import completion_logprobs, prompt_logprobs
+from llmc.runtime.server.parse import parse_body
+from llmc.runtime.server.sampling import sampling_params
+from llmc.runtime.server.schemas import CompletionRequest
+
+_DEFAULT_MAX_TOKENS = 16  # as OpenAI has it
+
+
+def completions_router(front: Front) -> APIRouter:
+    """The route, bound to this server's parts."""
+    router = APIRouter()
+
+    @router.post("/v1/completions")
+    async def completions(request: Request) -> Any:
+        body = parse_body(await request.body(), CompletionRequest)
+        front.check_model(body.model)
+        _check_fields(body)
+        prompts = await _prompts(front, body)
+        sampling = sampling_params(
+            front,
+            body,
+            prompts,
+            # A prompt's own log-probabilities need a step; its token is dropped.
+            max_tokens=max(1, body.max_tokens) if body.max_tokens is not None else _DEFAULT_MAX_TOKENS,
+            logprobs=body.logprobs,
+            prompt_logprobs=body.logprobs if body.echo and body.logprobs is not None else body.prompt_logprobs,
+        )
+        generation = Generation(front, request, prompts, sampling, priority=body.priority or 0)
+        answer = _Answer(front, body, generation, prompts, request.scope["llmc.request_id"])
+        if body.stream:
+            return await sse.start(answer.chunks(), generation.close)
+        try:
+            return json_answer(await answer.whole())
+        finally:
+            generation.close()
+
+    return router
+
+
+def _check_fields(body: CompletionRequest) -> None:
+    if body.max_tokens == 0 and not body.echo:
+        raise RequestRejected("max_tokens 0 gives an answer only with echo", param="max_tokens")
+    if body.stream_options is not None and not body.stream:
+        raise RequestRejected("stream_options needs stream to be true", param="stream_options")
+    if body.stream and body.prompt_logprobs is not None:
+        raise RequestRejected("prompt_logprobs cannot be streamed; leave stream out", param="prompt_logprobs")
+
+
+async def _prompts(front: Front, body: CompletionRequest) -> list[list[int]]:
+    """The prompt field's four forms as lists of token ids."""
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        prompt = [prompt]
+    if isinstance(prompt[0], int):
+        return [prompt]  # type: ignore[list-item]
+    special = body.add_special_tokens is not False
+    return [await front.encode(p, add_special_tokens=special) if isinstance(p, str) else p for p in prompt]  # type: ignore[misc]
+
+
+@dataclass(slots=True)
+class _Choice:
+    """One choice as it grows."""
+
+    prompt: list[int]
+    texts: list[str] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    entries: list[TokenLogprobs | None] = field(default_factory=list)
+    prompt_entries: list[TokenLogprobs | None] | None = None
+    offset: int = 0  # characters before the next token, for text_offset
+    opened: bool = False
+    end: Delta | None = None
+
+
+class _Answer:
+    """Shapes one generation as text completion objects."""
+
+    def __init__(self, front: Front, body: CompletionRequest, generation: Generation, prompts: list[list[int]], request_id: str) -> None:
+        self._front = front
+        self._tokenizer = front.model.tokenizer
+        self._body = body
+        self._generation = generation
+        self._n = body.n or 1
+        self._choices = [_Choice(prompt=prompt) for prompt in prompts for _ in range(self._n)]
+        self._frame = {
+            "id": f"cmpl-{request_id}",
+            "object": "text_completion",
+            "created": front.now(),
+            "model": body.model or front.model.name,
+            "system_fingerprint": front.model.fingerprint,
+        }
+
+    async def whole(self) -> dict[str, Any]:
+        """The unstreamed answer."""
+        async for deltas in self._generation.deltas():
+            for delta in deltas:
+                self._grow(delta)
+        # Prompt log-probabilities were asked of the first of n samples only; they are the prompt's.
+        for index, choice in enumerate(self._choices):
+            choice.prompt_entries = self._choices[index - index % self._n].prompt_entries
+        choices = [self._choice(index, choice) for index, choice in enumerate(self._choices)]
+        return {**self._frame, "choices": choices, "usage": self._usage()}
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The streamed answer, event by event."""
+        include_usage = bool(self._body.stream_options and self._body.stream_options.include_usage)
+        frame = {**self._frame, "usage": None} if include_usage else self._frame
+        async for deltas in self._generation.deltas():
+            out = b"".join(self._chunk_of(frame, delta) for delta in deltas)
+            if out:
+                yield out
+        if include_usage:
+            yield sse.event({**frame, "choices": [], "usage": self._usage()})
+        yield sse.DONE
+
+    def _grow(self, delta: Delta) -> _Choice:
+        choice = self._choices[delta.index]
+        if self._body.max_tokens != 0:
+            choice.texts.append(delta.text)
+            choice.ids.extend(delta.token_ids)
+            choice.entries.extend(delta.logprobs or [])
+        choice.prompt_entries = delta.prompt_logprobs or choice.prompt_entries
+        if delta.finish_reason is not None:
+            choice.end = delta
+        return choice
+
+    def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:
+        assert choice.end is not None
+        text = "".join(choice.texts)
+        logprobs = None
+        if self._body.logprobs is not None:
+            ids, entries, offset = choice.ids, choice.entries, 0
+            if self._body.echo:
+                ids, entries = choice.prompt + ids, (choice.prompt_entries or [None] * len(choice.prompt)) + entries
+            logprobs = completion_logprobs(self._tokenizer, entries, ids, offset)
+        answer = {
+            "index": index,
+            "text": self._prompt_text(choice) + text if self._body.echo else text,
+            "logprobs": logprobs,
+            "finish_reason": "length" if self._body.max_tokens == 0 else choice.end.finish_reason,
+            "stop_reason": choice.end.stop_reason,
+        }
+        if self._body.prompt_logprobs is not None and choice.prompt_entries is not None:
+            answer["prompt_logprobs"] = prompt_logprobs(self._tokenizer, choice.prompt_entries)
+        return answer
+
+    def _chunk_of(self, frame: dict[str, Any], delta: Delta) -> bytes:
+        choice = self._grow(delta)
+        text, ids, entries = "".join(choice.texts), choice.ids, choice.entries
+        choice.texts, choice.ids, choice.entries = [], [], []
+        if self._body.echo and not choice.opened:
+            text = self._prompt_text(choice) + text
+            if self._body.logprobs is not None:
+                ids, entries = choice.prompt + ids, (choice.prompt_entries or [None] * len(choice.prompt)) + entries
+        choice.opened = True
+        logprobs = None
+        if self._body.logprobs is not None and ids:
+            logprobs = completion_logprobs(self._tokenizer, entries, ids, choice.offset)
+            choice.offset += sum(len(token) for token in logprobs["tokens"])
+        if not text and logprobs is None and delta.finish_reason is None:
+            return b""
+        shown = {"index": delta.index, "text": text, "logprobs": logprobs, "finish_reason": delta.finish_reason}
+        if delta.finish_reason is not None:
+            shown["finish_reason"] = "length" if self._body.max_tokens == 0 else delta.finish_reason
+            shown["stop_reason"] = delta.stop_reason
+        return sse.event({**frame, "choices": [shown]})
+
+    def _prompt_text(self, choice: _Choice) -> str:
+        return self._tokenizer.decode(choice.prompt, self._body.skip_special_tokens is not False)
+
+    def _usage(self) -> dict[str, Any]:
+        usage = self._generation.usage()
+        if self._body.max_tokens == 0:
+            usage["completion_tokens"], usage["total_tokens"] = 0, usage["prompt_tokens"]
+        return usage

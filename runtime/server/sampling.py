@@ -1,0 +1,108 @@
+"""Request fields and the model's defaults become the engine's SamplingParams, checked."""
+
+from __future__ import annotations
+
+import msgspec
+
+from llmc.errors import RequestRejected
+from llmc.runtime.messages import SamplingParams
+from llmc.runtime.sampling_params import check, check_token_ids
+from llmc.runtime.server.front import Front
+from llmc.runtime.server.schemas import SamplingFields
+
+MAX_REQUEST_TOKENS = 1 << 22  # n x prompts x (prompt or output tokens) of one request
+_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
+def sampling_params(
+    front: Front,
+    request: SamplingFields,
+    prompts: list[list[int]],
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+) -> SamplingParams:
+    """Fill in defaults and refuse what cannot run.
+
+    Args:
+        prompts: token ids of each prompt.
+        max_tokens: the client's limit; None: what the context leaves.
+        logprobs: top log-probabilities per output token; None: none at all.
+        prompt_logprobs: the same for prompt tokens.
+
+    Raises:
+        RequestRejected: naming the field.
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    limit = _output_limit(front, longest, max_tokens, request.min_tokens or 0)
+    n = request.n or 1
+    num_sequences = n * len(prompts)
+    most = front.settings.max_sequences_per_request
+    if num_sequences > most:
+        raise RequestRejected(f"n x prompts is {num_sequences}; at most {most} sequences are accepted in one request", param="n")
+    if num_sequences * max(limit, longest) > MAX_REQUEST_TOKENS:
+        raise RequestRejected(
+            f"n x prompts x max_tokens is {num_sequences * max(limit, longest)}; at most {MAX_REQUEST_TOKENS} are accepted", param="n"
+        )
+    defaults = front.model.generation_defaults
+    sampling = SamplingParams(
+        n=n,
+        **{name: type(neutral)(_first(getattr(request, name), defaults.get(name), neutral)) for name, neutral in _DEFAULTS.items()},  # type: ignore[arg-type]
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        logit_bias={int(token): bias for token, bias in request.logit_bias.items()} if request.logit_bias else None,
+        seed=request.seed,
+        max_tokens=limit,
+        min_tokens=request.min_tokens or 0,
+        stop=[request.stop] if isinstance(request.stop, str) else request.stop,
+        stop_token_ids=request.stop_token_ids,
+        include_stop_str_in_output=bool(request.include_stop_str_in_output),
+        ignore_eos=bool(request.ignore_eos),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        skip_special_tokens=request.skip_special_tokens is not False,
+    )
+    max_logprobs = front.settings.max_logprobs
+    check(sampling, vocab_size=front.model.vocab_size, max_logprobs=max_logprobs, max_model_len=front.max_model_len)
+    for prompt in prompts:
+        check_token_ids(prompt, vocab_size=front.model.vocab_size, param="prompt")
+    return sampling
+
+
+def for_choice(sampling: SamplingParams, choice: int) -> SamplingParams:
+    """The parameters of one of n samples: its own seed, and prompt log-probabilities with the first only."""
+    return msgspec.structs.replace(
+        sampling,
+        n=1,
+        seed=None if sampling.seed is None else _next_seed(sampling.seed, choice),
+        prompt_logprobs=sampling.prompt_logprobs if choice == 0 else None,
+        stop=None,  # matched here, where there is text
+    )
+
+
+def _output_limit(front: Front, longest: int, max_tokens: int | None, min_tokens: int) -> int:
+    """Output tokens every prompt has room for."""
+    context = front.max_model_len
+    if longest == 0:
+        raise RequestRejected("the prompt has no tokens; send at least one", param="prompt")
+    room = context - longest
+    if room < 1 or (max_tokens is not None and max_tokens > room):
+        asked = f" and max_tokens {max_tokens}" if max_tokens is not None else ""
+        raise RequestRejected(
+            f"the context is {context} tokens, but the prompt has {longest}{asked}", param="max_tokens", code="context_length_exceeded"
+        )
+    if max_tokens is not None:
+        return max_tokens
+    default = front.model.generation_defaults.get("max_new_tokens")
+    limit = min(room, int(default)) if isinstance(default, int | float) and default >= 1 else room
+    return max(limit, min(min_tokens, room))
+
+
+def _first(*values: object) -> float:
+    return next(v for v in values if isinstance(v, int | float))
+
+
+def _next_seed(seed: int, choice: int) -> int:
+    """seed + choice, kept within 64 bits."""
+    return (seed + choice + 2**63) % 2**64 - 2**63

@@ -1,0 +1,210 @@
+"""What clients may send. Every field has a bound (tests/server/test_schemas.py walks the models), unknown ones are refused.
+
+Fields OpenAI or vLLM know and this server has not got yet stand in `NOT_BUILT`: they are refused by name with the reason,
+unless null, and never ignored. `null` always means "as if absent".
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, MaxLen, MinLen
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic.types import FailFast as _FailFast
+
+MAX_TEXT_CHARS = 4 << 20
+MAX_PROMPTS = 1024
+MAX_PROMPT_TOKENS = 1 << 20
+MAX_MESSAGES = 4096
+MAX_PARTS = 1024
+MAX_TOKEN_ID = 2**31 - 1
+MAX_STOPS = 16
+MAX_STOP_CHARS = 1024
+MAX_STOP_TOKENS = 1024
+MAX_BIASES = 1024
+
+
+class FailFast(_FailFast):
+    """pydantic's, with the hash that a member of a union needs."""
+
+    __hash__ = object.__hash__
+
+
+TokenId = Annotated[int, Ge(0), Le(MAX_TOKEN_ID)]
+Text = Annotated[str, MaxLen(MAX_TEXT_CHARS)]
+# FailFast: a list of a million wrong entries gives one error, not a million.
+TokenIds = Annotated[list[TokenId], MinLen(1), MaxLen(MAX_PROMPT_TOKENS), FailFast()]
+ModelName = Annotated[str, MinLen(1), MaxLen(512)]
+StopText = Annotated[str, MinLen(1), MaxLen(MAX_STOP_CHARS)]
+
+
+def _prompt_kind(value: Any) -> str:
+    if isinstance(value, list):
+        first = value[0] if value else None
+        if isinstance(first, str):
+            return "#texts"
+        return "#token_lists" if isinstance(first, list) else "#tokens"
+    return "#text"
+
+
+Prompt = Annotated[
+    Annotated[Text, Tag("#text")]
+    | Annotated[list[Text], MinLen(1), MaxLen(MAX_PROMPTS), FailFast(), Tag("#texts")]
+    | Annotated[TokenIds, Tag("#tokens")]
+    | Annotated[list[TokenIds], MinLen(1), MaxLen(MAX_PROMPTS), FailFast(), Tag("#token_lists")],
+    Discriminator(_prompt_kind),
+]
+
+
+def _text_or_list(value: Any) -> str:
+    return "#list" if isinstance(value, list) else "#text"
+
+
+Stops = Annotated[
+    Annotated[StopText, Tag("#text")] | Annotated[list[StopText], MaxLen(MAX_STOPS), FailFast(), Tag("#list")], Discriminator(_text_or_list)
+]
+# JSON has only string keys; 10 digits hold every token id.
+BiasKey = Annotated[str, MinLen(1), MaxLen(10), Field(pattern=r"^[0-9]+$")]
+
+
+class RequestModel(BaseModel):
+    """Base of every request: strict types, finite numbers, no unknown fields."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), hide_input_in_errors=True)
+
+
+class StreamOptions(RequestModel):
+    include_usage: bool | None = None
+
+
+class SamplingFields(RequestModel):
+    """Fields completions and chat share."""
+
+    model: ModelName | None = None
+    n: Annotated[int, Ge(1), Le(128)] | None = None
+    temperature: Annotated[float, Ge(0), Le(100)] | None = None
+    top_p: Annotated[float, Gt(0), Le(1)] | None = None
+    top_k: Annotated[int, Ge(-1), Le(MAX_TOKEN_ID)] | None = None
+    min_p: Annotated[float, Ge(0), Le(1)] | None = None
+    presence_penalty: Annotated[float, Ge(-2), Le(2)] | None = None
+    frequency_penalty: Annotated[float, Ge(-2), Le(2)] | None = None
+    repetition_penalty: Annotated[float, Gt(0), Le(1000)] | None = None
+    logit_bias: Annotated[dict[BiasKey, Annotated[float, Ge(-100), Le(100)]], MaxLen(MAX_BIASES)] | None = None
+    seed: Annotated[int, Ge(-(2**63)), Le(2**63 - 1)] | None = None
+    max_tokens: Annotated[int, Ge(0), Le(MAX_TOKEN_ID)] | None = None
+    min_tokens: Annotated[int, Ge(0), Le(MAX_TOKEN_ID)] | None = None
+    stop: Stops | None = None
+    stop_token_ids: Annotated[list[TokenId], MaxLen(MAX_STOP_TOKENS), FailFast()] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: Annotated[int, Ge(0), Le(MAX_TOKEN_ID)] | None = None
+    priority: Annotated[int, Ge(-(2**31)), Le(2**31 - 1)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: Annotated[str, MaxLen(512)] | None = None
+
+
+class CompletionRequest(SamplingFields):
+    prompt: Prompt
+    echo: bool | None = None
+    logprobs: Annotated[int, Ge(0), Le(MAX_TOKEN_ID)] | None = None
+    add_special_tokens: bool | None = None
+
+
+class TextPart(RequestModel):
+    type: Literal["text"]
+    text: Text
+
+
+Content = Annotated[
+    Annotated[Text, Tag("#text")] | Annotated[list[TextPart], MaxLen(MAX_PARTS), FailFast(), Tag("#list")], Discriminator(_text_or_list)
+]
+
+
+class ChatMessage(RequestModel):
+    role: Annotated[str, MinLen(1), MaxLen(64)]
+    content: Content | None = None
+    name: Annotated[str, MaxLen(256)] | None = None
+
+
+Messages = Annotated[list[ChatMessage], MinLen(1), MaxLen(MAX_MESSAGES), FailFast()]
+
+
+class TextFormat(RequestModel):
+    type: Literal["text"]
+
+
+class ChatCompletionRequest(SamplingFields):
+    messages: Messages
+    max_completion_tokens: Annotated[int, Ge(1), Le(MAX_TOKEN_ID)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Ge(0), Le(MAX_TOKEN_ID)] | None = None
+    add_generation_prompt: bool | None = None
+    add_special_tokens: bool | None = None
+    echo: bool | None = None
+    response_format: TextFormat | None = None
+
+
+class TokenizeRequest(RequestModel):
+    """Either `prompt` or `messages`."""
+
+    model: ModelName | None = None
+    prompt: Text | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(RequestModel):
+    model: ModelName | None = None
+    tokens: Annotated[list[TokenId], MaxLen(MAX_PROMPT_TOKENS), FailFast()]
+
+
+_STRUCTURED = "structured output is not built yet"
+_TOOLS = "tool calls are not built yet"
+NOT_BUILT: dict[str, str] = {
+    "best_of": "only `n` samples are drawn; use n",
+    "suffix": "inserting text between a prompt and a suffix is not built yet",
+    "tools": _TOOLS,
+    "tool_choice": _TOOLS,
+    "parallel_tool_calls": _TOOLS,
+    "tool_calls": _TOOLS,
+    "tool_call_id": _TOOLS,
+    "functions": _TOOLS,
+    "function_call": _TOOLS,
+    "structured_outputs": _STRUCTURED,
+    "guided_json": _STRUCTURED,
+    "guided_regex": _STRUCTURED,
+    "guided_choice": _STRUCTURED,
+    "guided_grammar": _STRUCTURED,
+    "response_format": f"{_STRUCTURED}; only the type text is accepted",
+    "allowed_token_ids": "not built yet; logit_bias can favour tokens",
+    "bad_words": "not built yet; logit_bias can forbid tokens",
+    "truncate_prompt_tokens": "prompts are not shortened; send fewer tokens",
+    "continue_final_message": "not built yet",
+    "continuous_usage_stats": "not built yet; include_usage sends the usage once, at the end",
+    "chat_template": "the chat template is fixed in the artifact; its operator may change it with --chat-template",
+    "chat_template_kwargs": "not built yet",
+    "documents": "not built yet",
+    "cache_salt": "not built yet; the prefix cache is kept apart by API key",
+    "return_token_ids": "not built yet; use logprobs",
+    "return_tokens_as_token_ids": "not built yet",
+    "use_beam_search": "beam search is not built; use n",
+    "length_penalty": "beam search is not built",
+    "early_stopping": "beam search is not built",
+    "spaces_between_special_tokens": "not built yet",
+    "reasoning_effort": "not built yet",
+    "include_reasoning": "not built yet",
+    "modalities": "this server is for text",
+    "audio": "this server is for text",
+    "prediction": "not built yet",
+    "web_search_options": "nothing is fetched for a client",
+    "store": "nothing is stored; leave it out",
+    "metadata": "nothing is stored; leave it out",
+    "service_tier": "there are no tiers here; use priority",
+    "request_id": "request ids are made by the server; send X-Request-Id to have one echoed",
+    "kv_transfer_params": "not built",
+    "logits_processors": "code from a request is never run",
+}

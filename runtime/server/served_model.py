@@ -1,0 +1,57 @@
+"""What the front knows of the model: names, tokenizer, chat template, defaults. Read from the verified artifact."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmc.artifacts.verify import open_artifact
+from llmc.errors import ArtifactError
+from llmc.runtime.server.settings import ServerSettings
+from llmc.runtime.text import ChatTemplate, Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedModel:
+    """Complete when made; shared by all requests."""
+
+    names: tuple[str, ...]  # the first is shown in answers
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    vocab_size: int  # width of the logits
+    generation_defaults: dict[str, float | int | bool | list[int]]
+    fingerprint: str  # names the artifact, same for equal artifacts
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+
+def load_served_model(settings: ServerSettings) -> ServedModel:
+    """Open the artifact, verify what the front uses of it, and close it again.
+
+    Raises:
+        ArtifactError: it is damaged or foreign, or holds no tokenizer.
+        ConfigError: a signature is required and no key is given to check it.
+    """
+    trust = Path(settings.trust) if settings.trust is not None else None
+    with open_artifact(settings.artifact, require_signature=settings.require_signature, trust=trust) as artifact:
+        manifest = artifact.manifest
+        facts = manifest.tokenizer
+        if facts.tokenizer_json is None:
+            raise ArtifactError(
+                f"{settings.artifact}: expected a tokenizer to serve text, found none; compile from a folder with tokenizer.json"
+            )
+        tokenizer = Tokenizer.from_bytes(artifact.read(facts.tokenizer_json))
+        source = settings.chat_template
+        if source is None and facts.chat_template is not None:
+            source = artifact.read(facts.chat_template).decode()
+        return ServedModel(
+            names=settings.served_model_names or (manifest.model.name,),
+            tokenizer=tokenizer,
+            chat_template=ChatTemplate(source, facts.special_tokens) if source is not None else None,
+            vocab_size=manifest.model.vocab_size,
+            generation_defaults=manifest.generation_defaults if settings.generation_config == "auto" else {},
+            fingerprint="fp_" + hashlib.sha256(artifact.digest.encode()).hexdigest()[:16],
+        )

@@ -1,0 +1,67 @@
+"""Server-sent events: a streamed answer that stops when the client does."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import orjson
+from starlette.responses import Response
+
+from llmc.errors import RequestRejected
+from llmc.runtime.server.errors import error_object
+from llmc.runtime.server.generation import ClientGone
+from llmc.runtime.server.logs import log_exception
+
+DONE = b"data: [DONE]\n\n"
+_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+def event(data: dict[str, Any]) -> bytes:
+    """One event. orjson escapes line ends, so data cannot break out of it."""
+    return b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+class EventStream(Response):
+    """An answer that sends what `events` yields. An error after the first byte becomes an error event."""
+
+    def __init__(self, first: bytes, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
+        self.status_code = 200
+        self.media_type = "text/event-stream"
+        self.background = None
+        self.init_headers(_HEADERS)  # not Response.__init__: there is no body, hence no content-length
+        self._first = first
+        self._events = events
+        self._close = close
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": self._first, "more_body": True})
+            async for chunk in self._events:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except ClientGone:
+            return
+        except RequestRejected as error:
+            failure = error_object(str(error), status=error.status, param=error.param, code=error.code)
+            await send({"type": "http.response.body", "body": event(failure) + DONE, "more_body": True})
+        except Exception as error:
+            log_exception("stream_failed", error, request=scope["llmc.request_id"])
+            failure = error_object("the server failed on this request; its log has the reason", status=500)
+            await send({"type": "http.response.body", "body": event(failure) + DONE, "more_body": True})
+        finally:
+            self._close()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def start(events: AsyncIterator[bytes], close: Callable[[], None]) -> EventStream:
+    """Wait for the first event, so that an early error still has its own HTTP status, then answer with the stream.
+
+    `close` ends the generation behind `events`; it is called however the stream ends.
+    """
+    try:
+        first = await anext(events)
+    except BaseException:
+        close()
+        raise
+    return EventStream(first, events, close)

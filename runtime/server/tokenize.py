@@ -1,0 +1,50 @@
+"""POST /tokenize and /detokenize, as vLLM has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from llmc.errors import RequestRejected
+from llmc.runtime.sampling_params import check_token_ids
+from llmc.runtime.server.answers import json_answer
+from llmc.runtime.server.front import Front
+from llmc.runtime.server.openai_chat import render_chat
+from llmc.runtime.server.parse import parse_body
+from llmc.runtime.server.schemas import DetokenizeRequest, TokenizeRequest
+
+
+def tokenize_router(front: Front) -> APIRouter:
+    """Both routes, bound to this server's parts."""
+    router = APIRouter()
+
+    @router.post("/tokenize")
+    async def tokenize(request: Request) -> Any:
+        body = parse_body(await request.body(), TokenizeRequest)
+        front.check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise RequestRejected("send either prompt or messages", param="prompt")
+        if body.messages is not None:
+            tokens = await render_chat(
+                front,
+                body.messages,
+                add_generation_prompt=body.add_generation_prompt is not False,
+                add_special_tokens=bool(body.add_special_tokens),
+            )
+        else:
+            assert body.prompt is not None
+            tokens = await front.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+        answer: dict[str, Any] = {"count": len(tokens), "max_model_len": front.max_model_len, "tokens": tokens}
+        if body.return_token_strs:
+            answer["token_strs"] = [front.model.tokenizer.token_text(token) for token in tokens]
+        return json_answer(answer)
+
+    @router.post("/detokenize")
+    async def detokenize(request: Request) -> Any:
+        body = parse_body(await request.body(), DetokenizeRequest)
+        front.check_model(body.model)
+        check_token_ids(body.tokens, vocab_size=front.model.vocab_size, param="tokens")
+        return json_answer({"prompt": front.model.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+
+    return router
