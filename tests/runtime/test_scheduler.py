@@ -134,7 +134,13 @@ def test_worst_ranked_sequence_gives_way_and_recomputes_the_same(policy: str) ->
     scheduler = make_scheduler(num_blocks=8, max_model_len=32, policy=policy)
     scheduler.add(request("a", 10, arrival=0, priority=1, max_tokens=20))
     scheduler.add(request("b", 10, arrival=1, priority=0, max_tokens=20))
-    events = finish(scheduler, lambda name, length: hash((len(name), length)) % 50)
+    ended: list[str] = []
+    events: dict[str, list[TokenEvent]] = {}
+    while scheduler.has_work():
+        for event in step(scheduler, lambda _, length: (length * 7) % 50)[1]:
+            events.setdefault(event.request_id, []).append(event)
+            ended += [event.request_id] if event.finish_reason else []
+    assert ended == (["a", "b"] if policy == "fcfs" else ["b", "a"])
     assert scheduler.stats().num_preemptions > 0
     tokens = {name: [token for event in got for token in event.token_ids] for name, got in events.items()}
     assert tokens["a"] == tokens["b"]
