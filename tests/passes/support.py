@@ -91,9 +91,8 @@ class _Executor(Interpreter):
             return strict_linear(*args, **kwargs)
         if target is aten.addmm.default:
             return strict_linear(args[1], args[2].t(), args[0])
-        if isinstance(target, OpOverload) and target not in _TORCH_ITSELF:
-            if torch.Tag.pointwise in target.tags or target in _REDUCTIONS:
-                return _rounded_once(target, args, kwargs)
+        if target in _REDUCTIONS or (isinstance(target, OpOverload) and torch.Tag.pointwise in target.tags and target not in _TORCH_ITSELF):
+            return _rounded_once(target, args, kwargs)
         return super().call_function(target, args, kwargs)
 
 
@@ -121,8 +120,9 @@ def evaluate(recipe: dict[str, Any], sources: dict[str, Tensor], computed: dict[
         return sources[recipe["name"]]
     if op == "computed":
         return computed[recipe["key"]]
-    if op == "concat":
-        return torch.cat([evaluate(r, sources, computed) for r in recipe["inputs"]], recipe["axis"])
+    if op in ("concat", "stack"):
+        parts = [evaluate(r, sources, computed) for r in recipe["inputs"]]
+        return torch.stack(parts) if op == "stack" else torch.cat(parts, recipe["axis"])
     value = evaluate(recipe["input"], sources, computed)
     if op == "transpose":
         return value.permute(recipe["axes"])

@@ -6,18 +6,18 @@ from tests.passes.modules import LearnedRope, LengthRope, OuterProductRope, Rope
 from tests.passes.support import assert_golden, assert_same_answers, rejects, unchanged
 
 
-def test_graph_matches_golden():
+def test_graph_matches_golden() -> None:
     assert_golden(ConstantFoldRope(), rope_case(Rope(torch.bfloat16), torch.bfloat16))
 
 
 @pytest.mark.parametrize("kind", [Rope, OuterProductRope])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [2, 11, 40])
-def test_answers_stay_the_same(kind, dtype, tokens):
+def test_answers_stay_the_same(kind: type[Rope], dtype: torch.dtype, tokens: int) -> None:
     assert_same_answers(ConstantFoldRope(), rope_case(kind(dtype), dtype, tokens))
 
 
-def test_tables_are_computed_constants_of_every_position():
+def test_tables_are_computed_constants_of_every_position() -> None:
     after, _ = rope_case(Rope()).apply(ConstantFoldRope())
     assert sorted(after.ctx.weights) == ["rope.cos_table", "rope.sin_table"]
     cos = after.ctx.weights["rope.cos_table"]
@@ -29,13 +29,13 @@ def test_tables_are_computed_constants_of_every_position():
     "kind, reason",
     [(LengthRope, "a row depends on other positions than its own"), (LearnedRope, "frequencies are not known at compile time")],
 )
-def test_says_why_it_refuses(kind, reason):
+def test_says_why_it_refuses(kind: type[Rope], reason: str) -> None:
     assert set(rejects(ConstantFoldRope(), rope_case(kind()))) == {reason}
 
 
-def test_says_why_it_refuses_a_large_table():
+def test_says_why_it_refuses_a_large_table() -> None:
     assert rejects(ConstantFoldRope(max_table_bytes=1000), rope_case(Rope())) == ["the table is too large"] * 2
 
 
-def test_leaves_other_sines_alone():
+def test_leaves_other_sines_alone() -> None:
     assert unchanged(ConstantFoldRope(), rope_case(SineOfData()))
