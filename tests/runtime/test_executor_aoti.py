@@ -1,0 +1,186 @@
+"""AOTInductor images through ctypes: the toy program end to end, its errors, and a process without Python's torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from llmc.errors import ArtifactError, ConfigError, InternalError
+from llmc.runtime.batch import BatchBuilder
+from llmc.runtime.engine import Engine, EngineConfig
+from llmc.runtime.executors.aoti import AotiExecutor
+from llmc.runtime.executors.images import load_image
+from llmc.runtime.executors.libtorch import load_libtorch
+from llmc.runtime.messages import SamplingParams
+from llmc.runtime.step import ScheduledSequence
+from llmc.runtime.weights import Weights, WeightView
+from tests.runtime.recall_executor import request, run_all, tokens_of
+from tests.runtime.toy_artifact import toy_entry, toy_greedy, toy_kv, toy_logits, write_toy_artifact
+from tests.runtime.toy_program import VOCAB
+
+
+@pytest.fixture(scope="module")
+def artifact_folder(toy_folder, toy_weights) -> Path:
+    return write_toy_artifact(toy_folder / "artifact", toy_folder / "toy.so", toy_weights)
+
+
+def _weights(arrays: dict[str, np.ndarray]) -> Weights:
+    views = {name: WeightView(dtype="float32", array=array) for name, array in arrays.items()}
+    return Weights(views=views, num_bytes=0, num_bytes_hashed=0, stage_ms={})
+
+
+def _executor(toy_folder: Path, weights: dict[str, np.ndarray], **entry: object) -> AotiExecutor:
+    libtorch = load_libtorch()
+    fd = os.open(toy_folder / "toy.so", os.O_RDONLY)
+    image = load_image(fd, sha256="toy", role="model", shared=False)
+    os.close(fd)
+    return AotiExecutor(entry=toy_entry(**entry), kv=toy_kv(), image=image, libtorch=libtorch, weights=_weights(weights), num_threads=1)
+
+
+def _builder() -> BatchBuilder:
+    return BatchBuilder(block_size=16, num_groups=1, vocab_size=VOCAB, max_num_batched_tokens=64, max_num_seqs=8, max_model_len=64)
+
+
+def _share(name: str, token_ids: list[int], start: int, end: int, blocks: list[int]) -> ScheduledSequence:
+    return ScheduledSequence(
+        request_id=name,
+        token_ids=token_ids,
+        num_prompt_tokens=len(token_ids),
+        start=start,
+        end=end,
+        block_ids=(blocks,),
+        sampling=SamplingParams(),
+        needs_prompt_logprobs=False,
+    )
+
+
+def test_steps_give_the_programs_logits(toy_folder, toy_weights):
+    executor, builder = _executor(toy_folder, toy_weights), _builder()
+    executor.allocate_kv(8)
+    one, two = [3, 4, 5, 9, 10], list(range(20))
+    for _ in range(2):  # the second round meets cached handles
+        batch = builder.build([_share("1", one, 0, 4, [5]), _share("2", two, 0, 20, [2, 7])]).batch
+        logits = executor.run(batch)
+        assert logits.shape == (1, VOCAB)  # the first sequence goes on
+        np.testing.assert_allclose(logits[0], toy_logits(toy_weights, two), rtol=1e-4, atol=1e-4)
+        logits = executor.run(builder.build([_share("1", one, 4, 5, [5])]).batch)  # reads what the step before wrote
+        np.testing.assert_allclose(logits[0], toy_logits(toy_weights, one), rtol=1e-4, atol=1e-4)
+    executor.close()
+    executor.close()
+
+
+def test_weights_are_used_in_place(toy_folder, toy_weights):
+    arrays = {name: array.copy() for name, array in toy_weights.items()}
+    executor, builder = _executor(toy_folder, arrays), _builder()
+    executor.allocate_kv(4)
+    arrays["head"][:] = 0.0
+    assert not executor.run(builder.build([_share("1", [3, 4], 0, 2, [1])]).batch).any()
+    executor.close()
+
+
+def test_a_failing_program_says_why_and_goes_on(toy_folder, toy_weights, capfd):
+    executor, builder = _executor(toy_folder, toy_weights), _builder()
+    executor.allocate_kv(4)
+    batch = builder.build([_share("1", [3, 4], 1, 2, [1])]).batch
+    batch.input_ids[0] = 10_000
+    with pytest.raises(InternalError, match="failed in a step of 1 tokens: index out of bounds"):
+        executor.run(batch)
+    batch.input_ids[0] = 4
+    assert np.isfinite(executor.run(batch)).all()
+    executor.close()
+
+
+def test_inputs_of_another_kind_are_refused(toy_folder, toy_weights):
+    executor, builder = _executor(toy_folder, toy_weights), _builder()
+    executor.allocate_kv(4)
+    batch = builder.build([_share("1", [3, 4], 0, 2, [1])]).batch
+    import dataclasses
+
+    with pytest.raises(InternalError, match="seq_lens is int64"):
+        executor.run(dataclasses.replace(batch, seq_lens=batch.seq_lens.astype(np.int64)))
+    with pytest.raises(InternalError, match="input_ids is int64, contiguous: False"):
+        executor.run(dataclasses.replace(batch, input_ids=np.zeros(4, dtype=np.int64)[::2]))
+    executor.close()
+
+
+@pytest.mark.parametrize(
+    ("entry", "weights", "message"),
+    [
+        ({"constants": {"embed": "embed"}}, {}, "no weight is bound to the program's constant 'head'"),
+        ({}, {"head": np.zeros((3, 16), dtype=np.float32)}, "192 bytes where the program expects 2048"),
+        ({"inputs": toy_entry().inputs[:-1]}, {}, "takes 9 inputs, the manifest names 8"),
+        (
+            {"inputs": [msgspec.structs.replace(toy_entry().inputs[0], name="embeds"), *toy_entry().inputs[1:]]},
+            {},
+            "no input named 'embeds'",
+        ),
+        ({"outputs": []}, {}, "0 outputs where the logits alone are expected"),
+    ],
+)
+def test_a_manifest_that_disagrees_with_the_image(toy_folder, toy_weights, entry, weights, message):
+    with pytest.raises(ArtifactError, match=message):
+        _executor(toy_folder, {**toy_weights, **weights}, **entry)
+
+
+def test_what_is_no_image(tmp_path):
+    path = tmp_path / "junk.so"
+    path.write_bytes(b"not an image")
+    fd = os.open(path, os.O_RDONLY)
+    with pytest.raises(ArtifactError, match="model image junk cannot be loaded"):
+        load_image(fd, sha256="junk", role="model", shared=False)
+    os.close(fd)
+
+
+def test_two_artifacts_kernels_cannot_share_a_process():
+    from llmc.runtime.executors import images
+
+    before = dict(images._global_roles)
+    images._global_roles["kernels"] = "a" * 64
+    try:
+        with pytest.raises(ConfigError, match="one process per artifact"):
+            load_image(0, sha256="b" * 64, role="kernels", shared=True)
+    finally:
+        images._global_roles.clear()
+        images._global_roles.update(before)
+
+
+def test_engine_over_the_artifact(artifact_folder, toy_weights):
+    engine = Engine(EngineConfig(artifact=str(artifact_folder), threads=1, num_blocks=40))
+    assert {"verify", "load", "load.code", "load.weights", "bind", "kv", "canary"} <= set(engine.ready.startup_ms)
+    prompts = {"a": [3, 4, 5], "b": list(range(2, 22)), "c": [17]}
+    events = run_all(engine, [request(name, prompt, temperature=0.0, max_tokens=9, ignore_eos=True) for name, prompt in prompts.items()])
+    for name, prompt in prompts.items():
+        assert tokens_of(events[name]) == toy_greedy(toy_weights, prompt, 9)[0]
+    engine.close()
+
+
+def test_a_wrong_canary_stops_the_start(toy_folder, toy_weights, tmp_path):
+    folder = write_toy_artifact(tmp_path / "artifact", toy_folder / "toy.so", toy_weights, wrong_canary=True)
+    with pytest.raises(ArtifactError, match="canary 0: token 2 is"):
+        Engine(EngineConfig(artifact=str(folder), threads=1, num_blocks=40))
+    Engine(EngineConfig(artifact=str(folder), threads=1, num_blocks=40, canary=False)).close()
+
+
+def test_the_engine_needs_no_python_torch(artifact_folder):
+    """In a fresh process: the in-process API runs, and neither torch nor anything heavy was imported."""
+    script = """
+        import json, sys
+        import llmc
+        assert not {"numpy", "msgspec", "torch"} & set(sys.modules), "import llmc must import nothing"
+        with llmc.LLM(sys.argv[1], threads=1, num_blocks=40) as llm:
+            output = llm.generate([[3, 4, 5]], llmc.SamplingParams(temperature=0.0, max_tokens=4, detokenize=False))[0].outputs[0]
+        heavy = ("torch", "transformers", "sympy", "triton", "pydantic", "fastapi", "jinja2")
+        print(json.dumps([output.token_ids, sorted(name for name in sys.modules if name.split(".")[0] in heavy)]))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(artifact_folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tokens, heavy = json.loads(done.stdout)
+    assert len(tokens) == 4 and heavy == []
