@@ -126,7 +126,7 @@ class ArtifactWriter:
         except OSError as cleanup_error:
             note = f"{folder} could not be removed ({cleanup_error}); the next compile of this output removes it"
             if error is None:
-                raise ArtifactError(note) from cleanup_error
+                raise ArtifactError(f"{self.out}: the artifact is complete, but {note}") from cleanup_error
             error.add_note(note)
         finally:
             os.close(self._lock_fd)
@@ -199,11 +199,12 @@ class ArtifactWriter:
         copied = self.add_file(record.path, source)
         self._files[record.path] = msgspec.structs.replace(copied, sha256=record.sha256)
 
-    def finish(self, manifest: Manifest) -> Published:
+    def finish(self, manifest: Manifest, *, before_naming: Callable[[Path], None] | None = None) -> Published:
         """Write the manifest, make everything durable, and give the artifact its name.
 
         Args:
             manifest: complete but for `files`, `format_version` and `manifest_sha256`, which are set here.
+            before_naming: called with the whole artifact's temporary folder; what it raises prevents the publication.
 
         Returns:
             "written", "replaced" (an artifact was there), or "unchanged" (the same artifact was there and `force` is off).
@@ -219,9 +220,9 @@ class ArtifactWriter:
             check_manifest(complete, MANIFEST_NAME)
         except ArtifactError as error:
             raise InternalError(f"the compiler made a manifest that disagrees with itself: {error}; please report this") from error
-        return self.publish(encode_manifest(complete))
+        return self.publish(encode_manifest(complete), before_naming=before_naming)
 
-    def publish(self, manifest_bytes: bytes) -> Published:
+    def publish(self, manifest_bytes: bytes, *, before_naming: Callable[[Path], None] | None = None) -> Published:
         """The second half of `finish`: for a caller that has the manifest's bytes already (the cache)."""
         try:
             for folder in self._folders:
@@ -235,6 +236,8 @@ class ArtifactWriter:
         self._new_file(MANIFEST_NAME, fill, needed_bytes=len(manifest_bytes))
         try:
             sync_folder(self._fs, self._folder)
+            if before_naming is not None:
+                before_naming(self.folder)
             result = self._take_name(sha256_hex(manifest_bytes))
         except OSError as error:
             raise explain_os_error(error, "giving the artifact its name", str(self.out)) from error

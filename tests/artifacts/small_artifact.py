@@ -32,7 +32,7 @@ def write_small(out: Path, *, force: bool = False, fs: FileSystem = OS, seed: in
     rng = np.random.default_rng(seed)
     values = {"embed": rng.integers(0, 1 << 16, (big, 16, 16, 2)).astype(np.uint16), "norm": rng.random(5, dtype=np.float32)}
     with ArtifactWriter(out, force=force, fs=fs) as writer:
-        images = [writer.add_image(b"not really code " * 40, "kernels"), writer.add_image(b"nor is this " * 30, "model")]
+        images = [writer.add_image(b"not really code " * 40, "kernels"), writer.add_image(b"nor is this one " * 40, "model")]
         writer.add_file("tokenizer/tokenizer.json", b'{"version":"1.0"}')
         writer.add_file("tokenizer/chat_template.jinja", b"{{ messages }}")
         tensors = [
