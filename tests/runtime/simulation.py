@@ -26,6 +26,7 @@ from llmc.artifacts.manifest import KVFacts, KVGroup
 from llmc.errors import LlmcError, RequestRejected
 from llmc.runtime.messages import GenerateRequest, SamplingParams, TokenEvent, TokenLogprobs
 from llmc.runtime.scheduler import Scheduler, SchedulerConfig
+from llmc.runtime.scheduler.policy import rank_of
 from llmc.runtime.step import SampledToken, ScheduledSequence, StepOutput, StepPlan
 
 VOCABULARY = 23
@@ -303,16 +304,18 @@ class Episode:
             raise SimulationError(f"{request.request_id} was accepted twice")
 
     def _set_deadlines(self, newcomer: Client) -> None:
-        """Steps within which a request must end: the best ranked live one computes at least one token in each.
+        """Steps within which a request must end: the best ranked running one computes at least one token in each.
 
-        Under fcfs only those that came before count. Under priority whoever comes later may go first, so all bounds move.
+        A newcomer waits for all that are there at most. Those it goes before, by priority or, at the same arrival, by id, wait
+        for one more. Twice the sequence's length leaves room for prompts computed again and for copies that wait a step.
         """
+        config = self.scenario.config
         per_request = 2 * self.scheduler.max_sequence_tokens + 4
-        bound = self.step + per_request * len(self.clients)
-        newcomer.deadline_step = bound
-        if self.scenario.config.policy == "priority":
-            for client in self.clients.values():
-                client.deadline_step = max(client.deadline_step, bound)
+        newcomer.deadline_step = self.step + per_request * len(self.clients)
+        rank = rank_of(newcomer.request, config.policy)
+        for client in self.clients.values():
+            if rank_of(client.request, config.policy) > rank:
+                client.deadline_step += per_request
 
     def _maybe_abort(self) -> None:
         rng = self.rng
