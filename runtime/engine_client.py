@@ -35,7 +35,7 @@ from llmc.runtime.messages import (
 )
 
 _MAX_BUFFERED_EVENTS = 4096  # per client request; a reader this far behind is cut
-_RESTART_BACKOFF_S = (0.1, 0.5, 1.0, 2.0, 4.0)  # then the server ends
+_RESTART_BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)  # then the server ends
 _STABLE_AFTER_S = 60.0  # an engine that lived this long starts the count of restarts anew
 _STOP_TIMEOUT_S = 5.0
 _DIED = "the engine stopped while working on this request and is being restarted; send the request again"

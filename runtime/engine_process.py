@@ -9,12 +9,14 @@ The process ends on `Shutdown`, and the kernel kills it when its parent dies. It
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any, Protocol
 
 import msgspec
@@ -132,7 +134,7 @@ def main(make_engine: Callable[[dict[str, Any]], EngineLike] | None = None) -> i
         channel.send([EngineFailed(message=str(error))])
         return error.exit_code
     except Exception as error:
-        traceback.print_exc(file=sys.stderr)
+        _log_fault("engine_failed", error)
         channel.send([EngineFailed(message=f"the engine failed with {type(error).__name__}; the log has the traceback")])
         return InternalError.exit_code
     finally:
@@ -183,9 +185,16 @@ def _take_in(engine: EngineLike, request: GenerateRequest | AbortRequest) -> lis
         return list(engine.add(request) or [])
     except RequestRejected as error:
         return [_refusal(request.request_id, str(error), error.status)]
-    except Exception:
-        traceback.print_exc(file=sys.stderr)
+    except Exception as error:
+        _log_fault("request_failed_in_engine", error)
         return [_refusal(request.request_id, "the engine could not take this request; the server's log has the reason", 500)]
+
+
+def _log_fault(event: str, error: Exception) -> None:
+    """One JSON line with the exception's type and way. Its text stays out: it may quote a prompt."""
+    way = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
+    line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "level": "error", "event": event}
+    print(json.dumps(line | {"error": type(error).__name__, "at": way}), file=sys.stderr, flush=True)
 
 
 def _refusal(request_id: str, message: str, status: int) -> TokenEvent:
@@ -194,7 +203,8 @@ def _refusal(request_id: str, message: str, status: int) -> TokenEvent:
 
 def _make_engine(options: dict[str, Any]) -> EngineLike:
     # Imported here: the socket is connected first, so that a failing import still reaches the front as a sentence.
-    from llmc.runtime.engine import Engine, EngineConfig
+    from llmc.runtime.engine import Engine
+    from llmc.runtime.engine_config import EngineConfig
 
     return Engine(msgspec.convert(options, EngineConfig))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import httptools
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -105,7 +106,8 @@ class LimitedProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._header_timer: asyncio.TimerHandle | None = None
         self._header_bytes = 0
-        self._in_headers = True
+        self._in_headers = True  # or between two requests
+        self._upgrading = False
         self._started: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -127,16 +129,32 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._in_headers:
             self._start_header_timer()
             self._header_bytes += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._parse_without_upgrade(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("")
+            return
         if self._in_headers and self._header_bytes > _MAX_HEADER_BYTES and not self.transport.is_closing():
             self._hang_up(431, f"the request line and headers are larger than {_MAX_HEADER_BYTES} bytes", "headers_too_large")
 
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._start_header_timer()  # it may begin in the middle of what has arrived
+
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            self._upgrading = True
+            return
         self._in_headers = False
         self._stop_header_timer()
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
+        if self._upgrading:
+            return
         super().on_message_complete()
         self._in_headers, self._header_bytes = True, 0
 
@@ -147,6 +165,19 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         self._hang_up(400, "this is not a valid HTTP request", "invalid_http")
+
+    def _parse_without_upgrade(self, rest: bytes) -> None:
+        """Ignore an offer to upgrade, as HTTP allows. The parser stopped behind the headers and would lose the body.
+
+        Java's client offers h2c with every request, so this is no rare case.
+        """
+        self._upgrading = False
+        head = [self.parser.get_method(), b" ", self.url, b" HTTP/", self.parser.get_http_version().encode(), b"\r\n"]
+        for name, value in self.headers:
+            if name not in (b"upgrade", b"connection", b"http2-settings"):
+                head += [name, b": ", value, b"\r\n"]
+        self.parser = httptools.HttpRequestParser(self)
+        self.data_received(b"".join([*head, b"\r\n"]) + rest)
 
     def _start_header_timer(self) -> None:
         if self._header_timer is None:
