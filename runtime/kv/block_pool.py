@@ -67,17 +67,17 @@ class BlockPool:
         Raises:
             InternalError: fewer than `count` are available; ask `num_available` first.
         """
-        if count > self.num_available:
+        if count > len(self._free) + len(self._cached):
             raise InternalError(f"block pool: {count} blocks wanted, {self.num_available} of {self.num_blocks} available; ask first")
-        blocks = []
-        for _ in range(count):
-            if self._free:
-                block = self._free.pop()
-            else:
-                block, _ = self._cached.popitem(last=False)
-                self._forget(block)
+        for _ in range(count - len(self._free)):
+            block, _ = self._cached.popitem(last=False)
+            self._forget(block)
+            self._free.append(block)
+        first = len(self._free) - count
+        blocks = self._free[first:]
+        del self._free[first:]
+        for block in blocks:
             self._ref_counts[block] = 1
-            blocks.append(block)
         return blocks
 
     def hold(self, blocks: Iterable[int]) -> None:
