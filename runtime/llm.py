@@ -126,15 +126,20 @@ class LLM:
         Raises:
             RequestRejected: the artifact has no chat template, or it refuses the messages; and as `generate`.
         """
+        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        prompts = [self.encode_chat(one, add_generation_prompt, **(chat_template_kwargs or {})) for one in conversations]
+        return self.generate(prompts, sampling_params)
+
+    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True, **template_kwargs: Any) -> list[int]:
+        """Token ids of a conversation, as the model's chat template writes it.
+
+        Raises:
+            RequestRejected: the artifact has no chat template, or it refuses the messages.
+        """
         if self._chat_template is None:
             raise RequestRejected("this model has no chat template; use generate with a finished prompt", param="messages")
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
-        texts = [
-            self._chat_template.render([dict(m) for m in one], add_generation_prompt, **(chat_template_kwargs or {}))
-            for one in conversations
-        ]
-        # the template writes bos and the like itself
-        return self.generate([self._text_tokenizer().encode(text, add_special_tokens=False) for text in texts], sampling_params)
+        text = self._chat_template.render([dict(message) for message in messages], add_generation_prompt, **template_kwargs)
+        return self._text_tokenizer().encode(text, add_special_tokens=False)  # the template writes bos and the like itself
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
         """Generate for one prompt and give its text piece by piece.

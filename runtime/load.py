@@ -18,7 +18,7 @@ from llmc.runtime.memory import available_bytes, keep_freed_memory
 from llmc.runtime.scheduler import SchedulerConfig
 from llmc.runtime.stage_timer import StageTimer
 from llmc.runtime.step import Executor
-from llmc.runtime.weights import Weights, load_weights
+from llmc.runtime.weights import Weights, load_weights, merge_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +29,7 @@ class LoadedModel:
     executor: Executor
     builder: BatchBuilder
     limits: SchedulerConfig
+    num_canary_tokens: int  # compared with the reference; 0 when canaries were skipped
     startup_ms: Mapping[str, float]  # stage -> milliseconds; "load.code" and "load.weights" run side by side inside "load"
 
 
@@ -63,10 +64,18 @@ def _load(artifact: OpenArtifact, config: EngineConfig, timer: StageTimer) -> Lo
         limits = resolve(config, manifest, available_bytes=available_bytes())
         executor.allocate_kv(limits.num_blocks)
         builder = make_builder(manifest, limits)
+    compared = 0
     if config.canary:
         with timer.stage("canary"):
-            run_canaries(manifest, executor, builder, max_tokens=limits.max_num_batched_tokens, num_blocks=limits.num_blocks)
-    return LoadedModel(manifest=manifest, executor=executor, builder=builder, limits=limits, startup_ms=timer.milliseconds)
+            compared = run_canaries(manifest, executor, builder, max_tokens=limits.max_num_batched_tokens, num_blocks=limits.num_blocks)
+    return LoadedModel(
+        manifest=manifest,
+        executor=executor,
+        builder=builder,
+        limits=limits,
+        num_canary_tokens=compared,
+        startup_ms=timer.milliseconds,
+    )
 
 
 def make_builder(manifest: Manifest, limits: SchedulerConfig) -> BatchBuilder:
@@ -94,15 +103,18 @@ def _load_files(artifact: OpenArtifact, config: EngineConfig, timer: StageTimer)
 
 
 def _load_weights(artifact: OpenArtifact, config: EngineConfig, threads: int) -> Weights:
-    manifest = artifact.manifest
-    external = any(tensor.file is None for tensor in manifest.tensors)
-    if external:
-        if config.checkpoint is None:
-            raise ConfigError(f"{config.artifact}: was compiled with --weights external; name the checkpoint with --checkpoint DIR")
-        from llmc.runtime.external_weights import bind_checkpoint  # most artifacts carry their weights
-
-        return bind_checkpoint(manifest, Path(config.checkpoint), num_threads=max(2, threads))
-    if config.checkpoint is not None:
+    """Packed weights from the artifact, and where it carries recipes instead, from the checkpoint."""
+    readers = max(2, threads)  # reading and hashing overlap even on one processor
+    packed = [tensor for tensor in artifact.manifest.tensors if tensor.file is not None]
+    external = [tensor for tensor in artifact.manifest.tensors if tensor.file is None]
+    if external and config.checkpoint is None:
+        raise ConfigError(f"{config.artifact}: was compiled with --weights external; name the checkpoint with --checkpoint DIR")
+    if config.checkpoint is not None and not external:
         raise ConfigError(f"{config.artifact}: carries its weights; leave --checkpoint out")
     sources = artifact.weights(verify=config.verify_weights)
-    return load_weights(sources, manifest.tensors, num_threads=max(2, threads), map_files=config.weights_mmap)
+    weights = load_weights(sources, packed, num_threads=readers, map_files=config.weights_mmap)
+    if not external or config.checkpoint is None:
+        return weights
+    from llmc.runtime.external_weights import bind_checkpoint  # most artifacts carry their weights
+
+    return merge_weights(weights, bind_checkpoint(external, Path(config.checkpoint), num_threads=readers))

@@ -101,6 +101,16 @@ def place_weights(tensors: list[TensorRecord], fill: Callable[[TensorRecord, np.
     )
 
 
+def merge_weights(first: Weights, second: Weights) -> Weights:
+    """Two sets of differently named tensors as one."""
+    return Weights(
+        views={**first.views, **second.views},
+        num_bytes=first.num_bytes + second.num_bytes,
+        num_bytes_hashed=first.num_bytes_hashed + second.num_bytes_hashed,
+        stage_ms={name: first.stage_ms[name] + second.stage_ms[name] for name in first.stage_ms},
+    )
+
+
 def _reserve(sources: list[WeightSource]) -> dict[str, np.ndarray]:
     """One huge-page region cut into a piece per file."""
     starts: list[int] = []

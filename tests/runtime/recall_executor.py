@@ -74,7 +74,7 @@ def recall_engine(
     executor = RecallExecutor(block_size, windows=windows, poison=poison, explode=explode)
     executor.allocate_kv(num_blocks)
     builder: BatchBuilder = make_builder(manifest, settled)
-    model = LoadedModel(manifest=manifest, executor=executor, builder=builder, limits=settled, startup_ms={})
+    model = LoadedModel(manifest=manifest, executor=executor, builder=builder, limits=settled, num_canary_tokens=0, startup_ms={})
     return Engine(EngineConfig(artifact="none"), model)
 
 

@@ -1,0 +1,35 @@
+"""Does a finished artifact answer as its compiler's reference did? `python -m llmc.runtime.check_artifact FOLDER`.
+
+A process of its own, because foreign or broken code may end it. The last line of stdout is {"compared": tokens}; on failure the
+last line of stderr is one sentence and the status is that of the error.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from llmc.errors import LlmcError
+from llmc.runtime.engine_config import EngineConfig
+from llmc.runtime.load import load_model
+
+_BLOCKS = 64  # canaries are short; the memory of a served KV cache is not needed
+
+
+def main(arguments: list[str]) -> int:
+    """Load the folder's artifact, run its canaries, and say how many tokens were compared."""
+    if len(arguments) != 1:
+        print("usage: python -m llmc.runtime.check_artifact FOLDER", file=sys.stderr)
+        return 2
+    try:
+        model = load_model(EngineConfig(artifact=arguments[0], num_blocks=_BLOCKS))
+    except LlmcError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    model.executor.close()
+    print(json.dumps({"compared": model.num_canary_tokens}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
