@@ -23,6 +23,8 @@ _STRIDE_FIELDS = (
 class PagedAttentionArgs(ctypes.Structure):
     """llmc_paged_attention_args of cpu/paged_attention.h, field by field."""
 
+    owners: tuple[Tensor | None, ...]  # what the pointers point into
+
     _fields_ = (
         ("struct_size", ctypes.c_uint32),
         ("num_threads", ctypes.c_int32),
@@ -117,7 +119,7 @@ class CompiledPagedAttention:
         softcap: float,
         sinks: Tensor | None,
     ) -> PagedAttentionArgs:
-        """Fill the C struct. `slot_mapping` [T] and `block_tables` [B, M] are those of the group. The tensors must outlive the struct."""
+        """Fill the C struct. `slot_mapping` [T] and `block_tables` [B, M] are those. The result keeps the tensors alive."""
         tensors = {
             "q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache, "slot_mapping": slot_mapping, "block_tables": block_tables,
             "seq_lens": seq_lens, "query_start_loc": query_start_loc, "out": out,
@@ -125,7 +127,7 @@ class CompiledPagedAttention:
         for name, tensor in tensors.items():
             if tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
                 raise InternalError(f"paged_attention: {name} has stride {tensor.stride(-1)} in its last dimension, expected 1")
-        return PagedAttentionArgs(
+        args = PagedAttentionArgs(
             struct_size=ctypes.sizeof(PagedAttentionArgs),
             num_threads=self.num_threads,
             dtype=_DTYPES[q.dtype],
@@ -152,3 +154,5 @@ class CompiledPagedAttention:
             },
             block_table_stride=block_tables.stride(0),
         )
+        args.owners = (*tensors.values(), sinks)
+        return args

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmc.kernels.build import build_kernels, dlopen_order
 from llmc.kernels.isa import runnable_levels
-from llmc.kernels.paged_attention import reference
+from llmc.kernels.paged_attention import C_SHIM, reference
 
 from .paged_attention_world import Shape, World, kernel_cache
 
@@ -105,3 +105,12 @@ def test_refuses_caches_that_do_not_fit(shim: Shim, capfd: pytest.CaptureFixture
     for pair in wrong:
         assert batch.call(shim, list(pair)) is None
         assert "paged_attention of layer 0" in capfd.readouterr().err
+
+
+def test_declares_the_name_that_inductor_calls() -> None:
+    """Inductor makes the called name from the op's; the declaration's label leads from there to the symbol the shim exports."""
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+
+    called = CppWrapperCpu.get_c_shim_func_name("llmc::paged_attention", "cpu")
+    assert C_SHIM.startswith(f"AOTITorchError {called}(")
+    assert C_SHIM.endswith('__asm__("aoti_torch_cpu_llmc_paged_attention")')

@@ -7,6 +7,7 @@
 #include "paged_attention.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12's own AVX-512 headers set it off (gcc.gnu.org/PR105593)
 #endif
 
@@ -234,10 +235,13 @@ class Call {
   void locate(const Item& item, int chunk, int from, int to, ChunkPointers<T>* at) const {
     const int32_t* table = a_.block_tables + item.seq * a_.block_table_stride;
     const int64_t k_head = item.kv_head * a_.k_cache_head_stride, v_head = item.kv_head * a_.v_cache_head_stride;
+    const auto size = static_cast<uint32_t>(a_.block_size);
     for (int i = from >> n_.lanes_log2; i << n_.lanes_log2 < to; ++i) {
-      const int64_t key = chunk + (i << n_.lanes_log2), block = table[key / a_.block_size], inside = key % a_.block_size * n_.D;
+      const auto key = static_cast<uint32_t>(chunk + (i << n_.lanes_log2));
+      const int64_t block = table[key / size], inside = static_cast<int64_t>(key % size) * n_.D;
       at->k[i] = static_cast<const T*>(a_.k_cache) + block * a_.k_cache_block_stride + k_head + inside;
       at->v[i] = static_cast<const T*>(a_.v_cache) + block * a_.v_cache_block_stride + v_head + inside;
+      at->next_k[i] = at->v[i];  // nothing to fetch, unless there is a chunk after
     }
   }
 
@@ -267,13 +271,19 @@ class Call {
     // Rows are in order of position, so the first sees furthest back and the last furthest on.
     const int begin = std::max(segment * kSegment, see[0].lo / kChunk * kChunk), end = std::min((segment + 1) * kSegment, see[rows - 1].hi);
     int lo[kItemRows], hi[kItemRows];
+    ChunkPointers<T> at, next;
+    if (begin < end) locate(item, begin, std::max(0, see[0].lo - begin), std::min(kChunk, see[rows - 1].hi - begin), &next);
     for (int chunk = begin; chunk < end; chunk += kChunk) {
       for (int r = 0; r < rows; ++r) {
         lo[r] = std::max(0, see[r].lo - chunk);
         hi[r] = std::min(kChunk, see[r].hi - chunk);
       }
-      ChunkPointers<T> at;
-      locate(item, chunk, std::max(0, see[0].lo - chunk), std::min(kChunk, see[rows - 1].hi - chunk), &at);
+      at = next;
+      const int after = std::min(kChunk, see[rows - 1].hi - chunk - kChunk);
+      if (after > 0) {
+        locate(item, chunk + kChunk, 0, after, &next);
+        std::copy(next.k, next.k + ((after + n_.lanes - 1) >> n_.lanes_log2), at.next_k);
+      }
       for (int r = 0; r < rows; r += kMaxRows) {
         const int64_t shift = static_cast<int64_t>(r) * n_.padded;
         attend(std::min(kMaxRows, rows - r), at, q + shift, lo + r, hi + r, {state.max + r, state.denominator + r, state.sums + shift});
@@ -323,7 +333,7 @@ class Call {
       see[r] = row_visible(item, row);
       const int64_t token = a_.query_start_loc[item.seq] + row / group_, head = static_cast<int64_t>(item.kv_head) * group_ + row % group_;
       const T* from = static_cast<const T*>(a_.q) + token * a_.q_token_stride + head * a_.q_head_stride;
-      for (int d = 0; d < n_.D; ++d) q[static_cast<int64_t>(r) * n_.padded + d] = to_float(from[d]);
+      widen(from, n_.D, q + static_cast<int64_t>(r) * n_.padded);
     }
     if (item.segment >= 0) {
       run_segment(item, item.segment, see, q, part);

@@ -29,6 +29,7 @@ static inline Vec v_load(const float* p) { return _mm512_loadu_ps(p); }
 static inline void v_store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
 static inline Vec v_set(float x) { return _mm512_set1_ps(x); }
 static inline Vec v_zero() { return _mm512_setzero_ps(); }
+static inline float v_first(Vec x) { return _mm512_cvtss_f32(x); }
 static inline Vec v_add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 static inline Vec v_sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 static inline Vec v_mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
@@ -66,6 +67,7 @@ static inline Vec v_load(const float* p) { return _mm256_loadu_ps(p); }
 static inline void v_store(float* p, Vec x) { _mm256_storeu_ps(p, x); }
 static inline Vec v_set(float x) { return _mm256_set1_ps(x); }
 static inline Vec v_zero() { return _mm256_setzero_ps(); }
+static inline float v_first(Vec x) { return _mm256_cvtss_f32(x); }
 static inline Vec v_add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 static inline Vec v_sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 static inline Vec v_mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
@@ -128,11 +130,7 @@ static inline Vec v_exp(Vec x) {
   return v_zero_where_less(v_mul(p, v_exp2_int(n)), x, floor);
 }
 
-static inline float exp_scalar(float x) {
-  alignas(64) float lanes[W];
-  v_store(lanes, v_exp(v_set(x)));
-  return lanes[0];
-}
+static inline float exp_scalar(float x) { return v_first(v_exp(v_set(x))); }
 
 // cap * tanh(x / cap). The error is a few units in the last place of cap, far below what fp32 sums already carry.
 static inline Vec v_softcap(Vec x, Vec cap) {
@@ -144,11 +142,18 @@ static inline Vec v_softcap(Vec x, Vec cap) {
 
 static inline float to_float(float x) { return x; }
 static inline float to_float(Fp16 x) { return _cvtsh_ss(x.bits); }
-static inline float to_float(Bf16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float f;
-  memcpy(&f, &bits, 4);
-  return f;
+static inline float to_float(Bf16 x) { return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(static_cast<int>(x.bits) << 16))); }
+
+// `count` elements (a multiple of 8) as fp32.
+static inline void widen(const float* from, int count, float* to) { memcpy(to, from, static_cast<size_t>(count) * sizeof(float)); }
+static inline void widen(const Fp16* from, int count, float* to) {
+  for (int i = 0; i < count; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+}
+static inline void widen(const Bf16* from, int count, float* to) {
+  for (int i = 0; i < count; i += 8) {
+    const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+    _mm256_storeu_ps(to + i, _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)));
+  }
 }
 
 }  // namespace llmc_pa

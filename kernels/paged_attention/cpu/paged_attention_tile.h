@@ -23,12 +23,20 @@ struct Numbers {
   float softcap;
 };
 
-// Where a chunk's K sub-tiles and the V rows beside them lie; entry i starts at key i * lanes of the chunk.
+// Where a chunk's K sub-tiles and the V rows beside them lie; entry i starts at key i * lanes of the chunk. A sub-tile is
+// lanes * D elements in a row, of K as of V. `next_k` are the sub-tiles of the chunk after, only ever prefetched: blocks lie
+// anywhere, so the hardware's own prefetcher starts anew at each.
 template <class T>
 struct ChunkPointers {
   const T* k[kChunk / 8];
   const T* v[kChunk / 8];
+  const T* next_k[kChunk / 8];
 };
+
+template <int BYTES>
+static inline void prefetch(const void* p) {
+  for (int i = 0; i < BYTES; i += 64) _mm_prefetch(static_cast<const char*>(p) + i, _MM_HINT_T0);
+}
 
 // Running softmax of rows: maximum, denominator, and numerators as `sums` [rows, padded] in load_v's order.
 struct RowState {
@@ -39,16 +47,27 @@ struct RowState {
 
 // scores[r][i * lanes + t] = scale * q[r].k[token t of sub-tile i], i < NT
 template <class T, int R, int NT>
-static inline void score_tiles(const Numbers& n, const T* const* k, const float* q, float* scores) {
+static inline void score_tiles(const Numbers& n, const T* const* k, const T* const* v, const float* q, float* scores) {
   const LaneMask mask = lane_mask(n.lanes);
+  const int64_t step = 2 * n.lanes, row = n.padded;
+  const T* at[NT];
+  const T* ahead[NT];  // V of the same keys is wanted next
   Vec sum[NT][R];
-  for (int i = 0; i < NT; ++i)
+  for (int i = 0; i < NT; ++i) {
+    at[i] = k[i];
+    ahead[i] = v[i];
     for (int r = 0; r < R; ++r) sum[i][r] = v_zero();
-  for (int d = 0; d < n.D; d += 2) {
+  }
+  for (const float* end = q + n.D; q != end; q += 2) {
     Vec a[NT], b[NT];
-    for (int i = 0; i < NT; ++i) load_k(k[i] + static_cast<int64_t>(d) * n.lanes, n.lanes, mask, &a[i], &b[i]);
+    for (int i = 0; i < NT; ++i) {
+      load_k(at[i], n.lanes, mask, &a[i], &b[i]);
+      prefetch<2 * W * sizeof(T)>(ahead[i]);
+      at[i] += step;
+      ahead[i] += step;
+    }
     for (int r = 0; r < R; ++r) {
-      const Vec q0 = v_set(q[r * n.padded + d]), q1 = v_set(q[r * n.padded + d + 1]);
+      const Vec q0 = v_set(q[r * row]), q1 = v_set(q[r * row + 1]);
       for (int i = 0; i < NT; ++i) sum[i][r] = v_fma(b[i], q1, v_fma(a[i], q0, sum[i][r]));
     }
   }
@@ -62,19 +81,20 @@ static inline void score_chunk(const Numbers& n, const ChunkPointers<T>& at, con
   constexpr int NT = R * 4 <= 2 * kMaxRows ? 4 : 2;  // enough independent sums to hide the latency of fma
   int i = lo >> n.lanes_log2;
   const int end = (hi + n.lanes - 1) >> n.lanes_log2;
-  for (; i + NT <= end; i += NT) score_tiles<T, R, NT>(n, at.k + i, q, scores + i * n.lanes);
-  for (; i < end; ++i) score_tiles<T, R, 1>(n, at.k + i, q, scores + i * n.lanes);
+  for (; i + NT <= end; i += NT) score_tiles<T, R, NT>(n, at.k + i, at.v + i, q, scores + i * n.lanes);
+  for (; i < end; ++i) score_tiles<T, R, 1>(n, at.k + i, at.v + i, q, scores + i * n.lanes);
 }
 
 // Turn one row's scores in [lo, hi) into exp(score - maximum) and bring the row's state to the new maximum.
 static inline void softmax_row(const Numbers& n, float* scores, int lo, int hi, float* max, float* denominator, float* sums) {
   const int first = lo & ~(W - 1);
+  const bool whole = ((lo | hi) & (W - 1)) == 0;
   Vec high = v_set(-kInf);
   for (int i = first; i < hi; i += W) {
     Vec s = v_load(scores + i);
     if (n.softcap > 0.0f) s = v_softcap(s, v_set(n.softcap));
-    s = v_keep_range(s, i, lo, hi);
-    v_store(scores + i, s);
+    if (!whole) s = v_keep_range(s, i, lo, hi);
+    if (n.softcap > 0.0f || !whole) v_store(scores + i, s);
     high = v_max(high, s);
   }
   const float top = v_reduce_max(high);
@@ -88,10 +108,9 @@ static inline void softmax_row(const Numbers& n, float* scores, int lo, int hi, 
   }
   const float chunk = v_reduce_add(total);
   if (next > *max) {
-    const float keep = exp_scalar(*max - next);
-    *denominator = __builtin_fmaf(*denominator, keep, chunk);
-    const Vec factor = v_set(keep);
-    for (int d = 0; d < n.padded; d += W) v_store(sums + d, v_mul(v_load(sums + d), factor));
+    const Vec keep = v_exp(v_set(*max - next));
+    *denominator = __builtin_fmaf(*denominator, v_first(keep), chunk);
+    for (int d = 0; d < n.padded; d += W) v_store(sums + d, v_mul(v_load(sums + d), keep));
     *max = next;
   } else {
     *denominator += chunk;
@@ -100,7 +119,7 @@ static inline void softmax_row(const Numbers& n, float* scores, int lo, int hi, 
 
 // sums[r][d0 ...] += p[r][t] * v[t][d0 ...] for t in [lo, hi), NP groups of dimensions at once
 template <class T, int R, int NP, bool TAIL>
-static inline void value_groups(const Numbers& n, const T* const* v, int d0, int lo, int hi, const float* p, float* sums) {
+static inline void value_groups(const Numbers& n, const ChunkPointers<T>& at, int d0, int lo, int hi, const float* p, float* sums) {
   Vec acc[NP][2][R];
   for (int g = 0; g < NP; ++g)
     for (int h = 0; h < 2; ++h)
@@ -108,8 +127,10 @@ static inline void value_groups(const Numbers& n, const T* const* v, int d0, int
   for (int t = lo; t < hi;) {
     const int tile = t >> n.lanes_log2, inside = t & (n.lanes - 1);
     const int end = hi < (tile + 1) << n.lanes_log2 ? hi : (tile + 1) << n.lanes_log2;
-    const T* row = v[tile] + static_cast<int64_t>(inside) * n.D + d0;
-    for (; t < end; ++t, row += n.D) {
+    const T* row = at.v[tile] + static_cast<int64_t>(inside) * n.D + d0;
+    const T* ahead = at.next_k[tile] + static_cast<int64_t>(inside) * n.D + d0;
+    for (; t < end; ++t, row += n.D, ahead += n.D) {
+      prefetch<NP * kGroup * sizeof(T)>(ahead);
       Vec x[NP][2];
       for (int g = 0; g < NP; ++g) load_v<TAIL>(row + g * kGroup, n.D - d0, x[g]);
       for (int r = 0; r < R; ++r) {
@@ -124,15 +145,21 @@ static inline void value_groups(const Numbers& n, const T* const* v, int d0, int
       for (int r = 0; r < R; ++r) v_store(sums + static_cast<int64_t>(r) * n.padded + d0 + g * kGroup + h * W, acc[g][h][r]);
 }
 
+// From dimension d on, NP groups at once while that many are left, then half as many.
+template <class T, int R, int NP>
+static inline void value_ladder(const Numbers& n, const ChunkPointers<T>& at, int d, int lo, int hi, const float* p, float* sums) {
+  for (; d + NP * kGroup <= n.D; d += NP * kGroup) value_groups<T, R, NP, false>(n, at, d, lo, hi, p, sums);
+  if constexpr (NP > 1) {
+    if (d < n.D) value_ladder<T, R, NP / 2>(n, at, d, lo, hi, p, sums);
+  } else {
+    if (d < n.D) value_groups<T, R, 1, true>(n, at, d, lo, hi, p, sums);
+  }
+}
+
 template <class T, int R>
 static inline void value_chunk(const Numbers& n, const ChunkPointers<T>& at, int lo, int hi, const float* p, float* sums) {
-  constexpr int NP = R * 8 <= 2 * kMaxRows ? 4 : R * 4 <= 2 * kMaxRows ? 2 : 1;
-  if (lo >= hi) return;
-  int d = 0;
-  for (; d + NP * kGroup <= n.D; d += NP * kGroup) value_groups<T, R, NP, false>(n, at.v, d, lo, hi, p, sums);
-  if (NP > 1)
-    for (; d + kGroup <= n.D; d += kGroup) value_groups<T, R, 1, false>(n, at.v, d, lo, hi, p, sums);
-  if (d < n.D) value_groups<T, R, 1, true>(n, at.v, d, lo, hi, p, sums);
+  constexpr int NP = R * 8 <= 2 * kMaxRows ? 4 : R * 4 <= 2 * kMaxRows ? 2 : 1;  // sums of 2 * NP * R vectors stay in registers
+  if (lo < hi) value_ladder<T, R, NP>(n, at, 0, lo, hi, p, sums);
 }
 
 // One chunk for R rows; row r sees keys [lo[r], hi[r]) of it (empty: the row is left as it is).
