@@ -7,7 +7,7 @@ msgspec and not pydantic: the manifest is parsed on the start path of two proces
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -18,7 +18,7 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Base of every manifest record."""
 
 
-class FileRecord(_Record):
+class FileRecord(_Record, frozen=True):
     """One file of the artifact. Every file but manifest.json and the detached signature has one."""
 
     path: str  # relative, "/"-separated, no "." or ".." parts
@@ -26,7 +26,7 @@ class FileRecord(_Record):
     sha256: str  # hex, of the whole file; for weight files of the chunk digests' raw bytes one after another, see WeightFile
 
 
-class TensorSpec(_Record):
+class TensorSpec(_Record, frozen=True):
     """A graph input or output. A dimension is a size, or the name of a symbolic one ("T", "B", "N", "M", "NB")."""
 
     name: str
@@ -34,7 +34,7 @@ class TensorSpec(_Record):
     shape: list[int | str]
 
 
-class Image(_Record):
+class Image(_Record, frozen=True):
     """A shared object or cubin, stored as images/<sha256>.<ext> and named by its hash."""
 
     sha256: str
@@ -42,10 +42,10 @@ class Image(_Record):
     role: Literal["kernels", "aoti_shim", "model"]
 
 
-class Entry(_Record):
+class Entry(_Record, frozen=True):
     """One compiled program.
 
-    executor "nodes": `program` is a JSON node list (docs/artifact_format.md) run over torch.ops.
+    executor "nodes": `program` is a JSON node list (docs/node_list.md) run over torch.ops.
     executor "aoti":  `program` is the path of a model image with the AOTInductor C ABI.
     """
 
@@ -57,14 +57,14 @@ class Entry(_Record):
     constants: dict[str, str]  # the program's own name for a constant -> name in `Manifest.tensors`
 
 
-class KVGroup(_Record):
+class KVGroup(_Record, frozen=True):
     """Layers that share one block table. Layers with the same sliding window stand in the same group."""
 
     layers: list[int]
     window: int  # tokens a query sees, itself included; 0 = all
 
 
-class KVFacts(_Record):
+class KVFacts(_Record, frozen=True):
     """How the paged KV cache is cut. Per layer two tensors, K and V, each [num_blocks, num_kv_heads, block_size, head_dim]."""
 
     block_size: int  # tokens per block
@@ -74,7 +74,7 @@ class KVFacts(_Record):
     groups: list[KVGroup]
 
 
-class ModelFacts(_Record):
+class ModelFacts(_Record, frozen=True):
     """What the runtime needs to know of the model; it never asks transformers."""
 
     name: str  # for people and for the API's default model name
@@ -88,7 +88,7 @@ class ModelFacts(_Record):
     num_parameters: int
 
 
-class Limits(_Record):
+class Limits(_Record, frozen=True):
     """What the artifact was compiled for. The scheduler's own limits may be lower, never higher."""
 
     max_model_len: int
@@ -96,7 +96,7 @@ class Limits(_Record):
     max_num_batched_tokens: int
 
 
-class Requirements(_Record):
+class Requirements(_Record, frozen=True):
     """Superset check before load: what the machine must have."""
 
     machine: str  # platform.machine(), "x86_64"
@@ -105,13 +105,13 @@ class Requirements(_Record):
     min_format: int
 
 
-class Target(_Record):
+class Target(_Record, frozen=True):
     name: str  # "cpu:x86-64-v4", or "cpu:native(<features>)" resolved
     kind: Literal["cpu", "cuda"]
     isa: str  # kernel level: "x86-64-v3" | "x86-64-v4" | "x86-64-v4+bf16" | "x86-64-v4+bf16+amx"
 
 
-class WeightFile(_Record):
+class WeightFile(_Record, frozen=True):
     """A safetensors file, hashed per chunk so that hashing runs in parallel with reading. Chunks tile the file."""
 
     path: str
@@ -120,7 +120,7 @@ class WeightFile(_Record):
     chunks: list[str]  # sha256 hex per chunk
 
 
-class TensorRecord(_Record):
+class TensorRecord(_Record, frozen=True):
     """One packed tensor: where its bytes lie and how they were made from the checkpoint.
 
     `recipe` is a small expression tree (artifacts/recipes.py). file None: weights are external, the recipe is
@@ -133,10 +133,10 @@ class TensorRecord(_Record):
     file: str | None
     offset: int  # bytes from the start of the file, 64-byte aligned
     nbytes: int
-    recipe: dict
+    recipe: dict[str, Any]
 
 
-class PassRecord(_Record):
+class PassRecord(_Record, frozen=True):
     name: str
     numerics: Literal["exact", "close"]
     matches: int
@@ -145,7 +145,7 @@ class PassRecord(_Record):
     nodes_after: int
 
 
-class TokenizerFacts(_Record):
+class TokenizerFacts(_Record, frozen=True):
     """Files under tokenizer/ and what the front process must know without transformers."""
 
     tokenizer_json: str | None  # path in the artifact
@@ -158,7 +158,7 @@ class TokenizerFacts(_Record):
     num_tokens: int  # tokenizer's own length, may differ from the width of the logits
 
 
-class Canary(_Record):
+class Canary(_Record, frozen=True):
     """Prompt with the reference's greedy continuation and the margin (top1 - top2 logit) at each step."""
 
     prompt_token_ids: list[int]
@@ -166,7 +166,7 @@ class Canary(_Record):
     margins: list[float]
 
 
-class Manifest(_Record):
+class Manifest(_Record, frozen=True):
     """See docs/artifact_format.md for the page a reader of this file can be written from."""
 
     format_version: int

@@ -101,7 +101,7 @@ def _put_tensor(tensor: WeightTensor, put: Callable[[memoryview], None]) -> None
             raise InternalError(f"tensor {tensor.name}: a block has dtype {block.dtype}, expected {NUMPY[tensor.dtype]} for {tensor.dtype}")
         written += block.nbytes
         if block.nbytes:
-            put(memoryview(np.ascontiguousarray(block).reshape(-1).view(np.uint8)))
+            put(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
     if written != expected:
         raise InternalError(f"tensor {tensor.name}: its blocks have {written} bytes, {tensor.dtype} {list(tensor.shape)} needs {expected}")
 
