@@ -59,7 +59,7 @@ class ConstantFoldRope(Pass):
     def applies(self, root: Node, positions: Node, cone: set[Node], ctx: PassContext) -> Reject | None:
         """Whether `root` can become a lookup by position."""
         upstream = _upstream(root)
-        unknown = [n.target for n in upstream if G.is_constant(n) and ctx.weights[n.target].value is None]
+        unknown = [n.target for n in upstream if G.is_constant(n) and ctx.weights[str(n.target)].value is None]
         if unknown:
             return Reject("frequencies are not known at compile time", unknown)
         if any(_bound(n, positions, ctx.max_positions) is None for n in upstream if _is_size(n)):
@@ -129,7 +129,7 @@ def _roots(cone: set[Node]) -> Iterator[Node]:
         if all(user in cone for user in node.users):
             continue
         while G.is_op(node, *_VIEWS):
-            node = node.args[0]
+            node = G.args_of(node)[0]
         if node not in seen and any(G.is_op(n, aten.cos.default, aten.sin.default) for n in _upstream(node)):
             seen.add(node)
             yield node
@@ -157,11 +157,12 @@ def _evaluate(root: Node, positions: Node, ctx: PassContext) -> torch.Tensor:
     values: dict[Node, Any] = {positions: torch.arange(ctx.max_positions, dtype=G.val(positions).dtype)}
     for node in sorted(_upstream(root)):
         if G.is_constant(node):
-            values[node] = ctx.weights[node.target].value
+            values[node] = ctx.weights[str(node.target)].value
         elif _is_size(node):
             values[node] = _bound(node, positions, ctx.max_positions)
         elif node is not positions:
             args, kwargs = map_arg((node.args, node.kwargs), lambda n: values[n])
+            assert callable(node.target)
             values[node] = node.target(*args, **kwargs)
     result: torch.Tensor = values[root]
     return result

@@ -38,6 +38,12 @@ def val(node: Any) -> Any:
     return node.meta["val"] if isinstance(node, Node) else node
 
 
+def args_of(node: Any) -> tuple[Any, ...]:
+    """A call's positional arguments. Untyped: which op it is says what they are."""
+    arguments: tuple[Any, ...] = node.args
+    return arguments
+
+
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
     """An argument of a call, given by position or by name."""
     if len(node.args) > position:
@@ -54,14 +60,16 @@ def fake_mode(gm: GraphModule) -> FakeTensorMode:
     """The fake mode the graph's values live in, with its symbolic sizes."""
     for node in gm.graph.nodes:
         if isinstance(node.meta.get("val"), FakeTensor):
-            return node.meta["val"].fake_mode
+            mode: FakeTensorMode = node.meta["val"].fake_mode
+            return mode
     raise AssertionError("a graph without fake tensors")
 
 
 @contextlib.contextmanager
 def _fake(mode: FakeTensorMode) -> Iterator[None]:
     # backed_size_oblivious, as at capture: sizes 0 and 1 share the general graph
-    with fx_config.patch(backed_size_oblivious=True), mode, torch.no_grad():
+    oblivious = fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    with oblivious, mode, torch.no_grad():
         yield
 
 
@@ -116,7 +124,7 @@ def read_constants(gm: GraphModule) -> list[str]:
 
 def outputs(gm: GraphModule) -> list[Node]:
     """The graph's outputs, whether it returns one value or a tuple."""
-    (returned,) = gm.graph.output_node().args
+    (returned,) = args_of(gm.graph.output_node())
     return [returned] if isinstance(returned, Node) else [r for r in returned if isinstance(r, Node)]
 
 

@@ -80,25 +80,25 @@ class LowerExperts(Pass):
 
 def _is_gather(value: Any) -> bool:
     """Whether a value is constant[ids], a row of matrices per id."""
-    return G.is_op(value, aten.index.Tensor) and G.is_constant(value.args[0]) and len(value.args[1]) == 1
+    return G.is_op(value, aten.index.Tensor) and G.is_constant(G.args_of(value)[0]) and len(G.args_of(value)[1]) == 1
 
 
 def _gathers(bmm: Node) -> bool:
-    return any(_is_gather(a) and len(G.val(a.args[0]).shape) == 3 for a in bmm.args)
+    return any(_is_gather(a) and len(G.val(G.args_of(a)[0]).shape) == 3 for a in G.args_of(bmm))
 
 
 def _product(bmm: Node) -> _Product | None:
-    left, right = bmm.args
+    left, right = G.args_of(bmm)
     gather, vector, axis = (left, right, 2) if _is_gather(left) else (right, left, 1)
-    if not G.is_op(vector, aten.unsqueeze.default) or vector.args[1] not in (axis, axis - 3) or len(bmm.users) != 1:
+    if not G.is_op(vector, aten.unsqueeze.default) or G.args_of(vector)[1] not in (axis, axis - 3) or len(bmm.users) != 1:
         return None
     (result,) = bmm.users
-    if not G.is_op(result, aten.squeeze.dim) or result.args[1] not in (axis, axis - 3):
+    if not G.is_op(result, aten.squeeze.dim) or G.args_of(result)[1] not in (axis, axis - 3):
         return None
-    ids = gather.args[1][0]
+    ids = G.args_of(gather)[1][0]
     if len(G.val(ids).shape) != 1 or G.val(ids).dtype != torch.int64:
         return None
-    return _Product(gather=gather, weights=gather.args[0], ids=ids, x=vector.args[0], result=result, transposed=axis == 1)
+    return _Product(gather=gather, weights=G.args_of(gather)[0], ids=ids, x=G.args_of(vector)[0], result=result, transposed=axis == 1)
 
 
 def _lower(gm: GraphModule, ctx: PassContext, product: _Product) -> None:

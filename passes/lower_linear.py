@@ -93,19 +93,19 @@ def _weight(value: Any) -> Weight | None:
     flips = 0
     while G.is_op(value, *_TRANSPOSES):
         flips += 1
-        value = value.args[0]
+        value = G.args_of(value)[0]
     return Weight(value, transposed=flips % 2 == 0) if G.is_constant(value) else None
 
 
 def _operands(node: Node) -> tuple[Any, Weight | None, Any]:
     """x, the weight and the bias of a matmul."""
     if node.target is aten.linear.default:
-        weight = _weight(node.args[1])
+        weight = _weight(G.args_of(node)[1])
         as_linear = None if weight is None else Weight(weight.read, transposed=not weight.transposed)
-        return node.args[0], as_linear, G.argument(node, 2, "bias")
+        return G.args_of(node)[0], as_linear, G.argument(node, 2, "bias")
     if node.target is aten.addmm.default:
-        return node.args[1], _weight(node.args[2]), node.args[0]
-    return node.args[0], _weight(node.args[1]), None
+        return G.args_of(node)[1], _weight(G.args_of(node)[2]), G.args_of(node)[0]
+    return G.args_of(node)[0], _weight(G.args_of(node)[1]), None
 
 
 def _reads(graph: Any, read: Node) -> list[Node]:
@@ -146,7 +146,7 @@ def _lower_tied_embeddings(gm: GraphModule, ctx: PassContext) -> int:
     """Read embeddings from the packed weight where a linear reads the same one, so that a tied weight is held once."""
     matches = 0
     for node in [n for n in gm.graph.nodes if G.is_op(n, aten.embedding.default)]:
-        table, ids = node.args[:2]
+        table, ids = G.args_of(node)[:2]
         packed = packed_name(str(table.target), transposed=False) if G.is_constant(table) else ""
         if packed not in ctx.weights:
             continue

@@ -57,7 +57,7 @@ class MergeGateUp(Pass):
 
 def _gate_and_up(product: Node) -> tuple[Node, Node] | None:
     """The two linears of a gated product, the activated one first; None if the product is not one."""
-    for gated, plain in (product.args, product.args[::-1]):
+    for gated, plain in (product.args, G.args_of(product)[::-1]):
         up, gate = _behind_casts(plain), _behind_activation(gated)
         if gate is not None and G.is_op(up, aten.linear.default) and gate is not up and _behind_casts(gated) is not gate:
             return gate, up
@@ -66,7 +66,7 @@ def _gate_and_up(product: Node) -> tuple[Node, Node] | None:
 
 def _behind_casts(value: Any) -> Any:
     while G.is_op(value, *_CASTS):
-        value = value.args[0]
+        value = G.args_of(value)[0]
     return value
 
 

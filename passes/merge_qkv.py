@@ -32,7 +32,7 @@ class MergeQKV(Pass):
         matches = 0
         refusals: Counter[str] = Counter()
         for attention in [n for n in gm.graph.nodes if G.is_op(n, G.ATTENTION)]:
-            sources = [_linears_behind(value) for value in attention.args[:3]]
+            sources = [_linears_behind(value) for value in G.args_of(attention)[:3]]
             reject = self.applies(sources)
             if reject is not None:
                 refusals[reject.reason] += 1

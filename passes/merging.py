@@ -19,9 +19,9 @@ def cannot_merge(linears: Sequence[Node]) -> Reject | None:
     """Why these `aten.linear` calls cannot be one."""
     if len(set(linears)) < len(linears):
         return Reject("they are one linear already", [n.name for n in linears])
-    if len({n.args[0] for n in linears}) > 1:
-        return Reject("the linears read different inputs", [n.args[0].name for n in linears])
-    weights, biases = [n.args[1] for n in linears], [_bias(n) for n in linears]
+    if len({G.args_of(n)[0] for n in linears}) > 1:
+        return Reject("the linears read different inputs", [G.args_of(n)[0].name for n in linears])
+    weights, biases = [G.args_of(n)[1] for n in linears], [_bias(n) for n in linears]
     if not all(G.is_constant(w) for w in weights) or not all(b is None or G.is_constant(b) for b in biases):
         return Reject("a weight is computed in the graph", [str(w) for w in weights])
     if len({b is None for b in biases}) > 1:
@@ -39,9 +39,9 @@ def merge(gm: GraphModule, ctx: PassContext, linears: Sequence[Node], label: str
         label: what the merged linear is called, in place of q_proj, k_proj, ...
     """
     ordered = sorted(linears)
-    sizes = [G.val(n.args[1]).shape[0] for n in linears]
+    sizes = [G.val(G.args_of(n)[1]).shape[0] for n in linears]
     with gm.graph.inserting_before(ordered[0]):
-        constants = [_concatenated(gm, ctx, [n.args[1] for n in linears], label)]
+        constants = [_concatenated(gm, ctx, [G.args_of(n)[1] for n in linears], label)]
         if _bias(linears[0]) is not None:
             constants.append(_concatenated(gm, ctx, [_bias(n) for n in linears], label))
         merged = G.call(gm, aten.linear.default, (linears[0].args[0], *constants))

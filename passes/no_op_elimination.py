@@ -51,7 +51,7 @@ class NoOpElimination(Pass):
                 if reject is not None:
                     refusals[reject.reason] += 1
                     continue
-                node.replace_all_uses_with(node.args[0])
+                node.replace_all_uses_with(G.args_of(node)[0])
                 gm.graph.erase_node(node)
                 matches += 1
         G.erase_dead(gm)
@@ -59,9 +59,9 @@ class NoOpElimination(Pass):
 
     def applies(self, node: Node, outputs: set[Node]) -> Reject | None:
         """Whether an op that returns its input may go."""
-        if _written(node) or _written(node.args[0]):
+        if _written(node) or _written(G.args_of(node)[0]):
             return Reject("somebody writes to it", node.name)
-        if node in outputs and node.args[0].op != "call_function":
+        if node in outputs and G.args_of(node)[0].op != "call_function":
             return Reject("an output would share memory with an input", node.name)
         return None
 
@@ -71,7 +71,7 @@ class NoOpElimination(Pass):
 
 
 def _returns_its_input(node: Node) -> bool:
-    x = node.args[0] if node.args else None
+    x = G.args_of(node)[0] if node.args else None
     if not isinstance(x, Node):
         return False
     if node.target is aten.dropout.default:

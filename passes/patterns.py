@@ -85,5 +85,6 @@ def instantiate(gm: GraphModule, replacement: Graph, values: list[Any]) -> Node:
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: written[n])
             written[node] = G.call(gm, node.target, args, kwargs)
         elif node.op == "output":
-            return written[node.args[0]]
+            result: Node = written[node.args[0]]
+            return result
     raise AssertionError("a traced graph without output")

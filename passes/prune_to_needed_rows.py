@@ -50,7 +50,7 @@ class PruneToNeededRows(Pass):
 
     def _push_up(self, gm: GraphModule, selection: Node, indices: Node) -> Reject | None:
         """Move one selection above everything that can do without the other rows."""
-        source = selection.args[0]
+        source = G.args_of(selection)[0]
         dim = _selected_dimension(selection, indices)
         assert isinstance(source, Node) and dim is not None
         moved, frontier = _cone(gm, selection, source, dim)
@@ -66,11 +66,11 @@ class PruneToNeededRows(Pass):
         for node, at in moved.items():
             for old, new in selected.items():
                 node.replace_input_with(old, new)
-            if node.target in SIZED and G.same_size(_size(node.args[1][at]), old_size):
+            if node.target in SIZED and G.same_size(_size(G.args_of(node)[1][at]), old_size):
                 if size is None:
                     with gm.graph.inserting_before(next(n for n in gm.graph.nodes if n.op != "placeholder")):
                         size = G.call(gm, aten.sym_size.int, (indices, 0))
-                sizes = [size if i == at else s for i, s in enumerate(node.args[1])]
+                sizes = [size if i == at else s for i, s in enumerate(G.args_of(node)[1])]
                 node.update_arg(1, sizes)
         selection.replace_all_uses_with(source)
         gm.graph.erase_node(selection)
@@ -81,11 +81,11 @@ class PruneToNeededRows(Pass):
 def _selected_dimension(node: Node, indices: Node) -> int | None:
     """The dimension along which `node` picks the rows `indices`, if that is all it does."""
     if G.is_op(node, aten.index.Tensor):
-        picks = list(node.args[1])
+        picks = list(G.args_of(node)[1])
         if picks and picks[-1] is indices and all(p is None for p in picks[:-1]):
             return len(picks) - 1
-    if G.is_op(node, aten.index_select.default) and node.args[2] is indices:
-        dim = node.args[1]
+    if G.is_op(node, aten.index_select.default) and G.args_of(node)[2] is indices:
+        dim: int = G.args_of(node)[1]
         return dim + len(G.val(node).shape) if dim < 0 else dim
     return None
 

@@ -47,10 +47,10 @@ def row_inputs(node: Node, dim: int) -> Rows | Reject:
     """
     target = node.target
     if target is operator.getitem:
-        return [(node.args[0], dim)]
+        return [(G.args_of(node)[0], dim)]
     if not isinstance(target, OpOverload) or target._schema.is_mutable:
         return _mixes(node)
-    first = node.args[0] if node.args else None
+    first: Any = G.args_of(node)[0] if node.args else None
     if target in _ELEMENTWISE:
         return [(first, dim)]
     if torch.Tag.pointwise in target.tags:
@@ -58,7 +58,7 @@ def row_inputs(node: Node, dim: int) -> Rows | Reject:
     if target in (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default) or G.is_op(node, "llmc.linear.default"):
         return _matmul(node, dim)
     if target in (aten.layer_norm.default, aten.rms_norm.default):
-        return [(first, dim)] if dim < _rank(first) - len(node.args[1]) else _mixes(node)
+        return [(first, dim)] if dim < _rank(first) - len(G.args_of(node)[1]) else _mixes(node)
     if target in _REDUCTIONS:
         return _reduction(node, dim)
     if target in _ALONG_ONE:
@@ -102,7 +102,7 @@ def _broadcast(node: Node, dim: int, inputs: list[Node]) -> Rows:
 
 
 def _matmul(node: Node, dim: int) -> Rows | Reject:
-    x, w = (node.args[1], node.args[2]) if node.target is aten.addmm.default else (node.args[0], node.args[1])
+    x, w = (G.args_of(node)[1], G.args_of(node)[2]) if node.target is aten.addmm.default else (G.args_of(node)[0], G.args_of(node)[1])
     if G.is_constant(w) and dim < _rank(node) - 1:
         return [(x, dim)]
     if node.target in (aten.matmul.default, aten.mm.default) and G.val(x).shape[-1] == 1 and _rank(x) == _rank(w):
@@ -115,7 +115,7 @@ def _matmul(node: Node, dim: int) -> Rows | Reject:
 
 
 def _reduction(node: Node, dim: int) -> Rows | Reject:
-    x, reduced = node.args[0], G.argument(node, 1, "dim")
+    x, reduced = G.args_of(node)[0], G.argument(node, 1, "dim")
     if not reduced:
         return _mixes(node)
     reduced = {_positive(d, _rank(x)) for d in reduced}
@@ -126,7 +126,7 @@ def _reduction(node: Node, dim: int) -> Rows | Reject:
 
 
 def _along_one(node: Node, dim: int) -> Rows | Reject:
-    x = node.args[0]
+    x = G.args_of(node)[0]
     along = _positive(G.argument(node, 1, "dim", 0), _rank(x))
     if node.target is aten.select.int:
         return [(x, dim if dim < along else dim + 1)]
@@ -135,18 +135,19 @@ def _along_one(node: Node, dim: int) -> Rows | Reject:
 
 def _moved(node: Node, dim: int) -> Rows | Reject:
     """Ops that only rename dimensions."""
-    x, target, rank = (node.args[0] if node.args else None), node.target, _rank(node)
+    x: Any = G.args_of(node)[0] if node.args else None
+    target, rank = node.target, _rank(node)
     if target is aten.unsqueeze.default:
-        new = _positive(node.args[1], rank)
+        new = _positive(G.args_of(node)[1], rank)
         return [(x, dim if dim < new else dim - 1)] if dim != new else _mixes(node)
     if target is aten.squeeze.dim:
-        gone = _positive(node.args[1], _rank(x))
+        gone = _positive(G.args_of(node)[1], _rank(x))
         return [(x, dim if dim < gone or _rank(x) == rank else dim + 1)]
     if target is aten.transpose.int:
-        a, b = (_positive(d, rank) for d in node.args[1:3])
+        a, b = (_positive(d, rank) for d in G.args_of(node)[1:3])
         return [(x, {a: b, b: a}.get(dim, dim))]
     if target is aten.permute.default:
-        return [(x, _positive(node.args[1][dim], rank))]
+        return [(x, _positive(G.args_of(node)[1][dim], rank))]
     if target is aten.expand.default:
         at = dim - (rank - _rank(x))
         return [(x, at)] if at >= 0 and G.same_size(G.val(x).shape[at], G.val(node).shape[dim]) else _mixes(node)
@@ -157,7 +158,7 @@ def _moved(node: Node, dim: int) -> Rows | Reject:
 
 def _reshaped(node: Node, dim: int) -> Rows | Reject:
     """A reshape keeps rows apart if it keeps their dimension and as many elements before it."""
-    x, old, new = node.args[0], G.val(node.args[0]).shape, G.val(node).shape
+    x, old, new = G.args_of(node)[0], G.val(G.args_of(node)[0]).shape, G.val(node).shape
     for at in range(len(old)):
         if G.same_size(old[at], new[dim]) and G.same_size(_product(old[:at]), _product(new[:dim])):
             return [(x, at)]

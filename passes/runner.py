@@ -77,6 +77,7 @@ def run_passes(gm: GraphModule, passes: Sequence[Pass], ctx: PassContext, *, dum
             raise PassError(f"pass {applied.name} failed: {error} (passes before it: {before}; {where}). Please report this.") from error
         reports.append(PassReport(applied, result))
         last_dump = dump.write(number, applied.name, gm, ctx)
+    gm.recompile()  # once: it writes the module's Python code, which no pass reads
     return reports
 
 
@@ -90,7 +91,6 @@ def _run_one(gm: GraphModule, applied: Pass, ctx: PassContext) -> PassResult:
     if result.changed:
         for unread in ctx.weights.keep(G.read_constants(gm)):
             G.delete_attribute(gm, unread)
-        gm.recompile()
         if wrong := violation(gm, ctx.weights, before):
             raise PassError(f"it left an invalid graph: {wrong}")
     elif snapshot(gm).nodes != before.nodes:

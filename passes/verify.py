@@ -101,14 +101,15 @@ def _dead_code(gm: GraphModule) -> str | None:
 def _viewed(node: Node) -> Node | None:
     """The node whose memory a call's result may share, going by the op's schema."""
     if not isinstance(node.target, OpOverload):
-        first = node.args[0] if node.op == "call_function" and node.args else None
-        return first if isinstance(first, Node) else None  # getitem
+        listed = node.args[0] if node.op == "call_function" and node.args else None
+        return listed if isinstance(listed, Node) else None  # getitem
     schema = node.target._schema
     shared = {name for r in schema.returns if r.alias_info is not None for name in r.alias_info.before_set}
     for position, arg in enumerate(schema.arguments):
         if arg.alias_info is not None and shared & set(arg.alias_info.before_set):
             value = G.argument(node, position, arg.name)
-            return value[0] if isinstance(value, (list, tuple)) else value
+            first = value[0] if isinstance(value, (list, tuple)) else value
+            return first if isinstance(first, Node) else None
     return None
 
 

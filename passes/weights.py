@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, prod
 from typing import Any
 
 import torch
@@ -32,6 +32,11 @@ class Constant:
 
     def __post_init__(self) -> None:
         assert self.value is None or (self.value.dtype == self.dtype and tuple(self.value.shape) == self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.dtype.itemsize * prod(self.shape)
 
 
 @dataclass(kw_only=True, slots=True)

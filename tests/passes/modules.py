@@ -153,7 +153,7 @@ class Rope(nn.Module):
     def forward(self, positions: Tensor, x: Tensor) -> Tensor:
         angles = self.frequencies(positions.unsqueeze(0)[0])
         both = torch.cat((angles, angles), -1)
-        cos, sin = (both.cos() * 1.5).to(self.dtype)[:, None], (both.sin() * 1.5).to(self.dtype)[:, None]
+        cos, sin = (both.cos() * 1.1902).to(self.dtype)[:, None], (both.sin() * 1.1902).to(self.dtype)[:, None]
         turned = torch.cat((-x[..., 4:], x[..., :4]), -1)
         return x * cos + turned * sin
 

@@ -51,11 +51,11 @@ class Case:
     def text(self) -> str:
         return graph_text(self.gm, self.ctx.weights)
 
-    def run(self, *args: Tensor) -> list[Tensor]:
-        """The graph's outputs, then its arguments as it left them (caches are written)."""
+    def run(self, *args: Tensor, torch_ops: bool = False) -> list[Tensor]:
+        """The graph's outputs, then its arguments as it left them (caches are written). torch_ops: by torch's own kernels."""
         real = [a.clone() for a in args or self.args]
         with torch.no_grad():
-            out = _Executor(self).run(*real)
+            out = _Executor(self, torch_ops).run(*real)
         return [*(out if isinstance(out, (list, tuple)) else (out,)), *real]
 
 
@@ -76,9 +76,9 @@ _REDUCTIONS = {aten.mean.dim, aten.sum.default, aten.sum.dim_IntList, aten.layer
 
 
 class _Executor(Interpreter):
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, torch_ops: bool) -> None:
         super().__init__(case.gm)
-        self.case = case
+        self.case, self.torch_ops = case, torch_ops
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Tensor:
         entry = self.case.ctx.weights[target]
@@ -87,6 +87,8 @@ class _Executor(Interpreter):
         return value
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if self.torch_ops:
+            return super().call_function(target, args, kwargs)
         if target is aten.linear.default:
             return strict_linear(*args, **kwargs)
         if target is aten.addmm.default:
@@ -196,11 +198,11 @@ def assert_golden(applied: Pass, case: Case, label: str = "") -> None:
     assert text == path.read_text(), f"{path.name} differs; LLMC_ACCEPT=1 rewrites it"
 
 
-def assert_same_answers(applied: Pass, case: Case, *args: Tensor) -> None:
+def assert_same_answers(applied: Pass, case: Case, *args: Tensor, torch_ops: bool = False) -> None:
     """The pass matches, and outputs and written caches are the same: bit for bit if EXACT, within its tolerance if CLOSE."""
     after, (report,) = case.apply(applied)
     assert report.result.matches > 0, f"{applied.name} matched nothing: {dict(report.result.refusals)}"
-    assert_close(case.run(*args), after.run(*args), applied)
+    assert_close(case.run(*args, torch_ops=torch_ops), after.run(*args, torch_ops=torch_ops), applied)
 
 
 def assert_close(expected: list[Tensor], found: list[Tensor], applied: Pass | None) -> None:
