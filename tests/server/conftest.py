@@ -3,7 +3,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from running import RunningServer
+
+from tests.server.running import RunningServer
 
 
 @pytest.fixture(scope="session")

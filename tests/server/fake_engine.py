@@ -1,4 +1,4 @@
-"""An engine without a model, run in a real engine process: `python fake_engine.py` takes the place of the engine command.
+"""An engine without a model, run in a real engine process: `python -m tests.server.fake_engine` takes the place of the engine command.
 
 It answers a prompt with its options' `reply_ids`, one token per sequence and step, `step_ms` apart. A prompt that holds
 one of the trigger ids makes it misbehave, so that a test can ask for a fault by sending a prompt.

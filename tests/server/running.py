@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from tiny_tokenizers import byte_level_json
 
 from llmc.runtime.text import Tokenizer
+from tests.server.tiny_tokenizers import byte_level_json
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 TOKENIZER = Tokenizer.from_bytes(byte_level_json())
 REPLY = "Hello world, how are you today?"
 # A prompt with one of these words makes the fake engine misbehave; each is one token of its own.
@@ -31,16 +31,16 @@ WORDS = {name: TOKENIZER.decode([token]) for name, token in TRIGGERS.items()}
 
 
 class RunningServer:
-    """`serve_fake.py` in its own process; its log goes to a file."""
+    """`tests.server.serve_fake` in its own process; its log goes to a file."""
 
     def __init__(self, *, settings: dict[str, Any] | None = None, engine: dict[str, Any] | None = None, wait: bool = True, **options: Any):
         self.log_path = Path(tempfile.mkstemp(prefix="llmc-test-", suffix=".log")[1])
         engine = {"reply_ids": TOKENIZER.encode(REPLY), "triggers": TRIGGERS, "eos": 2, **(engine or {})}
         argument = json.dumps({"settings": settings or {}, "engine": engine, **options})
-        environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(HERE / "serve_fake.py"), argument], stdout=subprocess.PIPE, stderr=log, env=environment
+                [sys.executable, "-m", "tests.server.serve_fake", argument], stdout=subprocess.PIPE, stderr=log, env=environment
             )
         self.url = self._await_log(r'"event":"listening","url":"([^"]+)"')
         if wait:

@@ -1,4 +1,4 @@
-"""A real server process over the fake engine: `python serve_fake.py '{"settings": ..., "engine": ...}'`."""
+"""A real server process over the fake engine: `python -m tests.server.serve_fake '{"settings": ..., "engine": ...}'`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import json
 import sys
 from pathlib import Path
 
-from tiny_tokenizers import CHATML, byte_level_json
-
 from llmc.errors import LlmcError
 from llmc.runtime.server.main import serve
 from llmc.runtime.server.settings import ServerSettings
+from tests.server.tiny_tokenizers import CHATML, byte_level_json
 
 
 def load_model(settings: ServerSettings):
@@ -30,7 +29,7 @@ def load_model(settings: ServerSettings):
 if __name__ == "__main__":
     options = json.loads(sys.argv[1])
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in options["settings"].items()}
-    command = (sys.executable, str(Path(__file__).with_name("fake_engine.py")))
+    command = (sys.executable, "-m", "tests.server.fake_engine")
     settings = ServerSettings(artifact="none", port=0, engine=options["engine"], engine_command=command, **fields)
     try:
         code = serve(settings, load_model=load_model)

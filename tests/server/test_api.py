@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from running import REPLY, TOKENIZER, WORDS, RunningServer, assert_error
+
+from tests.server.running import REPLY, TOKENIZER, WORDS, RunningServer, assert_error
 
 
 def events(text: str) -> list[dict]:

@@ -10,10 +10,10 @@ import jinja2
 import jinja2.ext
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tiny_tokenizers import CHATML
 
 from llmc.errors import ArtifactError, RequestRejected
 from llmc.runtime.text import ChatTemplate, chat_template
+from tests.server.tiny_tokenizers import CHATML
 
 LLAMA2_LIKE = """{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}
 {% set system_message = messages[0]['content'] %}

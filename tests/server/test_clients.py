@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from running import REPLY, TOKENIZER, WORDS, RunningServer
+
+from tests.server.running import REPLY, TOKENIZER, WORDS, RunningServer
 
 openai = pytest.importorskip("openai", reason="the openai client is in the dev extra")
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]

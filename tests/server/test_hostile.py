@@ -8,7 +8,8 @@ import time
 from typing import Any
 
 import pytest
-from running import RunningServer, assert_error
+
+from tests.server.running import RunningServer, assert_error
 
 MESSAGE = {"role": "user", "content": "hi"}
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import httpx
 import pytest
-from running import WORDS, RunningServer, alive, assert_error, children
+
+from tests.server.running import WORDS, RunningServer, alive, assert_error, children
 
 LONG = {"ignore_eos": True, "max_tokens": 400}
 

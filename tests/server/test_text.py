@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import byte_fallback_json, byte_level_json
 
 from llmc.errors import ArtifactError
 from llmc.runtime.text import Detokenizer, StopMatcher, TextStream, Tokenizer
+from tests.server.tiny_tokenizers import byte_fallback_json, byte_level_json
 
 TEXTS = ["Hello world", "naïve café", "你好世界 😀👩‍👩‍👧 x", " leading", "tab\tnew\nline ", "", "\u0000\uffff�"]
 
