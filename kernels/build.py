@@ -20,6 +20,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -56,24 +57,26 @@ class BuiltKernels:
     compiler: str
 
 
-def build_kernels(isa: str, cache_dir: Path, jobs: int = 1) -> BuiltKernels:
+def build_kernels(isa: str, cache_dir: Path, jobs: int = 1, ops: Sequence[str] | None = None) -> BuiltKernels:
     """Build, or find in the cache, the kernels for a level. Safe with several processes at once.
 
     Args:
         isa: a level's name (`kernels.isa.LEVELS`).
         cache_dir: where builds are kept, one folder per key; made if missing.
         jobs: compilers to run at the same time.
+        ops: folders of `kernels/` to take; None takes all, which is what an artifact gets.
 
     Raises:
         ConfigError: unknown level, no C++ compiler, or one that cannot compile for the level.
     """
     level = isa_level(isa)
     compiler, compiler_version = _find_compiler()
-    sources = _sources()
+    sources = _sources(ops)
     digest = kernel_source_digest()
     flags = [*_COMPILE_FLAGS, *level.gcc_flags]
     key_parts = {
-        "sources": digest, "flags": flags, "link": list(_LINK_FLAGS), "compiler": compiler_version, "torch": version("torch"),
+        "sources": digest, "compiled": sources, "flags": flags, "link": list(_LINK_FLAGS), "compiler": compiler_version,
+        "torch": version("torch"),
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(key_parts, sort_keys=True).encode()).hexdigest()[:32]
     cache_dir.mkdir(parents=True, exist_ok=True)
@@ -107,9 +110,11 @@ def _all_source_files() -> list[Path]:
     return sorted([*headers, *_ROOT.glob("*/cpu/*.cpp")])
 
 
-def _sources() -> tuple[list[str], list[str]]:
+def _sources(ops: Sequence[str] | None) -> tuple[list[str], list[str]]:
     """(kernel sources, shim sources), relative to the room, sorted so that link order is fixed."""
     names = sorted(path.relative_to(_ROOT).as_posix() for path in _ROOT.glob("*/cpu/*.cpp"))
+    if ops is not None:
+        names = [name for name in names if name.split("/")[0] in ops]
     return [n for n in names if not n.endswith("_shim.cpp")], [n for n in names if n.endswith("_shim.cpp")]
 
 

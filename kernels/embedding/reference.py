@@ -32,7 +32,7 @@ def embedding_reference(ids: Tensor, weight: Tensor, embedding_dim: int) -> Tens
     axis = ids.dim() + 1
     shape = list(picked.shape)
     shape[axis] = 1
-    row = torch.gather(picked, axis, lane.expand(shape)).reshape(*ids.shape, -1)
+    row = torch.gather(picked, axis, lane.expand(shape)).flatten(ids.dim())
     return row[..., :embedding_dim].contiguous()
 
 

@@ -59,11 +59,36 @@ struct AmxDriver {
       if (panel < panel_end) few_rows<1>(t, panel, panel_end, row_out);
       return;
     }
-    for (; panel + 2 <= panel_end; panel += 2) many_rows<2>(t, panel, row_out);
-    if (panel < panel_end) many_rows<1>(t, panel, row_out);
+    alignas(64) Block blocks[2];
+    Pending pending;
+    for (; panel + 2 <= panel_end; panel += 2) many_rows<2>(t, panel, panel_end, blocks, pending, row_out);
+    if (panel < panel_end) many_rows<1>(t, panel, panel_end, blocks, pending, row_out);
+    while (pending.next < pending.rows) pending.finish_row(t, row_out);
   }
 
  private:
+  using Block = float[4][16][16];  // [2 * panel + tile of rows][row][column]
+
+  // A finished block of 32 rows whose sums still wait to be rounded and written. That is done row by row between the tile products
+  // of the next block: at once, the stores to so many distant rows would hold the products up (35 % of the time at K = 1024).
+  struct Pending {
+    const Block* block = nullptr;
+    int64_t first = 0, rows = 0, next = 0, panel = 0, num_panels = 0;
+
+    template <class Out>
+    void finish_row(const Tile<BF16, X>& t, Out& row_out) {
+      const int64_t r = next++;
+      uint16_t* y = row_out(first + r);
+      const float *low = (*block)[r / 16][r % 16], *high = (*block)[2 + r / 16][r % 16];
+      const int64_t column = panel * 16;
+      if (!t.bias && num_panels == 2 && t.n - column >= 32) {  // the common case: one whole cache line
+        _mm512_storeu_si512(y + column, (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(high), _mm512_load_ps(low)));
+        return;
+      }
+      for (int64_t p = 0; p < num_panels; p++) write_row(t, p ? high : low, panel + p, y);
+    }
+  };
+
   // At most 16 rows: the panels stream past once, four at a time to hide the instruction's latency.
   template <int P, class Out>
   static void few_rows(const Tile<BF16, X>& t, int64_t panel, int64_t panel_end, Out& row_out) {
@@ -76,11 +101,11 @@ struct AmxDriver {
       _tile_zero(2);
       _tile_zero(3);
     }
-    // Prefetch this many steps ahead; past the end of a panel it goes on in the panel that its stream visits next.
-    constexpr int64_t kAhead = 4;
+    // 4 KiB ahead over all streams; past the end of a panel it goes on in the panel that its stream visits next.
+    constexpr int64_t kAhead = 4 / P;
     const bool more = panel + 2 * P <= panel_end;
     for (int64_t s = 0; s < steps; s++) {
-      const int64_t ahead = s + kAhead < steps ? s + kAhead : s + kAhead - steps + (more ? P * steps : steps - kAhead);
+      const int64_t ahead = s + kAhead < steps ? s + kAhead : (more ? P * steps + s + kAhead - steps : s);
       const uint16_t* at = w + s * kTileElements;
       const char* next = (const char*)(w + ahead * kTileElements);
       _tile_loadd(4, x + s * 32, a_bytes);
@@ -108,75 +133,67 @@ struct AmxDriver {
       _tile_stored(2, c[2], 64);
       _tile_stored(3, c[3], 64);
     }
-    for (int p = 0; p < P; p++) finish(t, c[p], 0, t.num_rows, panel + p, row_out);
+    for (int p = 0; p < P; p++)
+      for (int64_t r = 0; r < t.num_rows; r++) write_row(t, c[p][r], panel + p, row_out(r));
   }
 
   static void fetch(const char* p) {
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) _mm_prefetch(p + i * 64, _MM_HINT_T1);
+    for (int i = 0; i < 16; i++) _mm_prefetch(p + i * 64, _MM_HINT_T0);
   }
 
   // More than 16 rows: two tiles of rows against P panels; the panels stay in L2 while all rows pass.
   template <int P, class Out>
-  static void many_rows(const Tile<BF16, X>& t, int64_t panel, Out& row_out) {
-    const int64_t steps = t.panel_elements / kTileElements, a_bytes = t.x_stride * sizeof(X);
+  static void many_rows(const Tile<BF16, X>& t, int64_t panel, int64_t panel_end, Block* blocks, Pending& pending, Out& row_out) {
+    const int64_t steps = t.panel_elements / kTileElements, a_bytes = t.x_stride * sizeof(X), num_blocks = (t.num_rows + 31) / 32;
     const uint16_t* w = t.weight + panel * t.panel_elements;
-    alignas(64) float c[4][16][16];
-    for (int64_t r = 0; r < t.num_rows; r += 32) {
-      const X *x0 = t.x + r * t.x_stride, *x1 = x0 + 16 * t.x_stride;
-      const bool two = t.num_rows - r > 16;
+    const int64_t rows_per_step = (32 + steps - 1) / steps;
+    // The next panels are brought into L2 meanwhile, a few lines per step, if there are enough steps to spread them over.
+    const int64_t lines_per_step = panel + P < panel_end && num_blocks >= 8 ? (P * 16 + num_blocks - 1) / num_blocks : 0;
+    const char* next = (const char*)(w + P * t.panel_elements);
+    const char* const next_end = next + (panel_end - panel - P) * t.panel_elements * sizeof(X);
+    for (int64_t b = 0; b < num_blocks; b++) {
+      const X *x0 = t.x + b * 32 * t.x_stride, *x1 = x0 + 16 * t.x_stride;
+      const int64_t rows = t.num_rows - b * 32 < 32 ? t.num_rows - b * 32 : 32;
       _tile_zero(0);
       _tile_zero(1);
       _tile_zero(2);
       _tile_zero(3);
-      if (two) {
-        for (int64_t s = 0; s < steps; s++) {
-          _tile_loadd(4, x0 + s * 32, a_bytes);
-          _tile_loadd(6, w + s * kTileElements, 64);
-          _tile_loadd(5, x1 + s * 32, a_bytes);
-          _tile_dpbf16ps(0, 4, 6);
-          _tile_dpbf16ps(1, 5, 6);
-          if constexpr (P > 1) {
-            _tile_loadd(7, w + t.panel_elements + s * kTileElements, 64);
-            _tile_dpbf16ps(2, 4, 7);
-            _tile_dpbf16ps(3, 5, 7);
-          }
+      for (int64_t s = 0; s < steps; s++) {
+        for (int64_t i = 0; i < lines_per_step && next < next_end; i++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+        _tile_loadd(4, x0 + s * 32, a_bytes);
+        _tile_loadd(6, w + s * kTileElements, 64);
+        _tile_loadd(5, x1 + s * 32, a_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
+        if constexpr (P > 1) {
+          _tile_loadd(7, w + t.panel_elements + s * kTileElements, 64);
+          _tile_dpbf16ps(2, 4, 7);
+          _tile_dpbf16ps(3, 5, 7);
         }
-      } else {
-        for (int64_t s = 0; s < steps; s++) {
-          _tile_loadd(4, x0 + s * 32, a_bytes);
-          _tile_loadd(6, w + s * kTileElements, 64);
-          _tile_dpbf16ps(0, 4, 6);
-          if constexpr (P > 1) {
-            _tile_loadd(7, w + t.panel_elements + s * kTileElements, 64);
-            _tile_dpbf16ps(2, 4, 7);
-          }
-        }
+        for (int64_t i = 0; i < rows_per_step && pending.next < pending.rows; i++) pending.finish_row(t, row_out);
       }
-      _tile_stored(0, c[0], 64);
-      if constexpr (P > 1) _tile_stored(2, c[2], 64);
-      if (two) {
-        _tile_stored(1, c[1], 64);
-        if constexpr (P > 1) _tile_stored(3, c[3], 64);
+      Block& block = blocks[pending.block == &blocks[0] ? 1 : 0];
+      _tile_stored(0, block[0], 64);
+      _tile_stored(1, block[1], 64);
+      if constexpr (P > 1) {
+        _tile_stored(2, block[2], 64);
+        _tile_stored(3, block[3], 64);
       }
-      const int64_t rows0 = t.num_rows - r < 16 ? t.num_rows - r : 16, rows1 = t.num_rows - r - 16 < 16 ? t.num_rows - r - 16 : 16;
-      for (int p = 0; p < P; p++) {
-        finish(t, c[2 * p], r, rows0, panel + p, row_out);
-        if (two) finish(t, c[2 * p + 1], r + 16, rows1, panel + p, row_out);
-      }
+      pending.block = &block;
+      pending.first = b * 32;
+      pending.rows = rows;
+      pending.next = 0;
+      pending.panel = panel;
+      pending.num_panels = P;
     }
   }
 
-  template <class Out>
-  static void finish(const Tile<BF16, X>& t, const float (*c)[16], int64_t first, int64_t rows, int64_t panel, Out& row_out) {
+  static void write_row(const Tile<BF16, X>& t, const float* sums, int64_t panel, uint16_t* y) {
     const int64_t column = panel * 16, columns = t.n - column;
-    Lanes bias = lanes_zero();
-    if (t.bias) bias = load_columns<BF16>(t.bias + column, columns);
-    for (int64_t r = 0; r < rows; r++) {
-      Lanes sum = lanes_load(c[r]);
-      if (t.bias) sum = lanes_add(sum, bias);
-      store_columns<BF16>(row_out(first + r) + column, sum, columns);
-    }
+    Lanes sum = lanes_load(sums);
+    if (t.bias) sum = lanes_add(sum, load_columns<BF16>(t.bias + column, columns));
+    store_columns<BF16>(y + column, sum, columns);
   }
 };
 
