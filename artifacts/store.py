@@ -13,13 +13,11 @@ recently used entries go first, never one that somebody is reading (he holds the
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import re
 import secrets
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,41 +25,24 @@ from pathlib import Path
 import filelock
 import msgspec
 
-from llmc.artifacts.chunks import digest_of_chunks
 from llmc.artifacts.filesystem import OS, FileSystem, explain_os_error, remove_tree, sync_folder, write_all
 from llmc.artifacts.keys import Key, PartDifference, explain
 from llmc.artifacts.manifest import FileRecord
 from llmc.artifacts.manifest_json import decode_manifest
-from llmc.artifacts.relative_paths import MANIFEST_NAME, SIGNATURE_NAME, check_relative_path
+from llmc.artifacts.relative_paths import MANIFEST_NAME, check_relative_path
 from llmc.artifacts.stamps import StampFolder, cache_root, make_private_folder
+from llmc.artifacts.stored_files import Record, StoredFile, chunked_files, digest_of, files_below, stamp_text, total_bytes
 from llmc.artifacts.weight_file import copy_into
 from llmc.artifacts.writer import ArtifactWriter, Published
 from llmc.errors import ArtifactError, InternalError
+
+__all__ = ["Collected", "Listed", "Record", "Store"]
 
 DEFAULT_MAX_BYTES = 20 << 30
 _STAMPED_BYTES = 8 << 20  # smaller files are always hashed: code above all
 _MAX_RECORD_BYTES = 64 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _GRACE_NS = 3600 * 10**9  # an unfinished temporary file of a killed process is deleted after an hour
-
-
-class StoredFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One file of an entry."""
-
-    path: str
-    size_bytes: int
-    digest: str  # SHA-256; with chunk_bytes that of the chunk digests, as in FileRecord
-    chunk_bytes: int = 0
-
-
-class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One entry of the action cache."""
-
-    kind: str
-    key: str
-    parts: dict[str, str]
-    description: dict[str, str | int | float | bool | None]
-    files: list[StoredFile]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +107,10 @@ class Store:
         Raises:
             ArtifactError: the system could not read or write; the cache holds then what it held before.
         """
-        chunked = _chunked_files(folder)
+        chunked = chunked_files(folder)
         try:
             with self._locked(fcntl.LOCK_SH):
-                files = [self._take_in(folder, path, chunked.get(path)) for path in _files_below(folder)]
+                files = [self._take_in(folder, path, chunked.get(path)) for path in files_below(folder)]
                 if sum(stored.size_bytes for stored in files) > self.max_bytes:
                     kept = False
                 else:
@@ -164,7 +145,7 @@ class Store:
                         os.close(fd)
             except OSError as error:
                 remove_tree(self._fs, str(into))
-                raise explain_os_error(error, "copying from the cache", str(into), needed_bytes=_total(record)) from error
+                raise explain_os_error(error, "copying from the cache", str(into), needed_bytes=total_bytes(record)) from error
         return True
 
     def place(self, key: Key | str, out: Path, *, force: bool = False) -> Published | None:
@@ -216,7 +197,7 @@ class Store:
             except FileNotFoundError:
                 continue
             if record is not None:
-                found.append(Listed(record=record, size_bytes=_total(record), used_at=used))
+                found.append(Listed(record=record, size_bytes=total_bytes(record), used_at=used))
         return sorted(found, key=lambda listed: -listed.used_at)
 
     def collect(self, max_bytes: int | None = None) -> Collected:
@@ -274,13 +255,13 @@ class Store:
                 if before.st_size != stored.size_bytes:
                     path.unlink(missing_ok=True)
                     return False
-                if stored.size_bytes >= _STAMPED_BYTES and self.stamps.find(before) == _stamp_text(stored):
+                if stored.size_bytes >= _STAMPED_BYTES and self.stamps.find(before) == stamp_text(stored):
                     return True
-                found = _digest_of(file.fileno(), stored.chunk_bytes)
+                found = digest_of(file.fileno(), stored.chunk_bytes)
                 if found != stored.digest:
                     path.unlink(missing_ok=True)
                     return False
-                self.stamps.remember(before, os.fstat(file.fileno()), _stamp_text(stored))
+                self.stamps.remember(before, os.fstat(file.fileno()), stamp_text(stored))
         except FileNotFoundError:
             return False
         return True
@@ -292,7 +273,7 @@ class Store:
         fd = self._fs.open_source(str(source))
         try:
             before = os.fstat(fd)
-            digest = _digest_of(fd, chunk_bytes)
+            digest = digest_of(fd, chunk_bytes)
         finally:
             os.close(fd)
         stored = StoredFile(path=path, size_bytes=before.st_size, digest=digest, chunk_bytes=chunk_bytes)
@@ -344,7 +325,7 @@ class Store:
         time.sleep(0.06)
         for stored in large:
             info = os.stat(self._blob(stored))
-            self.stamps.remember(info, info, _stamp_text(stored))
+            self.stamps.remember(info, info, stamp_text(stored))
 
     def _write(self, path: Path, data: bytes) -> None:
         """Write a small file in one step."""
@@ -381,53 +362,3 @@ class Store:
 
     def _blob(self, stored: StoredFile) -> Path:
         return self.root / "cas" / stored.digest[:2] / stored.digest
-
-
-def _digest_of(fd: int, chunk_bytes: int) -> str:
-    """SHA-256 of an open file, or of its chunk digests."""
-    if not chunk_bytes:
-        return _span_sha256(fd, 0, os.fstat(fd).st_size)
-    starts = range(0, os.fstat(fd).st_size, chunk_bytes)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return digest_of_chunks(pool.map(lambda start: _span_sha256(fd, start, chunk_bytes), starts))
-
-
-def _span_sha256(fd: int, start: int, size: int) -> str:
-    """SHA-256 of [start, start + size) of an open file, or of what there is of it."""
-    hasher = hashlib.sha256()
-    end = start + size
-    while start < end and (piece := os.pread(fd, min(1 << 20, end - start), start)):
-        hasher.update(piece)
-        start += len(piece)
-    return hasher.hexdigest()
-
-
-def _stamp_text(stored: StoredFile) -> str:
-    return f"chunks:{stored.chunk_bytes}:{stored.digest}" if stored.chunk_bytes else f"sha256:{stored.digest}"
-
-
-def _total(record: Record) -> int:
-    return sum(stored.size_bytes for stored in record.files)
-
-
-def _files_below(folder: Path) -> list[str]:
-    """Every regular file below a folder, as relative names. Signatures stay out: they belong to one copy of an artifact."""
-    found = []
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_symlink() or not path.is_file() or name == SIGNATURE_NAME:
-            continue
-        if name != MANIFEST_NAME:
-            check_relative_path(name, str(folder))
-        found.append(name)
-    return found
-
-
-def _chunked_files(folder: Path) -> dict[str, tuple[FileRecord, int]]:
-    """The weight files of an artifact folder with their chunk size; none if the folder is no artifact."""
-    path = folder / MANIFEST_NAME
-    if not path.is_file():
-        return {}
-    manifest = decode_manifest(path.read_bytes(), str(path))
-    records = {record.path: record for record in manifest.files}
-    return {weight.path: (records[weight.path], weight.chunk_bytes) for weight in manifest.weights}

@@ -192,8 +192,7 @@ class ArtifactWriter:
         The bytes are not hashed here: the caller has done so.
         """
         check_relative_path(record.path, str(self.out))
-        target = self._prepare(record.path)
-        if link and self._try_link(str(source), target):
+        if link and self._try_link(str(source), record.path):
             self._files[record.path] = record
             return
         copied = self.add_file(record.path, source)
@@ -325,13 +324,13 @@ class ArtifactWriter:
                 self._folders.append(folder)
         return f"{self._folder}/{path}"
 
-    def _try_link(self, source: str, target: str) -> bool:
+    def _try_link(self, source: str, path: str) -> bool:
         try:
-            self._fs.link(source, target)
+            self._fs.link(source, self._prepare(path))
         except OSError as error:
             if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
                 return False  # another file system, or one without hard links: copied instead
-            raise explain_os_error(error, f"linking {target}", str(self.out)) from error
+            raise explain_os_error(error, f"linking {path}", str(self.out)) from error
         return True
 
 

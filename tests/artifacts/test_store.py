@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import multiprocessing
 import os
@@ -15,7 +16,8 @@ from llmc.artifacts.keys import file_sha256, graph_key, input_key, make_key, mod
 from llmc.artifacts.stamps import StampFolder
 from llmc.artifacts.store import Store
 from llmc.artifacts.verify import verify
-from llmc.errors import ConfigError, InternalError
+from llmc.errors import ArtifactError, ConfigError, InternalError
+from tests.artifacts.failing_disk import Faulty
 from tests.artifacts.small_artifact import replace_bytes, write_small
 
 KEY = input_key({"config": "1", "target": "cpu"})
@@ -202,3 +204,27 @@ def test_eight_processes_compile_once(tmp_path: Path):
     assert [worker.exitcode for worker in workers] == [0] * 8
     assert len((tmp_path / "cache/compiled").read_text().split()) == 1
     open_artifact(tmp_path / "out").close()
+
+
+def test_any_call_may_fail_while_keeping_or_placing(tmp_path: Path):
+    made = tmp_path / "made"
+    write_small(made)
+    for n in range(200):
+        fs = Faulty(n, errno.ENOSPC)
+        store = Store(tmp_path / "cache", fs=fs)
+        try:
+            store.put(KEY, made, {})
+            store.place(KEY, tmp_path / "out", force=True)
+        except ArtifactError as error:
+            assert "No space left" in str(error) or "removed" in str(error)
+        else:
+            if not fs.failed:
+                break
+        whole = Store(tmp_path / "cache")
+        if whole.place(KEY, tmp_path / "whole", force=True) is not None:
+            verify(tmp_path / "whole")
+        if (tmp_path / "out").exists():
+            verify(tmp_path / "out")
+    else:
+        pytest.fail("keeping and placing take fewer than 200 calls")
+    assert n > 30
