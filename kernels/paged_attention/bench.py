@@ -26,8 +26,8 @@ from torch import Tensor
 from ..build import build_kernels
 from ..isa import LEVELS, resolve_target
 from ..linear.bench import in_turns
-from . import reference
 from .compiled import CompiledPagedAttention
+from .reference import paged_attention_reference
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -56,7 +56,7 @@ class Case:
         return 4 * self.batch * visible * self.num_heads * self.head_dim
 
 
-def contenders(kernel: CompiledPagedAttention, case: Case, total_bytes: int) -> dict[str, Callable[[int], Tensor | None]]:
+def contenders(kernel: CompiledPagedAttention, case: Case, total_bytes: int) -> dict[str, Callable[[int], Tensor]]:
     """Callables that take a turn number and compute one layer's attention with the caches of that turn."""
     heads, kv_heads, dim, size = case.num_heads, case.num_kv_heads, case.head_dim, case.block_size
     blocks = -(-case.context // size)
@@ -64,7 +64,7 @@ def contenders(kernel: CompiledPagedAttention, case: Case, total_bytes: int) -> 
     caches = torch.randn(copies, 2, case.batch * blocks, kv_heads, size, dim).to(case.dtype)
     tables = torch.randperm(case.batch * blocks, dtype=torch.int32).view(1, case.batch, blocks)
     qkv = torch.randn(case.batch * case.queries, heads + 2 * kv_heads, dim).to(case.dtype)
-    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+    q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
     positions = torch.arange(case.context - case.queries, case.context)
     slots = (tables[0].long()[:, positions // size] * size + positions % size).view(1, -1)
     seq_lens = torch.full((case.batch,), case.context, dtype=torch.int32)
@@ -77,6 +77,14 @@ def contenders(kernel: CompiledPagedAttention, case: Case, total_bytes: int) -> 
     dense = torch.randn(copies, 2, case.batch, kv_heads, case.context, dim).to(case.dtype)
     rows = tables[0].long().flatten()
 
+    def ours(turn: int) -> Tensor:
+        kernel.run(prepared[turn % copies])
+        return out
+
+    def plain(turn: int) -> Tensor:
+        k_cache, v_cache = caches[turn % copies].unbind()
+        return paged_attention_reference(q, k, v, k_cache, v_cache, slots, tables, seq_lens, starts, 0, 0, scale, 0, 0.0, None)
+
     def sdpa(k_dense: Tensor, v_dense: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(dense_q, k_dense, v_dense, is_causal=case.queries > 1, enable_gqa=True)
 
@@ -87,10 +95,10 @@ def contenders(kernel: CompiledPagedAttention, case: Case, total_bytes: int) -> 
         )
         return sdpa(k_dense, v_dense)
 
-    found: dict[str, Callable[[int], Tensor | None]] = {
-        "llmc": lambda turn: kernel.run(prepared[turn % copies]),
+    found: dict[str, Callable[[int], Tensor]] = {
+        "llmc": ours,
         "sdpa": lambda turn: sdpa(*dense[turn % copies]),
-        "reference": lambda turn: reference(q, k, v, *caches[turn % copies], slots, tables, seq_lens, starts, 0, 0, scale, 0, 0.0, None),
+        "reference": plain,
     }
     if case.queries == 1:
         found["gather_sdpa"] = gathered

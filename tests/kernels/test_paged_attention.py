@@ -109,11 +109,10 @@ def test_what_lies_beyond_a_sequence_is_never_used(kernel: CompiledPagedAttentio
         world = World(Shape(block_size=block_size, window=33), 0)
         caches = [torch.full_like(cache, float("nan")) for cache in world.caches()]
         batch = world.batch({"a": 75})
-        batch.k[60:], batch.v[60:] = float("nan"), float("nan")
+        batch.k[61:], batch.v[61:] = float("nan"), float("nan")  # 61: some tile of rows holds tokens on both sides
         out = batch.call(kernel, caches)
-        assert out[:60].isfinite().all()
-        assert out[60:].isnan().all()
-        assert batch.call(reference, caches)[60:].isnan().all()
+        assert out[:61].isfinite().all()
+        assert out[61:].isnan().all()
 
 
 @pytest.mark.parametrize(
