@@ -233,10 +233,10 @@ class ArtifactWriter:
             write_all(self._fs, fd, manifest_bytes)
 
         self._new_file(MANIFEST_NAME, fill, needed_bytes=len(manifest_bytes))
+        if before_naming is not None:
+            before_naming(self.folder)
         try:
             sync_folder(self._fs, self._folder)
-            if before_naming is not None:
-                before_naming(self.folder)
             result = self._take_name(sha256_hex(manifest_bytes))
         except OSError as error:
             raise explain_os_error(error, "giving the artifact its name", str(self.out)) from error

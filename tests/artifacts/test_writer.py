@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -22,7 +23,7 @@ from llmc.artifacts.weight_file import WeightTensor
 from llmc.artifacts.writer import ArtifactWriter, artifact_digest, check_output
 from llmc.errors import ArtifactError, ConfigError, InternalError
 from tests.artifacts.failing_disk import Faulty
-from tests.artifacts.small_artifact import replace_bytes, write_small
+from tests.artifacts.small_artifact import replace_bytes, small_manifest, write_small
 
 
 class NoExchange(FileSystem):
@@ -246,6 +247,25 @@ def test_sigkill_at_random_moments(tmp_path: Path):
 @pytest.mark.slow
 def test_sigkill_at_random_moments_200_times(tmp_path: Path):
     kill_at_random(tmp_path, 200)
+
+
+def test_a_check_that_fails_prevents_the_publication(tmp_path: Path):
+    write_small(tmp_path / "out")
+    old = artifact_digest(tmp_path / "out")
+    seen = []
+
+    def refuse(folder: Path) -> None:
+        seen.append(verify(folder).num_files)
+        raise InternalError("canary")
+
+    with pytest.raises(InternalError, match="canary"), ArtifactWriter(tmp_path / "out", force=True) as writer:
+        writer.add_file("a", b"1")
+        empty = msgspec.structs.replace(small_manifest(), entries=[])
+        tokenizer = msgspec.structs.replace(empty.tokenizer, tokenizer_json=None, chat_template=None)
+        writer.finish(msgspec.structs.replace(empty, tokenizer=tokenizer), before_naming=refuse)
+    assert seen == [2]
+    assert artifact_digest(tmp_path / "out") == old
+    assert hidden(tmp_path) == []
 
 
 def test_our_own_mistakes_are_ours(tmp_path: Path):
