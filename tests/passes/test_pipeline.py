@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from llmc.artifacts import recipes
 from llmc.compiler.capture import TracedModel, capture
 from llmc.compiler.model import read_model
 from llmc.compiler.pipeline import LEVELS, pipeline
@@ -79,3 +80,18 @@ def test_levels() -> None:
     with pytest.raises(ConfigError, match="optimisation level 3: expected one of 0, 1, 2"):
         pipeline(3)
     assert LEVELS == (0, 1, 2)
+
+
+def test_recipes_are_what_the_packer_understands(captured: tuple[str, Case, TracedModel]) -> None:
+    _, case, _ = captured
+    lowered, _ = case.apply(*pipeline(2))
+    weights = lowered.ctx.weights
+    specs = {name: spec(t) for name, t in case.sources.items()}
+    computed = {name: spec(t) for name, t in weights.computed.items()}
+    for name in weights:
+        constant = weights[name]
+        assert recipes.infer(constant.recipe, specs, computed) == (str(constant.dtype).removeprefix("torch."), constant.shape)
+
+
+def spec(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
+    return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
