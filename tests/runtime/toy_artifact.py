@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from llmc.artifacts.manifest import (
@@ -108,27 +110,72 @@ def toy_greedy(weights: dict[str, np.ndarray], prompt: list[int], count: int) ->
     return token_ids[len(prompt) :], margins
 
 
-def write_toy_artifact(out: Path, program: Path, weights: dict[str, np.ndarray], *, wrong_canary: bool = False) -> Path:
-    """An artifact of the compiled toy program."""
+WORDS = ["<unk>", "<eos>", *(f"w{number}" for number in range(2, VOCAB))]
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w2{% endif %}"
+
+
+def toy_tokenizer_json() -> bytes:
+    """Words split at spaces: "w2 w3" is [2, 3]."""
+    words = {word: number for number, word in enumerate(WORDS)}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": EOS, "content": "<eos>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"},
+    }
+    return json.dumps(tokenizer).encode()
+
+
+def write_toy_artifact(
+    out: Path, program: Path, weights: dict[str, np.ndarray], *, wrong_canary: bool = False, text: bool = False, external: bool = False
+) -> Path:
+    """An artifact of the toy program.
+
+    `text` adds a tokenizer, a chat template and sampling defaults; `external` leaves "embed" to a checkpoint.
+    """
     expected, margins = toy_greedy(weights, [3, 4, 5], 6)
     if wrong_canary:
         expected[2] = (expected[2] + 1) % VOCAB
+    facts = toy_manifest().tokenizer
     with ArtifactWriter(out) as writer:
         image = writer.add_image(program.read_bytes(), "model")
-        records: list[TensorRecord]
+        packed = {name: array for name, array in sorted(weights.items()) if not (external and name == "embed")}
         weight_file, records = writer.add_weights(
             "weights/model.safetensors",
             [
                 WeightTensor(name=name, dtype="float32", shape=array.shape, recipe={}, blocks=lambda array=array: [array])
-                for name, array in sorted(weights.items())
+                for name, array in packed.items()
             ],
         )
+        if external:
+            shape, recipe = [VOCAB, DIM], {"op": "source", "name": "model.embed"}
+            records += [
+                TensorRecord(name="embed", dtype="float32", shape=shape, file=None, offset=0, nbytes=VOCAB * DIM * 4, recipe=recipe)
+            ]
+        if text:
+            writer.add_file("tokenizer/tokenizer.json", toy_tokenizer_json())
+            writer.add_file("tokenizer/chat_template.jinja", CHAT_TEMPLATE.encode())
+            facts = msgspec.structs.replace(
+                facts,
+                tokenizer_json="tokenizer/tokenizer.json",
+                chat_template="tokenizer/chat_template.jinja",
+                special_tokens={"eos_token": "<eos>"},
+            )
         writer.finish(
             toy_manifest(
                 entries=[toy_entry(program=image.path)],
                 images=[image],
                 weights=[weight_file],
                 tensors=records,
+                tokenizer=facts,
+                generation_defaults={"temperature": 0.0, "max_new_tokens": 5} if text else {},
                 canaries=[Canary(prompt_token_ids=[3, 4, 5], expected_token_ids=expected, margins=margins)],
             )
         )
