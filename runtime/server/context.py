@@ -32,13 +32,15 @@ class ContextMiddleware:
         scope["llmc.request_id"] = request_id
         shown = _client_id(scope["headers"]) or request_id.encode()
         status = 0
+        whole = False  # the answer is out to its end
 
         async def send_with_id(message: Any) -> None:
-            nonlocal status
+            nonlocal status, whole
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", shown)]
             await send(message)
+            whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         try:
             await self._app(scope, receive, send_with_id)
@@ -46,7 +48,7 @@ class ContextMiddleware:
             log_exception("request_failed", error, request=request_id)
             if status == 0:
                 await error_response("the server failed on this request; its log has the reason", status=500)(scope, receive, send_with_id)
-            else:
+            elif not whole:
                 scope["llmc.abort"]()  # half an answer is out: the client must not take it for a whole one
         finally:
             route = getattr(scope.get("route"), "path", "unknown")

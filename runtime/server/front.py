@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from starlette.requests import Request
 
@@ -14,7 +16,8 @@ from llmc.runtime.server.metrics import Metrics
 from llmc.runtime.server.served_model import ServedModel
 from llmc.runtime.server.settings import ServerSettings
 
-_INLINE_CHARS = 16 * 1024  # longer texts are encoded in a thread, so that they do not hold up the streams
+T = TypeVar("T")
+_INLINE_SIZE = 16 * 1024  # characters or tokens; about 10 ms of encoding
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +29,7 @@ class Front:
     client: EngineClient
     metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
-    encoders: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
+    workers: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
 
     def check_model(self, name: str | None) -> None:
         """Refuse a model name that is not served here; none means ours."""
@@ -45,12 +48,20 @@ class Front:
         """Seconds since 1970, for `created`."""
         return int(time.time())
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text."""
-        if len(text) <= _INLINE_CHARS:
-            return self.model.tokenizer.encode(text, add_special_tokens)
-        async with self.encoders:
-            return await asyncio.to_thread(self.model.tokenizer.encode, text, add_special_tokens)
+    async def encode(self, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of each text."""
+
+        def encode_all() -> list[list[int]]:
+            return [self.model.tokenizer.encode(text, add_special_tokens) for text in texts]
+
+        return await self.aside(encode_all, size=sum(map(len, texts)))
+
+    async def aside(self, work: Callable[[], T], *, size: int) -> T:
+        """Do work over `size` characters or tokens, in a thread where it would hold up the streams."""
+        if size <= _INLINE_SIZE:
+            return work()
+        async with self.workers:
+            return await asyncio.to_thread(work)
 
 
 def tenant_of(request: Request) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -34,6 +35,8 @@ def serve(settings: ServerSettings, *, load_model: Callable[[ServerSettings], Se
         ArtifactError: the front cannot use the artifact.
     """
     entered_at = time.monotonic()
+    # Until the event loop takes the signal over: leave through the `finally` below.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
     listener = _bind(settings)
     handle: EngineHandle | None = None
     try:

@@ -66,7 +66,8 @@ async def render_chat(front: Front, messages: list[ChatMessage], *, add_generati
     plain = [{"role": m.role, "content": _text_of(m), **({"name": m.name} if m.name is not None else {})} for m in messages]
     text = front.model.chat_template.render(plain, add_generation_prompt)
     # The template writes the special tokens itself.
-    return await front.encode(text, add_special_tokens=add_special_tokens)
+    (ids,) = await front.encode([text], add_special_tokens=add_special_tokens)
+    return ids
 
 
 def _text_of(message: ChatMessage) -> str:

@@ -67,10 +67,9 @@ async def _prompts(front: Front, body: CompletionRequest) -> list[list[int]]:
     prompt = body.prompt
     if isinstance(prompt, str):
         prompt = [prompt]
-    if isinstance(prompt[0], int):
-        return [prompt]  # type: ignore[list-item]
-    special = body.add_special_tokens is not False
-    return [await front.encode(p, add_special_tokens=special) if isinstance(p, str) else p for p in prompt]  # type: ignore[misc]
+    if isinstance(prompt[0], str):
+        return await front.encode(prompt, add_special_tokens=body.add_special_tokens is not False)  # type: ignore[arg-type]
+    return [prompt] if isinstance(prompt[0], int) else prompt  # type: ignore[list-item, return-value]
 
 
 @dataclass(slots=True)

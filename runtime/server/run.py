@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import resource
 import signal
@@ -151,6 +152,9 @@ async def _announce(
     shown = ", ".join(f"{stage} {ms:.0f}" for stage, ms in (stages | engine).items())
     print(f"llmc ready at {where} after {total:.0f} ms ({shown})", flush=True)
     logs.log("ready", url=where, total_ms=round(total, 1), **{f"{k}_ms": round(v, 1) for k, v in (stages | engine).items()})
+    # What lives now lives for ever: later collections need not walk it.
+    gc.collect()
+    gc.freeze()
 
 
 def _url(address: tuple[str, int]) -> str:

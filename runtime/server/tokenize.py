@@ -34,10 +34,12 @@ def tokenize_router(front: Front) -> APIRouter:
             )
         else:
             assert body.prompt is not None
-            tokens = await front.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+            (tokens,) = await front.encode([body.prompt], add_special_tokens=body.add_special_tokens is not False)
         answer: dict[str, Any] = {"count": len(tokens), "max_model_len": front.max_model_len, "tokens": tokens}
         if body.return_token_strs:
-            answer["token_strs"] = [front.model.tokenizer.token_text(token) for token in tokens]
+            answer["token_strs"] = await front.aside(
+                lambda: [front.model.tokenizer.token_text(token) for token in tokens], size=len(tokens)
+            )
         return json_answer(answer)
 
     @router.post("/detokenize")
@@ -45,6 +47,7 @@ def tokenize_router(front: Front) -> APIRouter:
         body = parse_body(await request.body(), DetokenizeRequest)
         front.check_model(body.model)
         check_token_ids(body.tokens, vocab_size=front.model.vocab_size, param="tokens")
-        return json_answer({"prompt": front.model.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+        text = await front.aside(lambda: front.model.tokenizer.decode(body.tokens, skip_special_tokens=False), size=len(body.tokens))
+        return json_answer({"prompt": text})
 
     return router

@@ -19,6 +19,7 @@ class Tokenizer:
     def __init__(self, inner: tokenizers.Tokenizer, decoder_kinds: frozenset[str]) -> None:
         self._inner = inner
         self._decoder_kinds = decoder_kinds
+        self._added = frozenset(inner.get_added_tokens_decoder())  # ids whose spelling is their text
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Tokenizer:
@@ -66,7 +67,7 @@ class Tokenizer:
         token = self._inner.id_to_token(token_id)
         if token is None:
             return b""
-        if token_id in self._inner.get_added_tokens_decoder():
+        if token_id in self._added:
             return token.encode()
         if "ByteLevel" in self._decoder_kinds:
             table = _byte_level_table()

@@ -16,9 +16,17 @@ def load_model(settings: ServerSettings):
     from llmc.runtime.server.served_model import ServedModel
     from llmc.runtime.text import ChatTemplate, Tokenizer
 
+    class FaultyTokenizer(Tokenizer):
+        """Has a bug that some prompts reach."""
+
+        def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+            if "boom" in text:
+                raise KeyError(text)
+            return super().encode(text, add_special_tokens)
+
     return ServedModel(
         names=settings.served_model_names or ("tiny",),
-        tokenizer=Tokenizer.from_bytes(byte_level_json()),
+        tokenizer=FaultyTokenizer.from_bytes(byte_level_json()),
         chat_template=ChatTemplate(settings.chat_template or CHATML, {}),
         vocab_size=400,
         generation_defaults={"temperature": 0.6, "top_p": 0.95, "top_k": 20, "max_new_tokens": 64, "eos_token_id": [2]},

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from llmc.runtime.server.schemas import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, RequestModel, TokenizeRequest
 from tests.server.running import RunningServer, assert_error
 
 MESSAGE = {"role": "user", "content": "hi"}
@@ -79,6 +80,24 @@ def test_bad_completion_bodies(server: RunningServer, body: bytes, param: str | 
 )
 def test_bad_chat_bodies(server: RunningServer, fields: dict[str, Any], param: str) -> None:
     assert_error(server.post("/v1/chat/completions", fields), 400, param=param)
+
+
+NASTY = [0, -1, 1.5, 2**31, 2**63, -(2**63), 1e308, True, "", "x" * 5000, [], [[]], [None], [-1], [2**40], ["x"] * 2000, {}, {"x": {}}]
+
+
+@pytest.mark.parametrize("model", [CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest])
+def test_nasty_values_in_every_field_never_break_the_server(server: RunningServer, model: type[RequestModel]) -> None:
+    path, base = {
+        CompletionRequest: ("/v1/completions", {"prompt": "a", "max_tokens": 1}),
+        ChatCompletionRequest: ("/v1/chat/completions", {"messages": [MESSAGE], "max_tokens": 1}),
+        TokenizeRequest: ("/tokenize", {"prompt": "a"}),
+        DetokenizeRequest: ("/detokenize", {"tokens": [1]}),
+    }[model]
+    for name in model.model_fields:
+        for value in NASTY:
+            answer = server.http.post(path, content=json.dumps(base | {name: value}).encode(), headers={"content-type": "application/json"})
+            if answer.status_code not in (200, 404):
+                assert_error(answer, 400)
 
 
 def test_products_are_bounded(server: RunningServer) -> None:

@@ -277,4 +277,6 @@ def test_prompts_are_not_logged() -> None:
     with RunningServer(settings={"log_level": "debug"}) as server:
         server.chat("a very private sentence", user="private person")
         server.complete("a very private sentence" + WORDS["bug"])
+        assert_error(server.complete("a very private boom"), 500)
+        assert '"error":"KeyError"' in server.log()
         assert "private" not in server.log() and "secret words" not in server.log()

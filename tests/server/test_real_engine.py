@@ -1,0 +1,133 @@
+"""The whole serve path over a real artifact: `llmc serve`, the engine process, the toy program, text out."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import tokenizers
+
+from llmc.artifacts.manifest import TokenizerFacts
+from llmc.artifacts.weight_file import WeightTensor
+from llmc.artifacts.writer import ArtifactWriter
+from tests.runtime.conftest import toy_folder, toy_weights  # noqa: F401
+from tests.runtime.toy_artifact import EOS, toy_entry, toy_greedy, toy_manifest
+from tests.runtime.toy_program import VOCAB
+from tests.server.running import alive, assert_error, children
+
+HEAVY = {"torch", "transformers", "sympy", "triton", "jinja2"}
+
+
+def toy_tokenizer() -> bytes:
+    """One word per id: w0 w1 w2 ..."""
+    vocabulary = {f"w{i}": i for i in range(VOCAB)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([f"w{EOS}"])
+    return tokenizer.to_str().encode()
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory, toy_folder: Path, toy_weights: dict[str, np.ndarray]) -> Path:  # noqa: F811
+    out = tmp_path_factory.mktemp("served") / "toy"
+    with ArtifactWriter(out) as writer:
+        image = writer.add_image((toy_folder / "toy.so").read_bytes(), "model")
+        tensors = [
+            WeightTensor(name=name, dtype="float32", shape=array.shape, recipe={}, blocks=lambda array=array: [array])
+            for name, array in sorted(toy_weights.items())
+        ]
+        weight_file, records = writer.add_weights("weights/model.safetensors", tensors)
+        writer.add_file("tokenizer/tokenizer.json", toy_tokenizer())
+        writer.add_file("tokenizer/chat_template.jinja", b"{% for m in messages %}{{ m.content }} {% endfor %}")
+        facts = TokenizerFacts(
+            tokenizer_json="tokenizer/tokenizer.json",
+            chat_template="tokenizer/chat_template.jinja",
+            template_parity="same",
+            bos_token_id=None,
+            eos_token_ids=[EOS],
+            pad_token_id=None,
+            special_tokens={},
+            num_tokens=VOCAB,
+        )
+        manifest = toy_manifest(
+            entries=[toy_entry(program=image.path)],
+            images=[image],
+            weights=[weight_file],
+            tensors=records,
+            tokenizer=facts,
+            generation_defaults={"temperature": 0.0},
+        )
+        writer.finish(manifest)
+    return out
+
+
+@pytest.fixture(scope="module")
+def url(artifact: Path) -> Iterator[str]:
+    command = [sys.executable, "-c", "import sys; from llmc.cli import main; sys.exit(main())", "serve", str(artifact), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        found = re.search(r"llmc ready at (\S+) ", process.stdout.readline())
+        assert found is not None, process.wait(10)
+        (engine,) = children(process.pid)
+        yield found[1]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(15) == 0
+        assert not alive(engine)
+
+
+def words(ids: list[int]) -> str:
+    return " ".join(f"w{i}" for i in ids)
+
+
+def test_greedy_text_is_the_programs(url: str, toy_weights: dict[str, np.ndarray]) -> None:  # noqa: F811
+    expected, _ = toy_greedy(toy_weights, [3, 4, 5], 12)
+    expected = expected[: expected.index(EOS)] if EOS in expected else expected
+    body = {"prompt": "w3 w4 w5", "max_tokens": 12, "logprobs": 2}
+    (choice,) = httpx.post(f"{url}/v1/completions", json=body).json()["choices"]
+    assert choice["text"].split() == words(expected).split()
+    assert all(value <= 0 for value in choice["logprobs"]["token_logprobs"])
+    chat = httpx.post(f"{url}/v1/chat/completions", json={"messages": [{"role": "user", "content": "w3 w4 w5"}], "max_tokens": 12}).json()
+    assert chat["choices"][0]["message"]["content"].split() == words(expected).split()
+    assert chat["model"] == "toy"
+
+
+def test_sampling_fields_reach_the_engine(url: str) -> None:
+    fields = {"prompt": [3, 4, 5], "max_tokens": 8, "temperature": 1.0, "seed": 7, "n": 3, "ignore_eos": True, "prompt_logprobs": 1}
+    first, second = (httpx.post(f"{url}/v1/completions", json=fields).json() for _ in range(2))
+    assert [c["text"] for c in first["choices"]] == [c["text"] for c in second["choices"]]
+    assert len({c["text"] for c in first["choices"]}) > 1
+    assert first["usage"]["completion_tokens"] == 24
+    assert len(first["choices"][0]["prompt_logprobs"]) == 3 and first["choices"][0]["prompt_logprobs"][0] is None
+    banned = {"prompt": [3, 4, 5], "max_tokens": 20, "logit_bias": {"9": 100}, "ignore_eos": True}
+    assert set(httpx.post(f"{url}/v1/completions", json=banned).json()["choices"][0]["text"].split()) == {"w9"}
+
+
+def test_errors_keep_the_engine_serving(url: str) -> None:
+    for body in ({"prompt": [VOCAB]}, {"prompt": [3] * 300}, {"prompt": [3], "logit_bias": {str(VOCAB): 1}}):
+        assert_error(httpx.post(f"{url}/v1/completions", json=body), 400)
+    assert httpx.get(f"{url}/health").status_code == 200
+    assert "llmc:generation_tokens_total" in httpx.get(f"{url}/metrics").text
+
+
+def test_no_process_of_the_tree_holds_heavy_modules(url: str, artifact: Path) -> None:
+    """Asked of fresh processes, which import what the served ones import."""
+    program = (
+        "import sys, json\n"
+        f"if {{role!r}} == 'engine':\n"
+        "    from llmc.runtime.engine_process import _make_engine\n"
+        f"    _make_engine({{{{'artifact': {str(artifact)!r}}}}})\n"
+        "else:\n"
+        "    import llmc.cli, llmc.runtime.server.main, llmc.runtime.server.run\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    for role in ("engine", "front"):
+        done = subprocess.run([sys.executable, "-c", program.format(role=role)], capture_output=True, text=True, check=True)
+        modules = set(done.stdout.strip().strip("[]").replace('"', "").split(", "))
+        assert "llmc.errors" in modules and not HEAVY & modules, (role, HEAVY & modules)
