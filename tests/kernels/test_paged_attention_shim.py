@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmc.kernels.build import build_kernels, dlopen_order
 from llmc.kernels.isa import runnable_levels
-from llmc.kernels.paged_attention import C_SHIM, reference
+from llmc.kernels.paged_attention import C_SHIM, SCHEMA, reference
 
 from .paged_attention_world import Shape, World, kernel_cache
 
@@ -107,10 +107,9 @@ def test_refuses_caches_that_do_not_fit(shim: Shim, capfd: pytest.CaptureFixture
         assert "paged_attention of layer 0" in capfd.readouterr().err
 
 
-def test_declares_the_name_that_inductor_calls() -> None:
-    """Inductor makes the called name from the op's; the declaration's label leads from there to the symbol the shim exports."""
-    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
-
-    called = CppWrapperCpu.get_c_shim_func_name("llmc::paged_attention", "cpu")
-    assert C_SHIM.startswith(f"AOTITorchError {called}(")
-    assert C_SHIM.endswith('__asm__("aoti_torch_cpu_llmc_paged_attention")')
+def test_declaration_follows_the_schema() -> None:
+    """Generated code passes the op's arguments in the schema's order; a C declaration in another order would still compile."""
+    in_schema = [argument.name for argument in torch._C.parse_schema(f"llmc::{SCHEMA}").arguments]
+    declared = [part.split()[-1] for part in C_SHIM.partition("(")[2].rstrip(")").split(",")]
+    assert C_SHIM.startswith("AOTITorchError aoti_torch_cpu_llmc_paged_attention(")
+    assert declared == [*in_schema, "ret"]
