@@ -9,6 +9,7 @@ do and better than its users see, since nobody's requests arrive together.
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import statistics
 import sys
@@ -31,7 +32,7 @@ def client(port: int, model: str, prompts: list[list[int]], out: list[dict[str, 
         started = time.perf_counter()
         body = {"model": model, "prompt": prompt, "max_tokens": NEW, "temperature": 0, "ignore_eos": True}
         arrivals = [arrival for arrival, event in harness.stream_completion(port, body) if event.get("choices")]
-        gaps = [b - a for a, b in zip(arrivals, arrivals[1:], strict=False)]
+        gaps = [b - a for a, b in itertools.pairwise(arrivals)]
         out.append({"ttft": arrivals[0] - started, "itl": statistics.median(gaps) if gaps else 0.0, "end": arrivals[-1]})
 
 

@@ -60,3 +60,8 @@ class StageLog:
         finished = Stage(name=name, seconds=time.perf_counter() - started, detail=note.detail)
         self.stages.append(finished)
         self.observer.finished(finished)
+
+    def record(self, stage: Stage) -> None:
+        """Add a stage that was timed elsewhere."""
+        self.stages.append(stage)
+        self.observer.finished(stage)

@@ -12,7 +12,8 @@ import rich_click as click
 ARTIFACT = click.argument("artifact", type=click.Path(path_type=Path))
 
 
-def _bytes(count: int) -> str:
+def human_bytes(count: int) -> str:
+    """1536 -> "1.5 kB"."""
     size = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000 or unit == "GB":
@@ -65,7 +66,7 @@ def _cell(key: str, value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]
     if isinstance(value, int) and str(key).endswith(("bytes", "size")):
-        return _bytes(value)
+        return human_bytes(value)
     if isinstance(value, dict):
         return ", ".join(f"{k}: {v}" for k, v in value.items())
     if isinstance(value, list):
@@ -83,7 +84,7 @@ def verify_command(artifact: Path, trust: Path | None) -> None:
     started = time.perf_counter()
     report = verify(artifact, trust=trust)
     signed = f"signed by {trust}" if trust else "signature not asked for"
-    size = _bytes(report.size_bytes)
+    size = human_bytes(report.size_bytes)
     print(f"{artifact}: whole; {report.num_files} files, {size} checked in {time.perf_counter() - started:.2f} s; {signed}")
 
 

@@ -147,9 +147,7 @@ _OTHER_FORMATS = dict.fromkeys(
      "sharded_state", "mistral"),
     "only safetensors are read, since other formats run code or lack checks when they are loaded",
 )  # fmt: skip
-_OTHER_MODES = dict.fromkeys(
-    ("interactivity", "throughput"), "it chooses among sizes and kernels that a CPU artifact does not have yet"
-)
+_OTHER_MODES = dict.fromkeys(("interactivity", "throughput"), "it chooses among sizes and kernels that a CPU artifact does not have yet")
 _QUANTISED_KV = dict.fromkeys(
     ("fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc", "fp8_ds_mla", "fp8_per_token_head", "int8_per_token_head"),
     "quantised KV caches come with quantisation",

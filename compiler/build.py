@@ -1,0 +1,285 @@
+"""Make an artifact's parts: everything of a compile that needs torch.
+
+ModelSource -> TracedModel -> (passes) -> LoweredModel -> files and manifest
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmc.artifacts.manifest import (
+    Canary,
+    Entry,
+    Image,
+    Limits,
+    Manifest,
+    ModelFacts,
+    PassRecord,
+    Requirements,
+    Target,
+    TensorRecord,
+    WeightFile,
+)
+from llmc.artifacts.safetensors import Checkpoint
+from llmc.artifacts.stamps import cache_root
+from llmc.artifacts.store import Store
+from llmc.artifacts.version import FORMAT_VERSION
+from llmc.artifacts.writer import ArtifactWriter
+from llmc.compiler import canary, packing, report
+from llmc.compiler.capture import TracedModel, capture
+from llmc.compiler.input_key import toolchain
+from llmc.compiler.lowered_cache import lower
+from llmc.compiler.model import ModelSource, read_model
+from llmc.compiler.nodes import constants_of, to_bytes
+from llmc.compiler.pipeline import pipeline
+from llmc.compiler.stages import Stage, StageLog
+from llmc.compiler.tokenizer_files import Render, TokenizerBundle, generation_defaults, read_tokenizer
+from llmc.config.compile import CompileConfig
+from llmc.errors import ConfigError
+from llmc.kernels.build import BuiltKernels, build_kernels
+from llmc.kernels.isa import TargetSpec
+from llmc.passes.base import PassContext
+from llmc.passes.runner import PassReport, dump_directory, run_passes
+from llmc.passes.weights import WeightTable
+
+NODES_PATH = "programs/step.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """The program of an artifact, in one of its two forms."""
+
+    entry: Entry
+    images: list[Image]
+    calls: dict[str, int]  # functions outside the lowered code
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltArtifact:
+    """Everything but the artifact's name."""
+
+    manifest: Manifest
+    report: dict[str, Any]
+    measured_folder: Path
+
+    def write_measured(self, stages: list[Stage]) -> None:
+        """Write the report with this compile's times beside the artifact."""
+        size = sum(record.size_bytes for record in self.manifest.files)
+        measured = report.measured_facts(stages, size_bytes=size, toolchain=self.manifest.toolchain)
+        report.write_measured(self.measured_folder, self.report, measured)
+
+
+def build_artifact(
+    config: CompileConfig,
+    target: TargetSpec,
+    writer: ArtifactWriter,
+    scratch: Path,
+    *,
+    log: StageLog,
+    render: Render | None,
+    store: Store | None,
+) -> BuiltArtifact:
+    """Put every file of the artifact into `writer` and make its manifest.
+
+    Args:
+        scratch: an empty folder for intermediate files.
+
+    Raises:
+        ConfigError, UnsupportedModel: the request or the model.
+        PassError, InternalError: a fault of llmc.
+    """
+    torch.set_num_threads(config.jobs)
+    with ThreadPoolExecutor(1) as background:
+        kernels = background.submit(build_kernels, target.isa, cache_root() / "kernels", config.jobs)
+        with log.stage("read") as note:
+            source = read_model(config.model, dtype=config.dtype)
+            _check_kv_dtype(config, source)
+            note.detail = f"{source.architecture}, {source.dtype}, {len(source.tensors)} tensors"
+        limits = compile_limits(config, source)
+        tokenizer = read_tokenizer(
+            config.tokenizer or config.model,
+            eos_token_ids=source.eos_token_ids,
+            bos_token_id=source.bos_token_id,
+            pad_token_id=source.pad_token_id,
+            render=render,
+        )
+        with log.stage("capture") as note:
+            traced = capture(source, block_size=config.block_size, max_model_len=limits.max_model_len)
+            note.detail = f"{len(traced.graph.graph.nodes)} nodes"
+        with _checkpoint(source) as checkpoint:
+            # the reference runs before the passes, which change the graph in place
+            canaries = _canaries(config, source, traced, checkpoint, tokenizer, log)
+            graph, weights = traced.graph, traced.weight_table()
+            with log.stage("passes") as note:
+                context = PassContext(weights=weights, max_positions=limits.max_model_len)
+                reports = run_passes(graph, pipeline(config.level), context, dump_dir=dump_directory())
+                matches = sum(r.result.matches for r in reports)
+                note.detail = f"{len(graph.graph.nodes)} nodes, {matches} rewrites by {sum(r.result.changed for r in reports)} passes"
+            program = _program(config, target, traced, weights, kernels, writer, scratch, log, store)
+            with log.stage("pack") as note:
+                files, tensors = packing.pack(writer, packing.order_of_use(graph), weights, checkpoint, embed=config.weights == "embed")
+                note.detail = report.human_bytes(sum(f.size_bytes for f in files))
+    for path, data in tokenizer.files.items():
+        writer.add_file(path, data)
+    manifest = _manifest(config, target, source, traced, limits, program, files, tensors, reports, tokenizer, canaries)
+    facts = report.facts(manifest, ops=_ops(graph), extern_calls=sorted(program.calls))
+    for path, data in report.report_files(facts).items():
+        writer.add_file(path, data)
+    folder = config.report or config.out.with_name(config.out.name + ".report")
+    return BuiltArtifact(manifest=manifest, report=facts, measured_folder=folder)
+
+
+def _check_kv_dtype(config: CompileConfig, source: ModelSource) -> None:
+    if config.kv_cache_dtype not in ("auto", source.dtype):
+        raise ConfigError(
+            f"--kv-cache-dtype {config.kv_cache_dtype}: the CPU attention kernel keeps K and V in the model's dtype, "
+            f"{source.dtype}; use auto"
+        )
+
+
+def compile_limits(config: CompileConfig, source: ModelSource) -> Limits:
+    """What the artifact is compiled for.
+
+    Raises:
+        ConfigError: longer sequences than the model has positions.
+    """
+    longest = source.max_position_embeddings
+    wanted = config.max_model_len or longest
+    if wanted > longest:
+        raise ConfigError(f"--max-model-len {wanted} is above the {longest} positions that {source.name} knows; lower it")
+    return Limits(max_model_len=wanted, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens)
+
+
+def _checkpoint(source: ModelSource) -> Checkpoint:
+    return Checkpoint([source.path / name for name in sorted({tensor.file for tensor in source.tensors.values()})])
+
+
+def _program(
+    config: CompileConfig,
+    target: TargetSpec,
+    traced: TracedModel,
+    weights: WeightTable,
+    kernels: Future[BuiltKernels],
+    writer: ArtifactWriter,
+    scratch: Path,
+    log: StageLog,
+    store: Store | None,
+) -> Program:
+    graph, inputs, outputs = traced.graph, list(traced.inputs), list(traced.outputs)
+    if config.level == 0:
+        with log.stage("kernels") as note:
+            built = kernels.result()
+            note.detail = target.isa
+        writer.add_file(NODES_PATH, to_bytes(graph))
+        entry = Entry(name="step", executor="nodes", program=NODES_PATH, inputs=inputs, outputs=outputs, constants=constants_of(graph))
+        return Program(entry=entry, images=[writer.add_image(built.kernels_so, "kernels")], calls={})
+    with log.stage("lower") as note:
+        lowered = lower(graph, weights, target, scratch, jobs=config.jobs, store=store)
+        note.detail = lowered.detail
+    with log.stage("kernels") as note:
+        built = kernels.result()
+        note.detail = target.isa
+    model = writer.add_image(lowered.path, "model")
+    images = [writer.add_image(built.kernels_so, "kernels"), writer.add_image(built.shim_so, "aoti_shim"), model]
+    entry = Entry(name="step", executor="aoti", program=model.path, inputs=inputs, outputs=outputs, constants=dict(lowered.constants))
+    return Program(entry=entry, images=images, calls=dict(lowered.calls))
+
+
+def _canaries(
+    config: CompileConfig, source: ModelSource, traced: TracedModel, checkpoint: Checkpoint, tokenizer: TokenizerBundle, log: StageLog
+) -> list[Canary]:
+    if config.weights == "external":
+        return []  # whatever checkpoint is bound later answers differently
+    with log.stage("reference") as note:
+        prompts = canary.prompts(source.vocab_size, tokenizer.encode)
+        made = canary.make_canaries(traced, packing.fetcher(traced.constants, checkpoint), prompts)
+        counts = canary.checked_positions(made, canary.TOLERANCE[source.dtype])
+        note.detail = f"{len(made)} prompts, {counts['compared']} tokens to compare, {counts['too_close']} too close to call"
+    return made
+
+
+def _ops(graph: torch.fx.GraphModule) -> Counter[str]:
+    return Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+
+
+def _manifest(
+    config: CompileConfig,
+    target: TargetSpec,
+    source: ModelSource,
+    traced: TracedModel,
+    limits: Limits,
+    program: Program,
+    files: list[WeightFile],
+    tensors: list[TensorRecord],
+    reports: list[PassReport],
+    tokenizer: TokenizerBundle,
+    canaries: list[Canary],
+) -> Manifest:
+    versions = dict(toolchain())
+    aoti = program.entry.executor == "aoti"
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        manifest_sha256="",
+        llmc_version=versions["llmc"],
+        model=ModelFacts(
+            name=source.name,
+            architecture=source.architecture,
+            model_type=source.model_type,
+            dtype=source.dtype,  # type: ignore[arg-type]
+            num_layers=source.num_layers,
+            hidden_size=source.hidden_size,
+            vocab_size=source.vocab_size,
+            max_position_embeddings=source.max_position_embeddings,
+            num_parameters=traced.num_parameters,
+        ),
+        target=Target(name=target.name, kind="cpu", isa=target.isa),
+        requirements=Requirements(
+            machine=target.machine,
+            cpu_features=sorted(target.cpu_features),
+            torch=".".join(torch.__version__.split(".")[:2]) if aoti else None,
+            min_format=FORMAT_VERSION,
+        ),
+        level=config.level,
+        limits=limits,
+        kv=traced.kv,
+        entries=[program.entry],
+        images=program.images,
+        weights=files,
+        tensors=tensors,
+        passes=[pass_record(r) for r in reports],
+        op_implementations=_implementations(target, aoti),
+        tokenizer=tokenizer.facts,
+        generation_defaults=generation_defaults(source.generation_config),
+        canaries=canaries,
+        canary_tolerance=canary.TOLERANCE[source.dtype],
+        toolchain=versions,
+        settings={name: value for name, value in config.key_fields().items() if isinstance(value, str | int | float | bool | None)},
+        files=[],
+    )
+
+
+def pass_record(done: PassReport) -> PassRecord:
+    """A pass's report as the manifest holds it."""
+    result = done.result
+    return PassRecord(
+        name=done.applied.name,
+        numerics=done.applied.numerics.value,
+        matches=result.matches,
+        refusals=dict(sorted(result.refusals.items())),
+        nodes_before=result.nodes_before,
+        nodes_after=result.nodes_after,
+    )
+
+
+def _implementations(target: TargetSpec, aoti: bool) -> dict[str, str]:
+    chosen = {"llmc.paged_attention": f"C++, {target.isa}"}
+    if not aoti:
+        return {**chosen, "everything else": "aten"}
+    ours = dict.fromkeys(("llmc.linear", "llmc.embedding", "llmc.grouped_linear"), f"C++, {target.isa}")
+    return {**chosen, **ours, "everything else": f"Inductor C++, {target.isa}"}

@@ -1,0 +1,127 @@
+"""Canary prompts: the captured graph, run as it was captured, says what a served artifact must answer.
+
+The reference is the graph before any pass, over torch, with the checkpoint's weights mapped from disk one tensor at a time: no
+copy of the model is held. The artifact carries prompt, expected tokens and the margin of each choice; positions whose margin
+is within what rounding can move are not compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from llmc.artifacts.manifest import Canary
+from llmc.compiler.capture import TracedModel
+
+PROMPT_LENGTHS = (12, 7)  # two sequences in one batch, unequal, neither a whole block
+NEW_TOKENS = 8
+
+# Difference between the two best logits below which a lowered program may choose the other: bfloat16 keeps 8 bits of
+# logits near 20, and hundreds of roundings stand between the weights and them.
+TOLERANCE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
+
+# name of a graph constant -> its tensor, real, in the dtype the graph says
+FetchConstant = Callable[[str], Tensor]
+
+
+class _Reference(fx.Interpreter):
+    """Runs the captured graph; constants are fetched when they are read and dropped when nothing reads them any more."""
+
+    def __init__(self, graph: fx.GraphModule, fetch: FetchConstant) -> None:
+        super().__init__(graph, garbage_collect_values=True)
+        self._fetch = fetch
+
+    def fetch_attr(self, target: str) -> Tensor:
+        return self._fetch(target)
+
+
+def prompts(vocab_size: int, encode: Callable[[str], list[int]] | None) -> list[list[int]]:
+    """The canary prompts: a sentence where there is a tokenizer, else ids from a fixed sequence.
+
+    Args:
+        vocab_size: width of the logits; every id is below it.
+        encode: text to token ids, or None.
+    """
+    texts = ("def fibonacci(n):\n    if n < 2:\n        return n\n    return", "The capital of France is the city of")
+    result = []
+    for row, length in enumerate(PROMPT_LENGTHS):
+        ids = [i for i in encode(texts[row]) if i < vocab_size][:length] if encode is not None else []
+        while len(ids) < length:  # Knuth's multiplicative constant spreads the ids over the vocabulary
+            ids.append((2654435761 * (len(ids) + 1 + 97 * row)) % vocab_size)
+        result.append(ids)
+    return result
+
+
+def make_canaries(traced: TracedModel, fetch: FetchConstant, token_prompts: list[list[int]]) -> list[Canary]:
+    """Greedy continuations of `token_prompts` by the reference.
+
+    All prompts run as one batch: first their prompts, then one token each, through the paged cache as a server would.
+    """
+    reference = _Reference(traced.graph, fetch)
+    block_size = traced.kv.block_size
+    blocks_each = -(-(max(map(len, token_prompts)) + NEW_TOKENS) // block_size)
+    caches = _caches(traced, 1 + blocks_each * len(token_prompts))
+    sequences = [list(p) for p in token_prompts]
+    margins: list[list[float]] = [[] for _ in sequences]
+    done = [0] * len(sequences)
+    with torch.no_grad():
+        for _ in range(NEW_TOKENS):
+            inputs = _batch(sequences, done, block_size, blocks_each, len(traced.kv.groups))
+            (logits,) = _outputs(reference.run(*inputs, *caches))
+            best = logits.float().topk(2, dim=-1)
+            for row, sequence in enumerate(sequences):
+                done[row] = len(sequence)
+                sequence.append(int(best.indices[row, 0]))
+                margins[row].append(round(float(best.values[row, 0] - best.values[row, 1]), 6))
+    return [
+        Canary(prompt_token_ids=prompt, expected_token_ids=sequence[len(prompt) :], margins=margin)
+        for prompt, sequence, margin in zip(token_prompts, sequences, margins, strict=True)
+    ]
+
+
+def _outputs(result: Any) -> tuple[Tensor, ...]:
+    return tuple(result) if isinstance(result, tuple | list) else (result,)
+
+
+def _caches(traced: TracedModel, num_blocks: int) -> list[Tensor]:
+    dtype: torch.dtype = getattr(torch, traced.kv.dtype)
+    shapes = [
+        (num_blocks, heads, traced.kv.block_size, size) for heads, size in zip(traced.kv.num_kv_heads, traced.kv.head_dim, strict=True)
+    ]
+    return [torch.zeros(shape, dtype=dtype) for shape in shapes for _ in ("k", "v")]
+
+
+def _batch(sequences: list[list[int]], done: list[int], block_size: int, blocks_each: int, num_groups: int) -> list[Tensor]:
+    """The step's inputs, in the graph's order. Sequence b owns blocks [1 + b * blocks_each, 1 + (b + 1) * blocks_each)."""
+    ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    last_rows: list[int] = []
+    starts = [0]
+    for row, (sequence, start) in enumerate(zip(sequences, done, strict=True)):
+        for position in range(start, len(sequence)):
+            ids.append(sequence[position])
+            positions.append(position)
+            slots.append((1 + row * blocks_each) * block_size + position)
+        starts.append(len(ids))
+        last_rows.append(len(ids) - 1)
+    tables = [[1 + row * blocks_each + block for block in range(blocks_each)] for row in range(len(sequences))]
+    return [
+        torch.tensor(ids),
+        torch.tensor(positions),
+        torch.tensor(last_rows),
+        torch.tensor([slots] * num_groups),
+        torch.tensor([tables] * num_groups, dtype=torch.int32),
+        torch.tensor([len(s) for s in sequences], dtype=torch.int32),
+        torch.tensor(starts, dtype=torch.int32),
+    ]
+
+
+def checked_positions(canaries: list[Canary], tolerance: float) -> Mapping[str, int]:
+    """How many expected tokens are compared, and how many are too close to call; for the report."""
+    margins = [margin for canary in canaries for margin in canary.margins]
+    compared = sum(margin >= tolerance for margin in margins)
+    return {"compared": compared, "too_close": len(margins) - compared}

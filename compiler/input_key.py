@@ -1,0 +1,72 @@
+"""The input key: everything that decides an artifact's bytes, known without importing torch or reading weights twice."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+from llmc.artifacts.keys import Key, model_parts, source_digest
+from llmc.artifacts.keys import input_key as make_input_key
+from llmc.config.compile import CompileConfig
+from llmc.errors import ConfigError
+from llmc.kernels.isa import TargetSpec
+
+# Rooms whose sources decide what a compile writes; the runtime's do not.
+SOURCES = ("artifacts", "compiler", "config", "kernels", "passes")
+LIBRARIES = ("torch", "transformers", "numpy", "tokenizers", "safetensors", "minijinja", "jinja2")
+
+
+def input_key(config: CompileConfig, target: TargetSpec) -> Key:
+    """The key of what `config` asks for.
+
+    Raises:
+        ConfigError: the model folder cannot be read, or there is no C++ compiler.
+    """
+    parts = {
+        "settings": json.dumps({**config.key_fields(), "target": target.name}, sort_keys=True),
+        "model name": config.model.resolve().name,
+        "llmc sources": source_digest({room: package_folder(room) for room in SOURCES}),
+        **{f"version/{name}": version for name, version in toolchain().items()},
+        **model_parts(config.model),
+    }
+    if config.tokenizer is not None:
+        parts |= {f"tokenizer/{name.removeprefix('model/')}": digest for name, digest in model_parts(config.tokenizer).items()}
+    return make_input_key(parts)
+
+
+def toolchain() -> Mapping[str, str]:
+    """Name -> version of what a compile runs through.
+
+    Raises:
+        ConfigError: a library or the compiler is missing; says how to install it.
+    """
+    versions = {}
+    for name in ("llmc", *LIBRARIES):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            raise ConfigError(f"{name} is not installed, and compiling needs it; `llmc doctor` lists what is missing") from None
+    versions["c++"] = _compiler_version()
+    return versions
+
+
+def _compiler_version() -> str:
+    compiler = os.environ.get("CXX", "g++")
+    path = shutil.which(compiler)
+    if path is None:
+        raise ConfigError(f"no C++ compiler: {compiler} is not on PATH; install g++ (Debian: apt install g++) or set CXX")
+    done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    return done.stdout.splitlines()[0] if done.stdout else "unknown"
+
+
+def package_folder(room: str) -> Path:
+    """Where the sources of `llmc.<room>` lie."""
+    spec = find_spec(f"llmc.{room}")
+    assert spec is not None and spec.submodule_search_locations
+    return Path(next(iter(spec.submodule_search_locations)))

@@ -1,0 +1,186 @@
+"""`llmc compile`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+
+from llmc.cli.options import SettingsCommand, resolved, with_settings
+from llmc.config.compile import CompileConfig, compile_config
+from llmc.errors import ArtifactError, ConfigError, InternalError
+
+if TYPE_CHECKING:
+    from llmc.artifacts.store import Store
+    from llmc.compiler.cached import CompileResult
+
+
+class CompileCommand(SettingsCommand):
+    settings_of = "compile"
+
+
+@click.command("compile", cls=CompileCommand)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the artifact.")
+@click.option("--force", is_flag=True, help="Replace an artifact that is at OUT.")
+@click.option("--no-cache", is_flag=True, help="Neither look in the compile cache nor keep the result there.")
+@click.option("--no-check", is_flag=True, help="Do not run the artifact on its canary prompts before it is published.")
+@click.option("--dry-run", is_flag=True, help="Capture and run the passes, show what they do, write nothing.")
+@click.option("--estimate", is_flag=True, help="Show what the artifact will need, write nothing.")
+@click.option("--explain-cache", is_flag=True, help="Say why the cache hits or misses, write nothing.")
+@with_settings("compile")
+def compile_command(
+    model: Path,
+    out: Path,
+    force: bool,
+    no_cache: bool,
+    no_check: bool,
+    dry_run: bool,
+    estimate: bool,
+    explain_cache: bool,
+    config_file: Path | None,
+    **options: Any,
+) -> None:
+    """Compile the Hugging Face folder MODEL into an artifact."""
+    settings = resolved("compile", options, config_file)
+    config = compile_config(model, out, settings, force=force, use_cache=not no_cache)
+    if explain_cache:
+        _explain(config)
+    elif dry_run or estimate:
+        _preview(config, passes=dry_run)
+    else:
+        _compile(config, check=not no_check)
+
+
+def _compile(config: CompileConfig, *, check: bool) -> None:
+    from rich.console import Console
+
+    from llmc.cli.stage_view import LiveStages, PlainStages
+    from llmc.compiler.driver import compile_model
+
+    console = Console(stderr=True)
+    title = f"[bold]llmc compile[/] {config.model} -O{config.level} --target {config.target}"
+    with LiveStages(console, title) if console.is_terminal else PlainStages() as view:
+        result = compile_model(
+            config, observer=view, render=_render, check=_run_canaries if check else None, store=_store() if config.use_cache else None
+        )
+    _show(result, config)
+
+
+def _store() -> Store:
+    from llmc.artifacts.store import Store
+
+    return Store()
+
+
+def _render(template: str, special: Mapping[str, str], messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+    """The runtime's chat template engine, as the compiler wants it for its comparison with Jinja2."""
+    from llmc.errors import RequestRejected
+    from llmc.runtime.text import ChatTemplate
+
+    try:
+        return ChatTemplate(template, dict(special)).render(messages, add_generation_prompt=add_generation_prompt)
+    except (RequestRejected, ArtifactError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _run_canaries(folder: Path) -> str:
+    """Run the unpublished artifact in a process of its own: if it crashes there, the compile says so instead of dying with it."""
+    from llmc.artifacts.requirements import check_requirements, this_machine
+    from llmc.artifacts.verify import open_artifact
+
+    with open_artifact(folder, check_machine=False) as artifact:
+        manifest = artifact.manifest
+    if not manifest.canaries:
+        return "not run: no weights in the artifact"
+    try:
+        check_requirements(manifest.requirements, this_machine(), str(folder))
+    except ArtifactError as error:
+        return f"not run here: {error}"
+    done = subprocess.run([sys.executable, "-m", "llmc.runtime.check_artifact", str(folder)], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"status {done.returncode}"
+        raise InternalError(f"the compiled artifact fails on its own canary prompts and was not published: {reason}")
+    compared = json.loads(done.stdout.splitlines()[-1])["compared"]
+    return f"{compared} canary tokens as the reference"
+
+
+def _show(result: CompileResult, config: CompileConfig) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from llmc.compiler.report import human_bytes
+
+    console = Console()
+    table = Table(title=f"{config.model} -O{result.level} for {result.target}", title_justify="left", show_edge=True)
+    table.add_column("stage")
+    table.add_column("seconds", justify="right")
+    table.add_column("", style="dim", overflow="fold")
+    for stage in result.stages:
+        table.add_row(stage.name, f"{stage.seconds:.2f}", stage.detail)
+    table.add_section()
+    total = sum(stage.seconds for stage in result.stages)
+    sizes = f"weights {human_bytes(result.weights_bytes)}, code {human_bytes(result.code_bytes)}"
+    table.add_row("[bold]all[/]", f"[bold]{total:.2f}[/]", f"{human_bytes(result.size_bytes)}: {sizes}")
+    console.print(table)
+    report = config.report or config.out.with_name(config.out.name + ".report")
+    source = "from the compile cache" if result.hit else f"report with times: {report / 'report.html'}"
+    console.print(f"artifact  [bold]{result.out}[/] ({source})", soft_wrap=True)
+    console.print(f"next      [bold]llmc serve {shlex.quote(str(result.out))}[/]", soft_wrap=True)
+
+
+def _explain(config: CompileConfig) -> None:
+    """Hit, or the nearest entry and the parts in which it differs."""
+    from llmc.compiler.input_key import input_key
+    from llmc.kernels.isa import resolve_target
+
+    store = _store()
+    key = input_key(config, resolve_target(config.target))
+    if store.find(key) is not None:
+        print(f"hit: {key.digest} is in the cache at {store.root}")
+        return
+    print(f"miss: {key.digest} is not in the cache at {store.root}")
+    nearest = store.nearest(key)
+    if nearest is None:
+        print("there is no other artifact to compare with")
+        return
+    record, differences = nearest
+    print(f"nearest: {record.key}, which differs in")
+    for difference in differences:
+        print(f"  {difference.part}: {difference.a} there, {difference.b} here")
+
+
+def _preview(config: CompileConfig, *, passes: bool) -> None:
+    if config.level not in (0, 1, 2):
+        raise ConfigError(f"-O{config.level} is not built")
+    from rich.console import Console
+    from rich.table import Table
+
+    from llmc.compiler.preview import preview
+    from llmc.compiler.report import human_bytes
+
+    seen = preview(config)
+    console = Console()
+    if passes:
+        table = Table(title=f"{seen.architecture}: {seen.nodes} nodes captured", title_justify="left")
+        for column in ("pass", "numerics", "matches", "nodes", "left alone, and why"):
+            table.add_column(column, overflow="fold")
+        for report in seen.passes:
+            refused = "; ".join(f"{count} x {reason}" for reason, count in report.refusals.items())
+            table.add_row(report.name, report.numerics, str(report.matches), f"{report.nodes_before} -> {report.nodes_after}", refused)
+        console.print(table)
+    else:
+        table = Table(title=f"{seen.architecture}, {seen.dtype}: what the artifact will need", title_justify="left", show_header=False)
+        table.add_row("weights in the artifact and in memory", human_bytes(seen.weights_bytes))
+        table.add_row("KV cache of one token", human_bytes(seen.kv_bytes_per_token))
+        table.add_row(f"KV cache of one sequence of {seen.max_model_len} tokens", human_bytes(seen.kv_bytes_per_token * seen.max_model_len))
+        whole = seen.kv_bytes_per_token * seen.max_model_len * config.max_num_seqs
+        table.add_row(f"KV cache of {config.max_num_seqs} such sequences", human_bytes(whole))
+        console.print(table)
+    console.print("nothing was written")

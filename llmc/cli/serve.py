@@ -1,0 +1,45 @@
+"""`llmc serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+
+from llmc.cli.engine_settings import chat_template_text, engine_fields
+from llmc.cli.options import SettingsCommand, resolved, with_settings
+
+
+class ServeCommand(SettingsCommand):
+    settings_of = "serve"
+
+
+@click.command("serve", cls=ServeCommand)
+@click.argument("artifact", type=click.Path(path_type=Path))
+@with_settings("serve")
+def serve_command(artifact: Path, config_file: Path | None, **options: Any) -> int:
+    """Serve ARTIFACT with an OpenAI-compatible API."""
+    from llmc.runtime.server.main import serve
+    from llmc.runtime.server.settings import ServerSettings
+
+    settings = resolved("serve", options, config_file)
+    return serve(
+        ServerSettings(
+            artifact=str(artifact),
+            engine=engine_fields(artifact, settings),
+            require_signature=settings["require_signature"],
+            trust=settings["trust"],
+            host=settings["host"] or "127.0.0.1",
+            port=settings["port"],
+            api_keys=tuple(settings["api_key"] or ()),
+            served_model_names=tuple(settings["served_model_name"] or ()),
+            chat_template=chat_template_text(settings["chat_template"]),
+            generation_config=settings["generation_config"],
+            max_logprobs=settings["max_logprobs"],
+            max_queue=settings["max_queue"],
+            shutdown_timeout_s=settings["shutdown_timeout"],
+            disable_log_stats=settings["disable_log_stats"],
+            log_level=settings["log_level"],
+        )
+    )
