@@ -15,7 +15,7 @@ from llmc.runtime.engine import Engine, EngineConfig
 from llmc.runtime.load import load_model
 from llmc.runtime.messages import GenerateRequest, SamplingParams, TokenEvent, TokenLogprobs
 from llmc.runtime.outputs import CompletionOutput, Logprob, RequestOutput, logprob_table
-from llmc.runtime.sampling_params import check
+from llmc.runtime.sampling_params import check, one_of_n
 from llmc.runtime.text import ChatTemplate, TextStream, Tokenizer
 
 Prompt = str | Sequence[int]
@@ -225,13 +225,7 @@ class _Job:
                 GenerateRequest(
                     request_id=f"{self.request_id}.{index}",
                     prompt_token_ids=self.token_ids,
-                    # each of the n its own draws, and prompt log-probabilities once
-                    sampling=msgspec.structs.replace(
-                        params,
-                        n=1,
-                        seed=params.seed + index if params.seed is not None else None,
-                        prompt_logprobs=params.prompt_logprobs if index == 0 else None,
-                    ),
+                    sampling=one_of_n(params, index),
                     priority=priority,
                 ),
                 llm.tokenizer if params.detokenize else None,

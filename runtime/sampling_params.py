@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+import msgspec
+
 from llmc.errors import RequestRejected
 from llmc.runtime.messages import SamplingParams
 
@@ -56,6 +58,12 @@ def check(params: SamplingParams, *, vocab_size: int, max_logprobs: int, max_mod
     _check_logprobs(params, vocab_size, max_logprobs)
     _check_stop(params, vocab_size)
     _check_masks(params, vocab_size)
+
+
+def one_of_n(params: SamplingParams, choice: int) -> SamplingParams:
+    """The parameters of sequence `choice` of a request with n of them: its own draws, and prompt log-probabilities with the first only."""
+    seed = params.seed if params.seed is None else (params.seed + choice + 2**63) % 2**64 - 2**63  # kept within 64 bits
+    return msgspec.structs.replace(params, n=1, seed=seed, prompt_logprobs=params.prompt_logprobs if choice == 0 else None)
 
 
 def _check_logprobs(params: SamplingParams, vocab_size: int, max_logprobs: int) -> None:

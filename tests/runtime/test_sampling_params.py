@@ -8,7 +8,7 @@ import pytest
 
 from llmc.errors import RequestRejected
 from llmc.runtime.messages import SamplingParams
-from llmc.runtime.sampling_params import check, check_token_ids
+from llmc.runtime.sampling_params import check, check_token_ids, one_of_n
 
 LIMITS = {"vocab_size": 100, "max_logprobs": 20, "max_model_len": 64}
 LONG = 10**400
@@ -77,3 +77,12 @@ def test_token_ids_against_the_width_of_the_logits():
     check_token_ids([0, 99], vocab_size=100, param="prompt")
     with pytest.raises(RequestRejected, match="prompt holds 100; token ids are integers from 0 to 99"):
         check_token_ids([3, 100], vocab_size=100, param="prompt")
+
+
+def test_each_of_n_draws_for_itself():
+    params = SamplingParams(n=3, seed=2**63 - 1, prompt_logprobs=1)
+    first, second = one_of_n(params, 0), one_of_n(params, 1)
+    assert (first.n, first.seed, first.prompt_logprobs) == (1, 2**63 - 1, 1)
+    assert (second.n, second.seed, second.prompt_logprobs) == (1, -(2**63), None)
+    assert one_of_n(SamplingParams(n=2), 1).seed is None
+    check(second, **LIMITS)
