@@ -148,8 +148,8 @@ struct AmxDriver {
     const int64_t steps = t.panel_elements / kTileElements, a_bytes = t.x_stride * sizeof(X), num_blocks = (t.num_rows + 31) / 32;
     const uint16_t* w = t.weight + panel * t.panel_elements;
     const int64_t rows_per_step = (32 + steps - 1) / steps;
-    // The next panels are brought into L2 meanwhile, a few lines per step, if there are enough steps to spread them over.
-    const int64_t lines_per_step = panel + P < panel_end && num_blocks >= 8 ? (P * 16 + num_blocks - 1) / num_blocks : 0;
+    // The next panels are brought into L2 meanwhile, spread over all steps.
+    const int64_t lines_per_step = (P * 16 + num_blocks - 1) / num_blocks;
     const char* next = (const char*)(w + P * t.panel_elements);
     const char* const next_end = next + (panel_end - panel - P) * t.panel_elements * sizeof(X);
     for (int64_t b = 0; b < num_blocks; b++) {
