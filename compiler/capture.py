@@ -131,6 +131,7 @@ def capture(source: ModelSource, *, block_size: int = 16, kv_dtype: str | None =
     dtype: torch.dtype = getattr(torch, source.dtype)
     length = source.max_position_embeddings if max_model_len is None else max_model_len
     model = skeleton.build_on_meta(source.config, dtype)
+    skeleton.check_rope(model)
     layers = _probe(model)
     kv = _kv_facts(layers, block_size, kv_dtype or source.dtype)
     skeleton.compute_buffers(model)

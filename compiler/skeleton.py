@@ -67,24 +67,35 @@ def _initialised(model: nn.Module, module: nn.Module, names: list[str], fill: in
     return {name: module._buffers[name].clone() for name in names}  # type: ignore[union-attr]
 
 
+def check_rope(model: nn.Module) -> None:
+    """Refuse rope frequencies that are computed anew from the lengths at hand.
+
+    Raises:
+        UnsupportedModel: "dynamic" rope, or longrope on some kinds of layers only; names the module.
+    """
+    for path, module in model.named_modules():
+        types = _rope_types(module)
+        if any("dynamic" in t for t in types):
+            raise UnsupportedModel(f"{path}: rope type 'dynamic' changes its frequencies with the length of each sequence; llmc fixes them")
+        if "longrope" in types and isinstance(module.rope_type, dict):
+            raise UnsupportedModel(f"{path}: longrope on some kinds of layers only, which llmc does not handle yet")
+
+
 def fix_rope(model: nn.Module, max_model_len: int) -> None:
-    """Settle rope frequencies that a model would choose anew in every step. Mutates the model.
+    """Settle rope frequencies that a model would choose anew in every step. Mutates the model; its buffers are real.
 
     longrope has two sets and takes the long one as soon as any position passes the original length. In a batch that
     would let one sequence change another's answers, so the choice is made here, by the length compiled for.
-
-    Raises:
-        UnsupportedModel: "dynamic" rope, whose frequencies depend on the length of each sequence.
     """
-    for path, module in model.named_modules():
-        rope_type = getattr(module, "rope_type", None)
-        types = set(rope_type.values()) if isinstance(rope_type, dict) else {rope_type}
-        if any(isinstance(t, str) and "dynamic" in t for t in types):
-            raise UnsupportedModel(f"{path}: rope type 'dynamic' changes its frequencies with the length of each sequence; llmc fixes them")
-        if rope_type == "longrope":
+    for module in model.modules():
+        if "longrope" in _rope_types(module):
             _fix_longrope(module, max_model_len)
-        elif "longrope" in types:
-            raise UnsupportedModel(f"{path}: longrope on some kinds of layers only, which llmc does not handle yet")
+
+
+def _rope_types(module: nn.Module) -> set[str]:
+    rope_type = getattr(module, "rope_type", None)
+    types = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
+    return {t for t in types if isinstance(t, str)}
 
 
 def _fix_longrope(module: nn.Module, max_model_len: int) -> None:

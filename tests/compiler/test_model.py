@@ -1,0 +1,152 @@
+"""Reading a model folder: what is taken from it, and what is refused with which sentence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from llmc.compiler.model import read_model
+from llmc.compiler.supported import SUPPORTED
+from llmc.errors import ArtifactError, ConfigError, UnsupportedModel
+from tests.architectures import NAMES, save_tiny_model, tiny_config
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_tiny_model("qwen3", tmp_path, torch.bfloat16)
+    return tmp_path
+
+
+def _edit(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_facts_of_a_folder(folder: Path) -> None:
+    source = read_model(folder)
+    assert (source.model_type, source.architecture, source.dtype) == ("qwen3", "Qwen3ForCausalLM", "bfloat16")
+    assert (source.num_layers, source.hidden_size, source.vocab_size, source.max_position_embeddings) == (3, 64, 512, 512)
+    assert (source.eos_token_ids, source.bos_token_id, source.pad_token_id, source.tied_embeddings) == ((2,), 1, 0, True)
+    embedding = source.tensors["model.embed_tokens.weight"]
+    assert (embedding.dtype, embedding.shape, embedding.nbytes) == ("BF16", (512, 64), 512 * 64 * 2)
+
+
+def test_every_supported_type_has_a_tiny_model() -> None:
+    assert {tiny_config(name).model_type for name in NAMES} == SUPPORTED
+
+
+def test_generation_config_wins_for_the_end_of_text(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9, 7]}')
+    assert read_model(folder).eos_token_ids == (7, 9)
+
+
+def test_dtype_auto_falls_back_to_the_checkpoints_own(folder: Path) -> None:
+    _edit(folder, dtype=None)
+    assert read_model(folder).dtype == "bfloat16"
+    assert read_model(folder, dtype="float32").dtype == "float32"
+
+
+def test_unknown_dtype_lists_the_known_ones(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="accepted: auto, bfloat16, float16, float32"):
+        read_model(folder, dtype="fp8")
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (transformers.FalconConfig, "attends through classes of its own"),
+        (transformers.BloomConfig, "ALiBi"),
+        (transformers.MptConfig, "ALiBi"),
+        (transformers.MambaConfig, "recurrent state"),
+        (transformers.JambaConfig, "recurrent state"),
+        (transformers.T5Config, "encoder-decoder"),
+        (transformers.ViTConfig, "more than text"),
+        (transformers.LlavaConfig, "more than text"),
+        (transformers.CohereConfig, "has not been taught"),
+    ],
+)
+def test_unsupported_models_are_refused_by_name(config: Callable[[], Any], reason: str, tmp_path: Path) -> None:
+    made = config()
+    made.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match=reason) as caught:
+        read_model(tmp_path)
+    assert repr(made.model_type) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised .*'gptq'"),
+        ({"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "modeling.Mine"}}, "runs no code from a model folder"),
+        ({"model_type": None}, "no model_type"),
+        ({"architectures": ["Qwen3ForSequenceClassification"]}, "not a causal language model"),
+        ({"vocab_size": -3}, "vocab_size is -3"),
+        ({"num_hidden_layers": "many"}, "does not accept it"),
+    ],
+)
+def test_wrong_configurations_are_refused(changes: dict[str, Any], sentence: str, folder: Path) -> None:
+    _edit(folder, **changes)
+    with pytest.raises(UnsupportedModel, match=sentence):
+        read_model(folder)
+
+
+def test_pickled_weights_are_refused_with_the_way_out(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UnsupportedModel, match=r"pytorch_model.bin, a pickle.*save_pretrained"):
+        read_model(folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_missing_file_is_named(file: str, folder: Path) -> None:
+    (folder / file).unlink()
+    with pytest.raises(UnsupportedModel, match=file):
+        read_model(folder)
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a folder"):
+        read_model(tmp_path / "absent")
+
+
+def test_a_cut_checkpoint_is_refused(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-100])
+    with pytest.raises(ArtifactError, match=r"model.safetensors"):
+        read_model(folder)
+
+
+def test_shards_are_read_through_their_index(folder: Path) -> None:
+    _shard(folder, {"a.weight": "one.safetensors", "b.weight": "two.safetensors"})
+    assert {name: t.file for name, t in read_model(folder).tensors.items()} == {
+        "a.weight": "one.safetensors",
+        "b.weight": "two.safetensors",
+    }
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "sentence"),
+    [
+        ({"a.weight": "../one.safetensors"}, "not the plain name"),
+        ({"a.weight": "three.safetensors"}, "three.safetensors: no such file"),
+        ({"a.weight": "two.safetensors"}, "'a.weight' is not in 'two.safetensors'"),
+        ({"a.weight": 7}, "expected an object weight_map"),
+    ],
+)
+def test_a_wrong_index_is_refused(weight_map: dict[str, Any], sentence: str, folder: Path) -> None:
+    _shard(folder, weight_map)
+    with pytest.raises(UnsupportedModel, match=sentence):
+        read_model(folder)
+
+
+def _shard(folder: Path, weight_map: dict[str, Any]) -> None:
+    (folder / "model.safetensors").unlink()
+    save_file({"a.weight": torch.zeros(4, dtype=torch.bfloat16)}, folder / "one.safetensors")
+    save_file({"b.weight": torch.zeros(4, dtype=torch.bfloat16)}, folder / "two.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
