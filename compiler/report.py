@@ -81,8 +81,8 @@ def facts(manifest: Manifest, *, ops: Mapping[str, int], extern_calls: list[str]
         "canaries": [
             {
                 "prompt_tokens": len(c.prompt_token_ids),
-                "compared": sum(m >= manifest.canary_tolerance for m in c.margins),
-                "too_close": sum(m < manifest.canary_tolerance for m in c.margins),
+                "compared": sum(m > manifest.canary_tolerance for m in c.margins),
+                "too_close": sum(m <= manifest.canary_tolerance for m in c.margins),
                 "smallest_margin": min(c.margins, default=None),
             }
             for c in manifest.canaries
