@@ -126,7 +126,8 @@ class LLM:
         Raises:
             RequestRejected: the artifact has no chat template, or it refuses the messages; and as `generate`.
         """
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        several: Any = messages  # a list of dicts is one conversation, a list of lists several
+        conversations = [several] if messages and isinstance(messages[0], dict) else several
         prompts = [self.encode_chat(one, add_generation_prompt, **(chat_template_kwargs or {})) for one in conversations]
         return self.generate(prompts, sampling_params)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 
 import msgspec
 
@@ -120,7 +120,7 @@ def _number(name: str, value: float, low: float, high: float, *, above_low: bool
         )
 
 
-def _length(name: str, value: list | dict, most: int) -> None:
+def _length(name: str, value: Sized, most: int) -> None:
     if len(value) > most:
         raise _rejected(name, f"has {len(value)} entries; at most {most} are accepted")
 

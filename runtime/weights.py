@@ -133,7 +133,7 @@ def _fill(sources: list[WeightSource], regions: dict[str, np.ndarray], *, copy: 
     def one(task: tuple[WeightSource, int]) -> None:
         source, index = task
         start, nbytes = source.chunk_span(index)
-        chunk = memoryview(regions[source.path])[start : start + nbytes]
+        chunk = regions[source.path][start : start + nbytes].data
         if copy:
             source.read_chunk(index, chunk)
         elif source.must_verify:

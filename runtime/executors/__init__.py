@@ -57,13 +57,13 @@ def _load_aoti(manifest: Manifest, entry: Entry, descriptors: Mapping[str, int],
         for image in manifest.images:
             if image.role == role:
                 load_image(descriptors[image.path], sha256=image.sha256, role=role, shared=True)
-    (model,) = [image for image in manifest.images if image.path == entry.program] or [None]
+    model = next((image for image in manifest.images if image.path == entry.program), None)
     if model is None:
         raise ArtifactError(f"manifest.json: entry {entry.name} runs {entry.program}, which is no image; compile again")
-    image = load_image(descriptors[model.path], sha256=model.sha256, role="model", shared=False)
+    program = load_image(descriptors[model.path], sha256=model.sha256, role="model", shared=False)
 
     def bind(weights: Weights) -> Executor:
-        return AotiExecutor(entry=entry, kv=manifest.kv, image=image, libtorch=libtorch, weights=weights, num_threads=num_threads)
+        return AotiExecutor(entry=entry, kv=manifest.kv, image=program, libtorch=libtorch, weights=weights, num_threads=num_threads)
 
     return LoadedCode(bind=bind)
 

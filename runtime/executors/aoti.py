@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -135,11 +135,9 @@ class AotiExecutor:
         for name, dtype, place, handles in self._varying:
             array: np.ndarray = getattr(batch, name)
             key = (array.__array_interface__["data"][0], array.shape)
-            base = handles.get(key)
-            if base is None:
-                base = self._new_base(name, array, dtype, handles)
-                handles[key] = base
-            copy(base, place)
+            if key not in handles:
+                handles[key] = self._new_base(name, array, dtype, handles)
+            copy(handles[key], place)
 
     def _new_base(self, name: str, array: np.ndarray, dtype: str, handles: dict[tuple[int, tuple[int, ...]], int]) -> int:
         """A base handle for an array not seen before. The program reads inputs as contiguous, so nothing else may pass."""
@@ -214,7 +212,7 @@ class AotiExecutor:
         self._constants.append(handle)
         return handle
 
-    def _function(self, name: str, num_args: int | None = None) -> ctypes._CFuncPtr:
+    def _function(self, name: str, num_args: int | None = None) -> Any:  # a ctypes function
         try:
             function = getattr(self._image, name)
         except AttributeError as error:

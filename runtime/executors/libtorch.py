@@ -10,6 +10,7 @@ import ctypes
 import importlib.util
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -115,10 +116,10 @@ def view_memory(address: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     if count == 0:
         return np.empty(shape, dtype=kind)
     memory = (ctypes.c_char * (count * kind.itemsize)).from_address(address)
-    return np.frombuffer(memory, dtype=kind).reshape(shape)
+    return np.frombuffer(memoryview(memory), dtype=kind).reshape(shape)
 
 
-def _bind(library: ctypes.CDLL, name: str, argtypes: list) -> ctypes._CFuncPtr:
+def _bind(library: ctypes.CDLL, name: str, argtypes: list[Any]) -> Any:  # a ctypes function; ctypes has no public name for its type
     try:
         function = getattr(library, name)
     except AttributeError as error:
