@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -154,3 +155,9 @@ def test_settings_have_one_name_each() -> None:
     spellings = [s for setting in SETTINGS for s in (setting.flag, *setting.aliases)]
     assert len(spellings) == len(set(spellings))
     assert not set(spellings) & set(refused_flags())
+
+
+def test_the_flag_page_is_what_the_tables_say() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    namespace = runpy.run_path(str(docs / "make_flags.py"))
+    assert (docs / "flags.md").read_text(encoding="utf-8") == namespace["text"](), "run python docs/make_flags.py"
