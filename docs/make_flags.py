@@ -23,7 +23,7 @@ comes from. Integers may be written `4096`, `4k` (4000), `4K` (4096) or `25.6k`.
 | `--shutdown-timeout` | 30 s | running requests finish when a server is told to stop |
 | `--dtype auto` | the checkpoint's own dtype | float32 weights are not rounded unasked |
 | `--chat-template` | the operator's, never a request's | a template is a program |
-| `--max-model-len`, `--max-num-seqs`, `--max-num-batched-tokens` | compile sets what the artifact can, serve may lower it | the program is fixed |
+| `--max-model-len`, `--max-num-seqs`, `--max-num-batched-tokens` | compile sets the most, serve may lower it | the program is fixed |
 | `--enable-prefix-caching`, `--enable-chunked-prefill` | on unless switched off | neither changes an answer here |
 | flags that load Python code | refused | code does not enter a server at start |
 """

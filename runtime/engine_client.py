@@ -218,8 +218,8 @@ class EngineClient:
         """Queue a message without waiting; False when there is no engine or its queue is full."""
         if self._socket is None:
             return False
-        future = self._socket.send(self._encoder.encode(message), flags=zmq.NOBLOCK)
-        return not (future.done() and future.exception() is not None)
+        future = asyncio.ensure_future(self._socket.send(self._encoder.encode(message), flags=zmq.NOBLOCK))
+        return not (future.done() and future.exception() is not None)  # without waiting it is done at once, either way
 
     def _cut_slow_reader(self, stream: RequestStream) -> None:
         self._log("slow_reader_cut", request=stream.request_ids[0])

@@ -68,8 +68,8 @@ class ChatTemplate:
         self._environment = minijinja.Environment(debug=False, fuel=FUEL, trim_blocks=True, lstrip_blocks=True)
         self._environment.auto_escape_callback = lambda name: False
         self._environment.add_filter("tojson", _tojson)
-        self._environment.add_function("raise_exception", _raise_exception)
-        self._environment.add_function("strftime_now", _strftime_now)
+        self._environment.add_global("raise_exception", _raise_exception)
+        self._environment.add_global("strftime_now", _strftime_now)
         try:
             self._environment.add_template(_NAME, _drop_generation_tags(source))
         except minijinja.TemplateError as error:

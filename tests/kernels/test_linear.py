@@ -63,7 +63,7 @@ def test_columns_and_threads_do_not_change_bits(native: NativeKernels, dtype: to
         y = native.linear(x, packed(w), bias, n)
         for part in (1, 16, 100, 215):
             assert torch.equal(native.linear(x, packed(w[:part]), bias[:part], part), y[:, :part]), f"first {part} columns"
-        for threads in (2, 3, 40):
+        for threads in (2, 5):
             native.num_threads = threads
             assert torch.equal(native.linear(x, packed(w), bias, n), y), f"{threads} threads"
         native.num_threads = 1

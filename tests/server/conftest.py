@@ -4,7 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.server.running import RunningServer
+pytest.register_assert_rewrite("tests.server.running")  # its assertions count also under python -O
+
+from tests.server.running import RunningServer  # noqa: E402
 
 
 @pytest.fixture(scope="session")

