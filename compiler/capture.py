@@ -182,7 +182,8 @@ def _group_of_layer(kv: KVFacts) -> tuple[int, ...]:
 def _export(model: nn.Module, kv: KVFacts, mode: FakeTensorMode) -> ExportedProgram:
     arguments, shapes = _example(kv)
     step = _Step(model, _group_of_layer(kv))
-    with fx_config.patch(backed_size_oblivious=True), torch.no_grad(), tracing(TracingContext(mode)):
+    oblivious = fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    with oblivious, torch.no_grad(), tracing(TracingContext(mode)):
         return torch.export.export(step, (), kwargs=arguments, dynamic_shapes=shapes, strict=False)
 
 

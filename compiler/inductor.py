@@ -68,7 +68,8 @@ def generate(graph: GraphModule, isa: str) -> GeneratedCode:
         caught.append(GeneratedCode(wrapper=wrapper, kernels=kernels))
         return []
 
-    with inductor_target(isa), _replaced(keep), fx_config.patch(backed_size_oblivious=True), torch.no_grad(), _quiet():
+    oblivious = fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    with inductor_target(isa), _replaced(keep), oblivious, torch.no_grad(), _quiet():
         torch._inductor.aot_compile(module, inputs, options=_options())
     if len(caught) != 1:
         raise InternalError(f"Inductor wrote {len(caught)} programs, expected one; please report this model")

@@ -98,7 +98,7 @@ def _rope_types(module: nn.Module) -> set[str]:
     return {t for t in types if isinstance(t, str)}
 
 
-def _fix_longrope(module: nn.Module, max_model_len: int) -> None:
+def _fix_longrope(module: Any, max_model_len: int) -> None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     original = module.config.rope_parameters["original_max_position_embeddings"]
