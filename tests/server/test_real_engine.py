@@ -90,30 +90,32 @@ def test_greedy_text_is_the_programs(url: str, toy_weights: dict[str, np.ndarray
     expected, _ = toy_greedy(toy_weights, [3, 4, 5], 12)
     expected = expected[: expected.index(EOS)] if EOS in expected else expected
     body = {"prompt": "w3 w4 w5", "max_tokens": 12, "logprobs": 2}
-    (choice,) = httpx.post(f"{url}/v1/completions", json=body).json()["choices"]
+    (choice,) = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"]
     assert choice["text"].split() == words(expected).split()
     assert all(value <= 0 for value in choice["logprobs"]["token_logprobs"])
-    chat = httpx.post(f"{url}/v1/chat/completions", json={"messages": [{"role": "user", "content": "w3 w4 w5"}], "max_tokens": 12}).json()
+    chat = httpx.post(
+        f"{url}/v1/chat/completions", json={"messages": [{"role": "user", "content": "w3 w4 w5"}], "max_tokens": 12}, timeout=60
+    ).json()
     assert chat["choices"][0]["message"]["content"].split() == words(expected).split()
     assert chat["model"] == "toy"
 
 
 def test_sampling_fields_reach_the_engine(url: str) -> None:
     fields = {"prompt": [3, 4, 5], "max_tokens": 8, "temperature": 1.0, "seed": 7, "n": 3, "ignore_eos": True, "prompt_logprobs": 1}
-    first, second = (httpx.post(f"{url}/v1/completions", json=fields).json() for _ in range(2))
+    first, second = (httpx.post(f"{url}/v1/completions", json=fields, timeout=60).json() for _ in range(2))
     assert [c["text"] for c in first["choices"]] == [c["text"] for c in second["choices"]]
     assert len({c["text"] for c in first["choices"]}) > 1
     assert first["usage"]["completion_tokens"] == 24
     assert len(first["choices"][0]["prompt_logprobs"]) == 3 and first["choices"][0]["prompt_logprobs"][0] is None
     banned = {"prompt": [3, 4, 5], "max_tokens": 20, "logit_bias": {"9": 100}, "ignore_eos": True}
-    assert set(httpx.post(f"{url}/v1/completions", json=banned).json()["choices"][0]["text"].split()) == {"w9"}
+    assert set(httpx.post(f"{url}/v1/completions", json=banned, timeout=60).json()["choices"][0]["text"].split()) == {"w9"}
 
 
 def test_errors_keep_the_engine_serving(url: str) -> None:
     for body in ({"prompt": [VOCAB]}, {"prompt": [3] * 300}, {"prompt": [3], "logit_bias": {str(VOCAB): 1}}):
-        assert_error(httpx.post(f"{url}/v1/completions", json=body), 400)
-    assert httpx.get(f"{url}/health").status_code == 200
-    assert "llmc:generation_tokens_total" in httpx.get(f"{url}/metrics").text
+        assert_error(httpx.post(f"{url}/v1/completions", json=body, timeout=60), 400)
+    assert httpx.get(f"{url}/health", timeout=60).status_code == 200
+    assert "llmc:generation_tokens_total" in httpx.get(f"{url}/metrics", timeout=60).text
 
 
 def test_no_process_of_the_tree_holds_heavy_modules(url: str, artifact: Path) -> None:
