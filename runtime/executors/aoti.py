@@ -24,6 +24,7 @@ from llmc.runtime.step import DeviceBatch
 from llmc.runtime.weights import Weights
 
 _HANDLE = ctypes.c_void_p
+_SIZE_STEP = 64  # AOTInductor rounds the sizes it states of constants up to this
 _MAX_CACHED_SHAPES = 512  # per input; decode steps repeat a few, prefill chunks rarely do
 
 
@@ -206,7 +207,7 @@ class AotiExecutor:
             )
         size = ctypes.c_size_t()
         self._call("AOTInductorModelContainerGetConstantDataSize", self._container, ctypes.c_size_t(index), ctypes.byref(size))
-        if size.value != view.array.nbytes:
+        if size.value != -(-view.array.nbytes // _SIZE_STEP) * _SIZE_STEP:
             raise ArtifactError(f"tensor {tensor}: {view.array.nbytes} bytes where the program expects {size.value}; compile again")
         handle = self._torch.tensor(view.address, view.shape, view.dtype)
         self._constants.append(handle)
