@@ -33,7 +33,8 @@ def llmc_round(artifact: Path, log: Path, threads: int) -> dict[str, Any]:
         seconds = harness.first_token_seconds(running, body)
         pss = harness.pss_bytes(running.process.pid)
     ready = next(json.loads(line) for line in log.read_text().splitlines() if '"ready"' in line and line.startswith("{"))
-    return {"seconds": seconds, "pss_bytes": pss, "stages_ms": ready["startup_ms"]}
+    stages = {key.removesuffix("_ms"): value for key, value in ready.items() if key.endswith("_ms")}
+    return {"seconds": seconds, "pss_bytes": pss, "stages_ms": stages}
 
 
 def vllm_round(python: str, model: Path, log: Path, threads: int) -> float:
