@@ -1,7 +1,7 @@
 """Weights as recipes: a packed tensor is a small expression over named checkpoint tensors, evaluated in row blocks.
 
 A recipe is JSON, a tree of
-    {"op": "source", "name": N}                          a checkpoint tensor
+    {"op": "source", "name": N}                          a checkpoint tensor; with "shape": [..] only one of that shape
     {"op": "computed", "key": K}                         a tensor made at compile time (rope tables)
     {"op": "literal", "dtype": D, "shape": [..], "data": HEX}    a few bytes, little-endian
     {"op": "cast", "dtype": D, "input": R}               between float32, float16, bfloat16; nearest even
@@ -39,7 +39,7 @@ BLOCK_BYTES = 8 << 20  # of the result, per block
 _MAX_ELEMENTS = 1 << 40
 
 _FIELDS: dict[str, set[str]] = {
-    "source": {"name"},
+    "source": {"name"},  # and perhaps "shape"
     "computed": {"key"},
     "literal": {"dtype", "shape", "data"},
     "cast": {"dtype", "input"},
@@ -55,6 +55,17 @@ _FIELDS: dict[str, set[str]] = {
 def sources(recipe: Recipe) -> set[str]:
     """The checkpoint tensors a recipe reads."""
     return {str(node["name"]) for node in _walk(recipe) if node["op"] == "source"}
+
+
+def with_shapes(recipe: Recipe, specs: Mapping[str, Spec]) -> Recipe:
+    """A copy that takes checkpoint tensors of the shapes in `specs` alone. Packed shapes are padded, and cannot tell 500 rows from 512."""
+    if recipe["op"] == "source":
+        return {**recipe, "shape": list(specs[recipe["name"]][1])}
+    if "input" in recipe:
+        return {**recipe, "input": with_shapes(recipe["input"], specs)}
+    if "inputs" in recipe:
+        return {**recipe, "inputs": [with_shapes(child, specs) for child in recipe["inputs"]]}
+    return recipe
 
 
 def infer(recipe: Recipe, specs: Mapping[str, Spec], computed: Mapping[str, Spec] | None = None) -> Spec:
@@ -169,7 +180,7 @@ def _walk(recipe: Recipe) -> Iterator[Recipe]:
             raise ArtifactError(f"a recipe is deeper than {MAX_DEPTH} or larger than {MAX_NODES} nodes; compile again")
         if not isinstance(node, Mapping) or not isinstance(node.get("op"), str) or node["op"] not in _FIELDS:
             raise ArtifactError(f"a recipe holds {str(node)[:100]!r}, expected an object with op out of {', '.join(_FIELDS)}")
-        if set(node) != _FIELDS[node["op"]] | {"op"}:
+        if set(node) - ({"shape"} if node["op"] == "source" else set()) != _FIELDS[node["op"]] | {"op"}:
             raise ArtifactError(
                 f"a recipe's {node['op']} has the fields {sorted(node)[:10]}, expected {sorted(_FIELDS[node['op']] | {'op'})}"
             )
@@ -197,6 +208,11 @@ def _node(recipe: Recipe, specs: Mapping[str, Spec], computed: Mapping[str, Spec
             kind = "the checkpoint holds no tensor" if op == "source" else "there is no computed tensor"
             raise ArtifactError(f"{kind} {str(name)[:200]!r} that a recipe needs; it belongs to another model or is incomplete")
         dtype, shape = table[name]
+        if op == "source" and recipe.get("shape", list(shape)) != list(shape):
+            raise ArtifactError(
+                f"the checkpoint's {name[:200]} has the shape {list(shape)}, a recipe needs {str(recipe['shape'])[:100]}; "
+                "it belongs to another model"
+            )
         return Source(dtype, tuple(shape), name=name, is_computed=op == "computed")
     if op == "literal":
         return _literal(recipe)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from llmc.artifacts.manifest import TensorRecord, WeightFile
-from llmc.artifacts.recipes import blocks, evaluate, infer
+from llmc.artifacts.recipes import blocks, evaluate, infer, with_shapes
 from llmc.artifacts.recipes import sources as recipe_sources
 from llmc.artifacts.safetensors import Checkpoint
 from llmc.artifacts.weight_file import WeightTensor
@@ -84,7 +84,7 @@ def pack(
         if embed or not recipe_sources(constant.recipe):
             stored.append(_weight_tensor(name, constant, checkpoint, specs, computed))
         else:
-            external.append(_external(name, constant))
+            external.append(_external(name, constant, specs))
     if not stored:
         return [], external
     file, records = writer.add_weights(WEIGHTS_PATH if embed else COMPUTED_PATH, stored)
@@ -111,7 +111,7 @@ def _weight_tensor(
     )
 
 
-def _external(name: str, constant: Constant) -> TensorRecord:
+def _external(name: str, constant: Constant, specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> TensorRecord:
     return TensorRecord(
         name=name,
         dtype=dtype_name(constant.dtype),  # type: ignore[arg-type]
@@ -119,7 +119,7 @@ def _external(name: str, constant: Constant) -> TensorRecord:
         file=None,
         offset=0,
         nbytes=constant.nbytes,
-        recipe=constant.recipe,
+        recipe=dict(with_shapes(constant.recipe, specs)),  # the checkpoint bound later is another one
     )
 
 

@@ -121,6 +121,8 @@ def test_every_nan_stays_a_nan():
         ({"op": "source", "name": "a", "more": 1}, "has the fields"),
         ({"op": "source", "name": "zz"}, "holds no tensor 'zz'"),
         ({"op": "source", "name": ["a"]}, "holds no tensor"),
+        ({"op": "source", "name": "a", "shape": [1, 2]}, "has the shape .* needs .1, 2."),
+        ({"op": "source", "name": "a", "shape": "all"}, "needs all"),
         ({"op": "computed", "key": "zz"}, "no computed tensor 'zz'"),
         ({"op": "concat", "axis": 0, "inputs": []}, "at least one input"),
         ({"op": "concat", "axis": 0, "inputs": [src("a"), src("h")]}, "mixes the dtypes"),
