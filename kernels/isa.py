@@ -15,6 +15,9 @@ from typing import Any
 
 from llmc.errors import ConfigError
 
+from .cuda_targets import PREFIX as CUDA_PREFIX
+from .cuda_targets import refuse_cuda
+
 _V3 = frozenset(  # names as in /proc/cpuinfo
     [
         "cx16",
@@ -177,10 +180,12 @@ def resolve_target(name: str, features: frozenset[str] | None = None) -> TargetS
         features: stands in for this machine's CPU features, for tests and for compiling on behalf of another machine.
 
     Raises:
-        ConfigError: the name is unknown, or native was asked on a machine below x86-64-v3.
+        ConfigError: the name is unknown, is a CUDA target, or native was asked on a machine below x86-64-v3.
     """
+    if name.startswith(CUDA_PREFIX):
+        raise refuse_cuda(name)
     if name not in TARGET_NAMES:
-        raise ConfigError(f"target {name!r} is unknown; accepted: {', '.join(TARGET_NAMES)}")
+        raise ConfigError(f"target {name!r} is unknown; accepted: {', '.join(TARGET_NAMES)}; `llmc compile --target list` shows all")
     if name in ("cpu", "cpu:native"):
         levels = runnable_levels(features)
         if not levels:

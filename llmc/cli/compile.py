@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,15 @@ if TYPE_CHECKING:
 
 class CompileCommand(SettingsCommand):
     settings_of = "compile"
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """`--target list` is an answer of its own, like --help: it needs neither MODEL nor --out."""
+        if "--target=list" in args or ("--target", "list") in pairwise(args):
+            from llmc.cli.targets import show_targets
+
+            show_targets()
+            ctx.exit()
+        return super().parse_args(ctx, args)
 
 
 @click.command("compile", cls=CompileCommand)
@@ -164,6 +174,9 @@ def _preview(config: CompileConfig, *, passes: bool) -> None:
 
     from llmc.compiler.preview import preview
     from llmc.compiler.report import human_bytes
+    from llmc.kernels.isa import resolve_target
+
+    resolve_target(config.target)  # a target that a compile refuses has no preview either
 
     seen = preview(config)
     console = Console()
