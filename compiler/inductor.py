@@ -129,7 +129,7 @@ def _replaced(compile_code: Any) -> Iterator[None]:
     from torch._inductor.codecache import AotCodeCompiler
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 
-    original_name, original_same = CppWrapperCpu.get_c_shim_func_name, torch._inductor.graph.is_same_tensor
+    original_name, original_same = CppWrapperCpu.get_c_shim_func_name, torch._inductor.graph.is_same_tensor  # type: ignore[attr-defined]
 
     def shim_name(kernel: str, device: str) -> str:
         return SHIM_NAMES.get(kernel) or str(original_name(kernel, device))

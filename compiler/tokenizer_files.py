@@ -131,11 +131,12 @@ def _jinja2(template: str, special: Mapping[str, str], messages: list[dict[str, 
     from jinja2.exceptions import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    values: dict[str, Any] = dict(special)
     try:
-        rendered, _ = render_jinja_template(conversations=[messages], chat_template=template, add_generation_prompt=prompt, **dict(special))
+        result: Any = render_jinja_template(conversations=[messages], chat_template=template, add_generation_prompt=prompt, **values)
     except TemplateError as error:
         raise ValueError(str(error)) from error
-    return str(rendered[0])
+    return str(result[0][0])  # (texts, generation spans)
 
 
 def _num_tokens(data: bytes, path: Path) -> int:

@@ -228,7 +228,7 @@ def inductor_target(isa: str) -> Iterator[None]:
         def __bool__(self) -> bool:  # the builder's CPU has no say
             return True
 
-        __hash__ = cpu_vec_isa.VecISA.__hash__  # type: ignore[assignment]
+        __hash__ = cpu_vec_isa.VecISA.__hash__
 
     pinned = [_Pinned()]
     cpu_vec_isa.valid_vec_isa_list.cache_clear()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ _I64, _I32, _P = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
 class LinearArgs(ctypes.Structure):
     """LlmcLinearArgs of linear/cpu/linear.h."""
 
-    _fields_ = [
+    _fields_: ClassVar[Any] = [
         *[("struct_bytes", _I64), ("x", _P), ("weight", _P), ("bias", _P), ("y", _P), ("m", _I64), ("n", _I64), ("k", _I64)],
         *[("x_stride", _I64), ("y_stride", _I64), ("dtype", _I32), ("num_threads", _I32)],
     ]
@@ -32,7 +33,7 @@ class LinearArgs(ctypes.Structure):
 class EmbeddingArgs(ctypes.Structure):
     """LlmcEmbeddingArgs of embedding/cpu/embedding.h."""
 
-    _fields_ = [
+    _fields_: ClassVar[Any] = [
         *[("struct_bytes", _I64), ("ids", _P), ("weight", _P), ("y", _P), ("count", _I64), ("num_rows", _I64), ("k", _I64)],
         *[("y_stride", _I64), ("dtype", _I32), ("num_threads", _I32)],
     ]
@@ -41,7 +42,7 @@ class EmbeddingArgs(ctypes.Structure):
 class GroupedLinearArgs(ctypes.Structure):
     """LlmcGroupedLinearArgs of grouped_linear/cpu/grouped_linear.h."""
 
-    _fields_ = [
+    _fields_: ClassVar[Any] = [
         *[("struct_bytes", _I64), ("x", _P), ("weight", _P), ("expert_ids", _P), ("bias", _P), ("y", _P)],
         *[("m", _I64), ("n", _I64), ("k", _I64), ("num_experts", _I64), ("x_stride", _I64), ("y_stride", _I64)],
         *[("dtype", _I32), ("num_threads", _I32)],

@@ -46,7 +46,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     skip_special_tokens: bool = True
 
 
-class GenerateRequest(_Message):
+class GenerateRequest(_Message, frozen=True):
     """One sequence to generate. A request with n > 1 is n of these, made by the front (they share the prefix cache)."""
 
     request_id: str  # made by us, never by the client
@@ -57,14 +57,14 @@ class GenerateRequest(_Message):
     cache_salt: str = ""  # tenant part of the prefix-cache key
 
 
-class AbortRequest(_Message):
+class AbortRequest(_Message, frozen=True):
     """Stop a sequence and free its blocks within one step. Unknown ids are ignored: it may just have finished."""
 
     request_id: str
     reason: FinishReason = "abort"
 
 
-class Shutdown(_Message):
+class Shutdown(_Message, frozen=True):
     """Finish nothing more and exit."""
 
 
@@ -80,7 +80,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True):
     top: list[tuple[int, float]]  # (token id, logprob)
 
 
-class TokenEvent(_Message, gc=False):  # one per sequence and step; never part of a cycle
+class TokenEvent(_Message, frozen=True, gc=False):  # one per sequence and step; never part of a cycle
     """New tokens of one sequence; the last event of a sequence has a finish_reason. Every accepted request ends exactly once."""
 
     request_id: str
@@ -94,7 +94,7 @@ class TokenEvent(_Message, gc=False):  # one per sequence and step; never part o
     error_status: int = 500
 
 
-class EngineReady(_Message):
+class EngineReady(_Message, frozen=True):
     """Weights verified, canaries passed, first step possible."""
 
     num_blocks: int
@@ -105,13 +105,13 @@ class EngineReady(_Message):
     startup_ms: dict[str, float]  # stage -> milliseconds, in order
 
 
-class EngineFailed(_Message):
+class EngineFailed(_Message, frozen=True):
     """The engine could not start, or cannot go on. `message` is one sentence."""
 
     message: str
 
 
-class EngineStats(_Message):
+class EngineStats(_Message, frozen=True):
     """Sent after each step that changed something, at most every 100 ms; source of /metrics, /load and readiness."""
 
     step: int

@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 
 import rich_click as click
+from click.exceptions import Exit as ClickExit
 
 from llmc.errors import InternalError, LlmcError
 
@@ -33,7 +34,7 @@ class LazyGroup(click.RichGroup):
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         """For the list in `llmc --help`: the name and its line, nothing imported."""
-        return click.RichCommand(name, help=COMMANDS[name][2]) if name in COMMANDS else None
+        return click.RichCommand(name=name, help=COMMANDS[name][2]) if name in COMMANDS else None
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         """For running: the real command."""
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of the `llmc` program. Returns the exit status; errors are one sentence on standard error."""
     try:
         result = cli.main(args=argv, prog_name="llmc", standalone_mode=False)
-    except click.exceptions.Exit as stop:
+    except ClickExit as stop:
         return int(stop.exit_code)
     except click.Abort:
         print("llmc: interrupted", file=sys.stderr)

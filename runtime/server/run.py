@@ -11,6 +11,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import uvicorn
 import uvloop
@@ -151,7 +152,8 @@ async def _announce(
     engine = {f"engine.{stage}": ms for stage, ms in client.ready.startup_ms.items()}
     shown = ", ".join(f"{stage} {ms:.0f}" for stage, ms in (stages | engine).items())
     print(f"llmc ready at {where} after {total:.0f} ms ({shown})", flush=True)
-    logs.log("ready", url=where, total_ms=round(total, 1), **{f"{k}_ms": round(v, 1) for k, v in (stages | engine).items()})
+    times: dict[str, Any] = {f"{stage}_ms": round(ms, 1) for stage, ms in (stages | engine).items()}
+    logs.log("ready", url=where, total_ms=round(total, 1), **times)
     # What lives now lives for ever: later collections need not walk it.
     gc.collect()
     gc.freeze()
