@@ -10,17 +10,18 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch._ops import OpOverload
 
 from . import embedding, grouped_linear, linear, paged_attention
+from .gpu_ops import GPU_OPS
 from .native import NativeKernels
 
 NAMESPACE = "llmc"
 
-_MODULES: dict[str, ModuleType] = {
+_MODULES: dict[str, ModuleType | SimpleNamespace] = {
     name: module
     for name, module in {
         "paged_attention": paged_attention,
@@ -29,7 +30,7 @@ _MODULES: dict[str, ModuleType] = {
         "grouped_linear": grouped_linear,
     }.items()
     if hasattr(module, "SCHEMA")
-}
+} | GPU_OPS
 OP_NAMES: tuple[str, ...] = tuple(_MODULES)
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # kept: the registrations live as long as this object
@@ -46,8 +47,8 @@ def overload(name: str) -> OpOverload:
     return found
 
 
-# For `torch._inductor.config.aot_inductor.custom_ops_to_c_shims`.
-C_SHIMS: dict[OpOverload, list[str]] = {overload(name): [module.C_SHIM] for name, module in _MODULES.items()}
+# For `torch._inductor.config.aot_inductor.custom_ops_to_c_shims`: the ops that have a compiled CPU version.
+C_SHIMS: dict[OpOverload, list[str]] = {overload(name): [module.C_SHIM] for name, module in _MODULES.items() if hasattr(module, "C_SHIM")}
 
 
 @contextlib.contextmanager

@@ -1,0 +1,138 @@
+"""Compile a launch for a GPU that is not there: Triton and the assembler in its wheel need neither a driver nor a device.
+
+`python -m llmc.kernels.aot` compiles every kernel of `kernels/catalogue.py` and prints one JSON object per kernel, twice built.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from llmc.errors import InternalError
+
+from .launch import Argument, Launch
+
+SM_90 = GPUTarget("cuda", 90, 32)
+_POINTERS = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32",
+    torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8", torch.bool: "*i1",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompiledLaunch:
+    """One kernel's machine code and what a launch of it needs."""
+
+    entry: str
+    cubin: bytes
+    ptx: str
+    num_warps: int
+    shared_bytes: int
+    registers: int
+    stack_bytes: int  # spills, and local arrays, which our kernels have none of
+    matrix_instructions: tuple[str, ...]  # "wgmma", "mma"; a dot product's bits depend on the kind
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.cubin).hexdigest()
+
+
+def compile_launch(launch: Launch, target: GPUTarget = SM_90) -> CompiledLaunch:
+    """Compile one launch; its tensors may be fake, only their dtypes are looked at. Addresses are taken to be multiples of 16.
+
+    Raises:
+        InternalError: an argument has a type no kernel of ours takes.
+    """
+    names = [p.name for p in launch.kernel.params]
+    signature = {n: "constexpr" if n in launch.constants else _type(n, launch.args[n]) for n in names}
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n, value in launch.args.items() if _divisible(value)}
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=dict(launch.constants), attrs=attributes)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    with _without_line_information():
+        compiled = triton.compile(source, target=target, options=options)
+    registers, stack = _resources(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    return CompiledLaunch(
+        entry=compiled.metadata.name,
+        cubin=compiled.asm["cubin"],
+        ptx=ptx,
+        num_warps=compiled.metadata.num_warps,
+        shared_bytes=compiled.metadata.shared,
+        registers=registers,
+        stack_bytes=stack,
+        matrix_instructions=tuple(sorted({m.group(1) for m in re.finditer(r"\b(wgmma|mma)\.\S*sync", ptx)})),
+    )
+
+
+@contextlib.contextmanager
+def _without_line_information() -> Iterator[None]:
+    """Line information holds paths, so that two builds of one kernel would differ."""
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.disable_line_info = True
+        yield
+
+
+def _type(name: str, value: Argument) -> str:
+    if isinstance(value, Tensor) and value.dtype in _POINTERS:
+        return _POINTERS[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    raise InternalError(f"kernel argument {name}: expected a tensor, an int or a float, got {value!r}")
+
+
+def _divisible(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread and bytes of its stack, as the assembler left them in the image."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as image:
+        image.write(cubin)
+        image.flush()
+        shown = subprocess.run([str(tool), "--dump-resource-usage", image.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", shown)
+    if found is None:
+        raise InternalError(f"{tool} showed no resource usage: {shown!r}")
+    return int(found.group(1)), int(found.group(2))
+
+
+def main() -> None:
+    import json
+
+    from .catalogue import catalogue
+
+    for name, launches in catalogue().items():
+        for launch in launches:
+            first, again = _build(launch), _build(launch)
+            print(json.dumps({
+                "case": name, "kernel": first.entry, "registers": first.registers, "stack_bytes": first.stack_bytes,
+                "shared_bytes": first.shared_bytes, "warps": first.num_warps, "matrix_instructions": first.matrix_instructions,
+                "cubin_bytes": len(first.cubin), "sha256": first.sha256, "same_bits": first.sha256 == again.sha256,
+            }), flush=True)  # fmt: skip
+
+
+def _build(launch: Launch) -> CompiledLaunch:
+    """From source, whatever Triton's cache holds."""
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder
+        return compile_launch(launch)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+"""gelu_mul: schema, reference, fake rule."""
+
+from .reference import SCHEMA, gelu_mul_fake, gelu_mul_reference
+
+reference, fake = gelu_mul_reference, gelu_mul_fake
+
+__all__ = ["SCHEMA", "fake", "gelu_mul_fake", "gelu_mul_reference", "reference"]

@@ -1,0 +1,18 @@
+"""The ops that graphs for a GPU are made of: SCHEMA, reference and fake of each.
+
+They have a reference for the CPU and no compiled CPU version, so no graph for a CPU should hold one. Their implementations are in
+`registry.py`.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType, SimpleNamespace
+
+from . import gelu_mul, rms_norm, silu_mul
+
+GPU_OPS: dict[str, ModuleType | SimpleNamespace] = {
+    "rms_norm": rms_norm,
+    "add_rms_norm": rms_norm.with_residual,
+    "silu_mul": silu_mul,
+    "gelu_mul": gelu_mul,
+}

@@ -1,0 +1,7 @@
+"""silu_mul: schema, reference, fake rule."""
+
+from .reference import SCHEMA, silu_mul_fake, silu_mul_reference
+
+reference, fake = silu_mul_reference, silu_mul_fake
+
+__all__ = ["SCHEMA", "fake", "reference", "silu_mul_fake", "silu_mul_reference"]

@@ -1,0 +1,37 @@
+"""The ops that GPU graphs are made of, as torch sees them: schema, fake rule and reference agree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from llmc.kernels import ops
+
+ROW, ROWS = torch.randn(6), torch.randn(3, 6)
+SAMPLES: dict[str, tuple[Any, ...]] = {
+    "rms_norm": (ROWS, ROW, 1e-6, 1.0, False),
+    "add_rms_norm": (ROWS, ROWS, ROW, 1e-6, 0.0, True),
+    "silu_mul": (ROWS, ROWS),
+    "gelu_mul": (ROWS, ROWS, True),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_op_is_well_made(name: str) -> None:
+    torch.library.opcheck(ops.overload(name), SAMPLES[name], test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_no_compiled_cpu_version_is_promised(name: str) -> None:
+    assert ops.overload(name) not in ops.C_SHIMS
+
+
+def test_sizes_that_disagree_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="weight must be"):
+        ops.overload("rms_norm")(ROWS, torch.ones(5), 1e-6, 0.0, True)
+    with pytest.raises(RuntimeError, match="must agree"):
+        ops.overload("add_rms_norm")(ROWS, ROW, ROW, 1e-6, 0.0, True)
+    with pytest.raises(RuntimeError, match="must agree"):
+        ops.overload("silu_mul")(ROWS, ROW)
