@@ -64,6 +64,7 @@ class Front:
             return await asyncio.to_thread(work)
 
 
-def tenant_of(request: Request) -> str:
-    """The prefix-cache salt of the request's API key."""
-    return request.scope.get("llmc.tenant", "")
+def cache_salt_of(request: Request, own: str | None) -> str:
+    """The prefix-cache salt: that of the request's API key (hexadecimal or empty), and the client's own within it."""
+    tenant: str = request.scope.get("llmc.tenant", "")
+    return tenant if own is None else f"{tenant}/{own}"

@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from llmc.errors import RequestRejected
 from llmc.runtime.messages import FinishReason, GenerateRequest, SamplingParams, TokenEvent, TokenLogprobs
-from llmc.runtime.server.front import Front, tenant_of
+from llmc.runtime.server.front import Front, cache_salt_of
 from llmc.runtime.server.sampling import for_choice
 from llmc.runtime.text import TextStream
 
@@ -49,8 +49,17 @@ class _Sequence:
 class Generation:
     """Runs `n` samples of each prompt. Choice i of prompt p has the index p * n + i."""
 
-    def __init__(self, front: Front, request: Request, prompts: list[list[int]], sampling: SamplingParams, *, priority: int = 0) -> None:
-        """Submit everything. Must be closed in the end, whatever happens.
+    def __init__(
+        self,
+        front: Front,
+        request: Request,
+        prompts: list[list[int]],
+        sampling: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> None:
+        """Submit everything. Must be closed in the end, whatever happens. `cache_salt`: the client's own, beside its key's.
 
         Raises:
             RequestRejected: the engine takes nothing now.
@@ -58,11 +67,14 @@ class Generation:
         self._front = front
         self._started = time.monotonic()
         self._sequences: dict[str, _Sequence] = {}
-        self.num_prompt_tokens = sum(len(prompt) for prompt in prompts)
+        self._prompt_lengths = [len(prompt) for prompt in prompts]
+        self.num_prompt_tokens = sum(self._prompt_lengths)
         self.num_output_tokens = 0
         self.num_cached_tokens = 0
         self._n = sampling.n
-        base, salt = request.scope["llmc.request_id"], tenant_of(request)
+        self._first_token_s: float | None = None
+        self._num_output: dict[int, int] = {}  # by choice
+        base, salt = request.scope["llmc.request_id"], cache_salt_of(request, cache_salt)
         messages = []
         for index in range(len(prompts) * sampling.n):
             prompt, choice = prompts[index // sampling.n], index % sampling.n
@@ -126,6 +138,23 @@ class Generation:
             "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens},
         }
 
+    def running_usage(self, index: int) -> dict[str, Any]:
+        """Usage so far as a chunk of choice `index` shows it: its own prompt and its own tokens."""
+        num_prompt, num_output = self._prompt_lengths[index // self._n], self._num_output.get(index, 0)
+        return {"prompt_tokens": num_prompt, "completion_tokens": num_output, "total_tokens": num_prompt + num_output}
+
+    def timing(self) -> dict[str, Any]:
+        """The `metrics` object of an answer: how long this request took so far, in milliseconds."""
+        elapsed = time.monotonic() - self._started
+        first = self._first_token_s
+        after_first = self.num_output_tokens - len(self._num_output)
+        return {
+            "time_to_first_token_ms": None if first is None else round(first * 1000, 3),
+            "end_to_end_ms": round(elapsed * 1000, 3),
+            "time_per_output_token_ms": None if first is None or after_first < 1 else round((elapsed - first) * 1000 / after_first, 3),
+            "output_tokens_per_second": round(self.num_output_tokens / elapsed, 3) if elapsed > 0 else None,
+        }
+
     async def _watch(self, receive: Any) -> None:
         """Free the sequences as soon as the client is gone, whatever the handler is waiting for."""
         while (await receive())["type"] != "http.disconnect":
@@ -176,6 +205,9 @@ class Generation:
         now, metrics = time.monotonic(), self._front.metrics
         metrics.generation_tokens.inc(num_new)
         self.num_output_tokens += num_new
+        self._num_output[sequence.index] = self._num_output.get(sequence.index, 0) + num_new
+        if self._first_token_s is None:
+            self._first_token_s = now - self._started
         if sequence.num_tokens == 0:
             sequence.first_token_at = now
             metrics.time_to_first_token.observe(now - self._started)

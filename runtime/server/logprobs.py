@@ -10,12 +10,37 @@ from llmc.runtime.text import Tokenizer
 _LOWEST = -9999.0  # JSON has no minus infinity
 
 
-def chat_logprobs(tokenizer: Tokenizer, entries: list[TokenLogprobs]) -> dict[str, Any]:
+class TokenNames:
+    """How log-probabilities name a token: by its text, or with return_tokens_as_token_ids by its id."""
+
+    def __init__(self, tokenizer: Tokenizer, *, as_ids: bool) -> None:
+        self._tokenizer = tokenizer
+        self._as_ids = as_ids
+
+    def __call__(self, token_id: int) -> str:
+        return f"token_id:{token_id}" if self._as_ids else self._tokenizer.token_text(token_id)
+
+    def chat_entry(self, token_id: int, value: float) -> dict[str, Any]:
+        """One token of a chat answer's log-probabilities."""
+        raw = self._tokenizer.token_bytes(token_id)
+        name = f"token_id:{token_id}" if self._as_ids else raw.decode("utf-8", "replace")
+        return {"token": name, "logprob": _finite(value), "bytes": list(raw)}
+
+    def num_chars(self, token_id: int) -> int:
+        return len(self._tokenizer.token_text(token_id))
+
+
+def chat_logprobs(names: TokenNames, entries: list[TokenLogprobs]) -> dict[str, Any]:
     """`choices[].logprobs` of a chat answer."""
-    return {"content": [{**_chat_token(tokenizer, e.token_id, e.logprob), "top_logprobs": _chat_top(tokenizer, e)} for e in entries]}
+    return {
+        "content": [
+            {**names.chat_entry(e.token_id, e.logprob), "top_logprobs": [names.chat_entry(token_id, value) for token_id, value in e.top]}
+            for e in entries
+        ]
+    }
 
 
-def completion_logprobs(tokenizer: Tokenizer, entries: list[TokenLogprobs | None], ids: list[int], offset: int) -> dict[str, Any]:
+def completion_logprobs(names: TokenNames, entries: list[TokenLogprobs | None], ids: list[int], offset: int) -> dict[str, Any]:
     """`choices[].logprobs` of a completion.
 
     Args:
@@ -25,12 +50,11 @@ def completion_logprobs(tokenizer: Tokenizer, entries: list[TokenLogprobs | None
     """
     result: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for token_id, entry in zip(ids, entries, strict=True):
-        text = tokenizer.token_text(token_id)
-        result["tokens"].append(text)
+        result["tokens"].append(names(token_id))
         result["token_logprobs"].append(None if entry is None else _finite(entry.logprob))
-        result["top_logprobs"].append(None if entry is None else _top_by_text(tokenizer, entry))
+        result["top_logprobs"].append(None if entry is None else _top_by_name(names, entry))
         result["text_offset"].append(offset)
-        offset += len(text)
+        offset += names.num_chars(token_id)
     return result
 
 
@@ -48,19 +72,10 @@ def _ranked(tokenizer: Tokenizer, entry: TokenLogprobs) -> dict[str, Any]:
     }
 
 
-def _top_by_text(tokenizer: Tokenizer, entry: TokenLogprobs) -> dict[str, float]:
-    top = {tokenizer.token_text(token_id): _finite(value) for token_id, value in reversed(entry.top)}
-    top[tokenizer.token_text(entry.token_id)] = _finite(entry.logprob)
+def _top_by_name(names: TokenNames, entry: TokenLogprobs) -> dict[str, float]:
+    top = {names(token_id): _finite(value) for token_id, value in reversed(entry.top)}
+    top[names(entry.token_id)] = _finite(entry.logprob)
     return top
-
-
-def _chat_top(tokenizer: Tokenizer, entry: TokenLogprobs) -> list[dict[str, Any]]:
-    return [_chat_token(tokenizer, token_id, value) for token_id, value in entry.top]
-
-
-def _chat_token(tokenizer: Tokenizer, token_id: int, value: float) -> dict[str, Any]:
-    raw = tokenizer.token_bytes(token_id)
-    return {"token": raw.decode("utf-8", "replace"), "logprob": _finite(value), "bytes": list(raw)}
 
 
 def _finite(value: float) -> float:

@@ -14,9 +14,9 @@ from llmc.runtime.server import sse
 from llmc.runtime.server.answers import json_answer
 from llmc.runtime.server.front import Front
 from llmc.runtime.server.generation import Delta, Generation
-from llmc.runtime.server.logprobs import completion_logprobs, prompt_logprobs
+from llmc.runtime.server.logprobs import TokenNames, completion_logprobs, prompt_logprobs
 from llmc.runtime.server.parse import parse_body
-from llmc.runtime.server.sampling import sampling_params
+from llmc.runtime.server.sampling import bad_word_ids, sampling_params, truncated
 from llmc.runtime.server.schemas import CompletionRequest
 
 _DEFAULT_MAX_TOKENS = 16  # as OpenAI has it
@@ -31,7 +31,7 @@ def completions_router(front: Front) -> APIRouter:
         body = parse_body(await request.body(), CompletionRequest)
         front.check_model(body.model)
         _check_fields(body)
-        prompts = await _prompts(front, body)
+        prompts = truncated(front, body, await _prompts(front, body), body.max_tokens)
         sampling = sampling_params(
             front,
             body,
@@ -40,8 +40,9 @@ def completions_router(front: Front) -> APIRouter:
             max_tokens=max(1, body.max_tokens) if body.max_tokens is not None else _DEFAULT_MAX_TOKENS,
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if body.echo and body.logprobs is not None else body.prompt_logprobs,
+            bad_words=await bad_word_ids(front, body),
         )
-        generation = Generation(front, request, prompts, sampling, priority=body.priority or 0)
+        generation = Generation(front, request, prompts, sampling, priority=body.priority or 0, cache_salt=body.cache_salt)
         answer = _Answer(front, body, generation, prompts, request.scope["llmc.request_id"])
         if body.stream:
             return await sse.start(answer.chunks(), generation.close)
@@ -56,10 +57,7 @@ def completions_router(front: Front) -> APIRouter:
 def _check_fields(body: CompletionRequest) -> None:
     if body.max_tokens == 0 and not body.echo:
         raise RequestRejected("max_tokens 0 gives an answer only with echo", param="max_tokens")
-    if body.stream_options is not None and not body.stream:
-        raise RequestRejected("stream_options needs stream to be true", param="stream_options")
-    if body.stream and body.prompt_logprobs is not None:
-        raise RequestRejected("prompt_logprobs cannot be streamed; leave stream out", param="prompt_logprobs")
+    sse.check_options(body)
 
 
 async def _prompts(front: Front, body: CompletionRequest) -> list[list[int]]:
@@ -92,8 +90,12 @@ class _Answer:
     def __init__(self, front: Front, body: CompletionRequest, generation: Generation, prompts: list[list[int]], request_id: str) -> None:
         self._front = front
         self._tokenizer = front.model.tokenizer
+        self._names = TokenNames(front.model.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
         self._body = body
         self._generation = generation
+        options = body.stream_options
+        self._include_usage = bool(options and options.include_usage)
+        self._continuous_usage = bool(options and options.continuous_usage_stats)
         self._n = body.n or 1
         self._choices = [_Choice(prompt=prompt) for prompt in prompts for _ in range(self._n)]
         self._frame = {
@@ -113,18 +115,23 @@ class _Answer:
         for index, choice in enumerate(self._choices):
             choice.prompt_entries = self._choices[index - index % self._n].prompt_entries
         choices = [self._choice(index, choice) for index, choice in enumerate(self._choices)]
-        return {**self._frame, "choices": choices, "usage": self._usage()}
+        answer = {**self._frame, "choices": choices, "usage": self._usage()}
+        if self._body.return_metrics:
+            answer["metrics"] = self._generation.timing()
+        return answer
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The streamed answer, event by event."""
-        include_usage = bool(self._body.stream_options and self._body.stream_options.include_usage)
-        frame = {**self._frame, "usage": None} if include_usage else self._frame
+        frame = {**self._frame, "usage": None} if self._include_usage else self._frame
         async for deltas in self._generation.deltas():
             out = b"".join(self._chunk_of(frame, delta) for delta in deltas)
             if out:
                 yield out
-        if include_usage:
-            yield sse.event({**frame, "choices": [], "usage": self._usage()})
+        last = {"usage": self._usage()} if self._include_usage else {}
+        if self._body.return_metrics:
+            last["metrics"] = self._generation.timing()
+        if last:
+            yield sse.event({**frame, "choices": [], **last})
         yield sse.DONE
 
     def _grow(self, delta: Delta) -> _Choice:
@@ -146,7 +153,7 @@ class _Answer:
             ids, entries, offset = choice.ids, choice.entries, 0
             if self._body.echo:
                 ids, entries = choice.prompt + ids, (choice.prompt_entries or [None] * len(choice.prompt)) + entries
-            logprobs = completion_logprobs(self._tokenizer, entries, ids, offset)
+            logprobs = completion_logprobs(self._names, entries, ids, offset)
         answer = {
             "index": index,
             "text": self._prompt_text(choice) + text if self._body.echo else text,
@@ -156,11 +163,14 @@ class _Answer:
         }
         if self._body.prompt_logprobs is not None and choice.prompt_entries is not None:
             answer["prompt_logprobs"] = prompt_logprobs(self._tokenizer, choice.prompt_entries)
+        if self._body.return_token_ids:
+            answer["prompt_token_ids"], answer["token_ids"] = choice.prompt, choice.ids
         return answer
 
     def _chunk_of(self, frame: dict[str, Any], delta: Delta) -> bytes:
         choice = self._grow(delta)
         text, ids, entries = "".join(choice.texts), choice.ids, choice.entries
+        new_ids, first = ids, not choice.opened
         choice.texts, choice.ids, choice.entries = [], [], []
         if self._body.echo and not choice.opened:
             text = self._prompt_text(choice) + text
@@ -169,21 +179,30 @@ class _Answer:
         choice.opened = True
         logprobs = None
         if self._body.logprobs is not None and ids:
-            logprobs = completion_logprobs(self._tokenizer, entries, ids, choice.offset)
-            choice.offset += sum(len(token) for token in logprobs["tokens"])
-        if not text and logprobs is None and delta.finish_reason is None:
+            logprobs = completion_logprobs(self._names, entries, ids, choice.offset)
+            choice.offset += sum(self._names.num_chars(token_id) for token_id in ids)
+        shows_ids = self._body.return_token_ids and (new_ids or first)
+        if not text and logprobs is None and delta.finish_reason is None and not shows_ids:
             return b""
         shown = {"index": delta.index, "text": text, "logprobs": logprobs, "finish_reason": delta.finish_reason}
         if delta.finish_reason is not None:
             shown["finish_reason"] = "length" if self._body.max_tokens == 0 else delta.finish_reason
             shown["stop_reason"] = delta.stop_reason
-        return sse.event({**frame, "choices": [shown]})
+        if self._body.return_token_ids:
+            shown["token_ids"] = new_ids
+            if first:
+                shown["prompt_token_ids"] = choice.prompt
+        usage = {"usage": self._without_dropped(self._generation.running_usage(delta.index))} if self._continuous_usage else {}
+        return sse.event({**frame, "choices": [shown], **usage})
 
     def _prompt_text(self, choice: _Choice) -> str:
         return self._tokenizer.decode(choice.prompt, self._body.skip_special_tokens is not False)
 
     def _usage(self) -> dict[str, Any]:
-        usage = self._generation.usage()
+        return self._without_dropped(self._generation.usage())
+
+    def _without_dropped(self, usage: dict[str, Any]) -> dict[str, Any]:
+        """Usage without the token that a scored prompt's step made."""
         if self._body.max_tokens == 0:
             usage["completion_tokens"], usage["total_tokens"] = 0, usage["prompt_tokens"]
         return usage

@@ -22,6 +22,7 @@ def sampling_params(
     max_tokens: int | None,
     logprobs: int | None,
     prompt_logprobs: int | None,
+    bad_words: list[list[int]] | None = None,
 ) -> SamplingParams:
     """Fill in defaults and refuse what cannot run.
 
@@ -30,6 +31,7 @@ def sampling_params(
         max_tokens: the client's limit; None: what the context leaves.
         logprobs: top log-probabilities per output token; None: none at all.
         prompt_logprobs: the same for prompt tokens.
+        bad_words: the field bad_words as token ids.
 
     Raises:
         RequestRejected: naming the field.
@@ -52,6 +54,8 @@ def sampling_params(
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
         logit_bias={int(token): bias for token, bias in request.logit_bias.items()} if request.logit_bias else None,
+        allowed_token_ids=request.allowed_token_ids,
+        bad_words_token_ids=bad_words or None,
         seed=request.seed,
         max_tokens=limit,
         min_tokens=request.min_tokens or 0,
@@ -68,6 +72,37 @@ def sampling_params(
     for prompt in prompts:
         check_token_ids(prompt, vocab_size=front.model.vocab_size, param="prompt")
     return sampling
+
+
+async def bad_word_ids(front: Front, request: SamplingFields) -> list[list[int]]:
+    """Each bad word as token ids, as it stands and, where that is another first token, with a space before it, as in vLLM."""
+    words = [word.lstrip() for word in request.bad_words or []]
+    if any(not word for word in words):
+        raise RequestRejected("bad_words holds a word of white space only", param="bad_words", code="invalid_value")
+    if not words:
+        return []
+    plain = await front.encode(words, add_special_tokens=False)
+    spaced = await front.encode([" " + word for word in words], add_special_tokens=False)
+    inner = [b for a, b in zip(plain, spaced, strict=True) if a and b and b[0] != a[0] and len(b) == len(a)]
+    return [ids for ids in plain if ids] + inner
+
+
+def truncated(front: Front, request: SamplingFields, prompts: list[list[int]], max_tokens: int | None) -> list[list[int]]:
+    """The last truncate_prompt_tokens tokens of each prompt; -1: as many as the context holds beside the output.
+
+    Raises:
+        RequestRejected: 0, which would leave no prompt.
+    """
+    most = request.truncate_prompt_tokens
+    if most is None:
+        return prompts
+    if most == 0:
+        raise RequestRejected(
+            "truncate_prompt_tokens is 0; send 1 or more, or -1 for what the context holds", param="truncate_prompt_tokens"
+        )
+    if most == -1:
+        most = max(1, front.max_model_len - max(1, max_tokens or 1))
+    return [prompt[-most:] for prompt in prompts]
 
 
 def for_choice(sampling: SamplingParams, choice: int) -> SamplingParams:

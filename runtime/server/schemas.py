@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, MaxLen, MinLen
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic.types import FailFast as _FailFast
 
 MAX_TEXT_CHARS = 4 << 20
@@ -22,6 +22,8 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKENS = 1024
 MAX_BIASES = 1024
+MAX_BAD_WORDS = 256  # each is looked for at every step
+MAX_TEMPLATE_VARIABLES = 32
 
 
 class FailFast(_FailFast):
@@ -67,14 +69,26 @@ Stops = Annotated[
 BiasKey = Annotated[str, MinLen(1), MaxLen(10), Field(pattern=r"^[0-9]+$")]
 
 
+BadWord = Annotated[str, MinLen(1), MaxLen(256)]
+
+
 class RequestModel(BaseModel):
     """Base of every request: strict types, finite numbers, no unknown fields."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), hide_input_in_errors=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, value: Any) -> Any:
+        """`null` means "as if absent", at every depth; a null under a name nobody knows is still refused."""
+        if not isinstance(value, dict) or None not in value.values():
+            return value
+        return {k: v for k, v in value.items() if v is not None or not (k in cls.model_fields or k in NOT_BUILT)}
+
 
 class StreamOptions(RequestModel):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class SamplingFields(RequestModel):
@@ -90,6 +104,8 @@ class SamplingFields(RequestModel):
     frequency_penalty: Annotated[float, Ge(-2), Le(2)] | None = None
     repetition_penalty: Annotated[float, Gt(0), Le(1000)] | None = None
     logit_bias: Annotated[dict[BiasKey, Annotated[float, Ge(-100), Le(100)]], MaxLen(MAX_BIASES)] | None = None
+    allowed_token_ids: TokenIds | None = None
+    bad_words: Annotated[list[BadWord], MaxLen(MAX_BAD_WORDS), FailFast()] | None = None
     seed: Annotated[int, Ge(-(2**63)), Le(2**63 - 1)] | None = None
     max_tokens: Annotated[int, Ge(0), Le(MAX_TOKEN_ID)] | None = None
     min_tokens: Annotated[int, Ge(0), Le(MAX_TOKEN_ID)] | None = None
@@ -99,6 +115,12 @@ class SamplingFields(RequestModel):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: Annotated[int, Ge(0), Le(MAX_TOKEN_ID)] | None = None
+    truncate_prompt_tokens: Annotated[int, Ge(-1), Le(MAX_PROMPT_TOKENS)] | None = None
+    add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    return_metrics: bool | None = None
+    cache_salt: Annotated[str, MinLen(1), MaxLen(1024)] | None = None
     priority: Annotated[int, Ge(-(2**31)), Le(2**31 - 1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -109,7 +131,6 @@ class CompletionRequest(SamplingFields):
     prompt: Prompt
     echo: bool | None = None
     logprobs: Annotated[int, Ge(0), Le(MAX_TOKEN_ID)] | None = None
-    add_special_tokens: bool | None = None
 
 
 class TextPart(RequestModel):
@@ -131,6 +152,17 @@ class ChatMessage(RequestModel):
 Messages = Annotated[list[ChatMessage], MinLen(1), MaxLen(MAX_MESSAGES), FailFast()]
 
 
+Scalar = (
+    bool
+    | Annotated[int, Ge(-(2**53)), Le(2**53)]
+    | Annotated[float, Ge(-1e300), Le(1e300)]
+    | Annotated[str, MaxLen(4096)]
+    | Annotated[list[Annotated[str, MaxLen(4096)]], MaxLen(64), FailFast()]
+    | None
+)
+TemplateVariables = Annotated[dict[Annotated[str, MinLen(1), MaxLen(64)], Scalar], MaxLen(MAX_TEMPLATE_VARIABLES)]
+
+
 class TextFormat(RequestModel):
     type: Literal["text"]
 
@@ -141,7 +173,8 @@ class ChatCompletionRequest(SamplingFields):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Ge(0), Le(MAX_TOKEN_ID)] | None = None
     add_generation_prompt: bool | None = None
-    add_special_tokens: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: TemplateVariables | None = None
     echo: bool | None = None
     response_format: TextFormat | None = None
 
@@ -154,6 +187,8 @@ class TokenizeRequest(RequestModel):
     messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: TemplateVariables | None = None
     return_token_strs: bool | None = None
 
 
@@ -180,17 +215,8 @@ NOT_BUILT: dict[str, str] = {
     "guided_choice": _STRUCTURED,
     "guided_grammar": _STRUCTURED,
     "response_format": f"{_STRUCTURED}; only the type text is accepted",
-    "allowed_token_ids": "not built yet; logit_bias can favour tokens",
-    "bad_words": "not built yet; logit_bias can forbid tokens",
-    "truncate_prompt_tokens": "prompts are not shortened; send fewer tokens",
-    "continue_final_message": "not built yet",
-    "continuous_usage_stats": "not built yet; include_usage sends the usage once, at the end",
     "chat_template": "the chat template is fixed in the artifact; its operator may change it with --chat-template",
-    "chat_template_kwargs": "not built yet",
     "documents": "not built yet",
-    "cache_salt": "not built yet; the prefix cache is kept apart by API key",
-    "return_token_ids": "not built yet; use logprobs",
-    "return_tokens_as_token_ids": "not built yet",
     "use_beam_search": "beam search is not built; use n",
     "length_penalty": "beam search is not built",
     "early_stopping": "beam search is not built",

@@ -12,6 +12,7 @@ from llmc.errors import RequestRejected
 from llmc.runtime.server.errors import error_object
 from llmc.runtime.server.generation import ClientGone
 from llmc.runtime.server.logs import log_exception
+from llmc.runtime.server.schemas import SamplingFields
 
 DONE = b"data: [DONE]\n\n"
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -20,6 +21,21 @@ _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 def event(data: dict[str, Any]) -> bytes:
     """One event. orjson escapes line ends, so data cannot break out of it."""
     return b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+def check_options(body: SamplingFields) -> None:
+    """Refuse stream options that could not act.
+
+    Raises:
+        RequestRejected: naming the field.
+    """
+    options = body.stream_options
+    if options is not None and not body.stream:
+        raise RequestRejected("stream_options needs stream to be true", param="stream_options")
+    if options is not None and options.continuous_usage_stats and not options.include_usage:
+        raise RequestRejected("continuous_usage_stats needs include_usage to be true", param="stream_options")
+    if body.stream and body.prompt_logprobs is not None:
+        raise RequestRejected("prompt_logprobs cannot be streamed; leave stream out", param="prompt_logprobs")
 
 
 class EventStream(Response):

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Request
 from llmc.errors import RequestRejected
 from llmc.runtime.sampling_params import check_token_ids
 from llmc.runtime.server.answers import json_answer
+from llmc.runtime.server.chat_prompt import chat_prompt
 from llmc.runtime.server.front import Front
-from llmc.runtime.server.openai_chat import render_chat
 from llmc.runtime.server.parse import parse_body
 from llmc.runtime.server.schemas import DetokenizeRequest, TokenizeRequest
 
@@ -26,12 +26,15 @@ def tokenize_router(front: Front) -> APIRouter:
         if (body.prompt is None) == (body.messages is None):
             raise RequestRejected("send either prompt or messages", param="prompt")
         if body.messages is not None:
-            tokens = await render_chat(
+            prompt = await chat_prompt(
                 front,
                 body.messages,
-                add_generation_prompt=body.add_generation_prompt is not False,
-                add_special_tokens=bool(body.add_special_tokens),
+                add_generation_prompt=body.add_generation_prompt,
+                continue_final_message=body.continue_final_message,
+                add_special_tokens=body.add_special_tokens,
+                variables=body.chat_template_kwargs,
             )
+            tokens = prompt.token_ids
         else:
             assert body.prompt is not None
             (tokens,) = await front.encode([body.prompt], add_special_tokens=body.add_special_tokens is not False)

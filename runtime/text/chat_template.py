@@ -23,6 +23,11 @@ _MAX_INDENT = 32
 # Marks assistant text for training; it prints nothing, and minijinja does not know the tag.
 _GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 _NAME = "chat_template"
+# What the server or the engine gives a template; special tokens (bos_token, ...) too. A request never sets these.
+_RESERVED = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "raise_exception", "strftime_now", "tojson"}
+    | {"namespace", "range", "dict", "loop", "self", "super", "caller", "debug", "lipsum", "cycler", "joiner", "chat_template"}
+)
 
 
 class _Raised(Exception):
@@ -77,6 +82,10 @@ class ChatTemplate:
                 f"chat template, line {error.line}: {error.kind}: {(error.detail or error.message)[:200]}; "
                 "compile again with a template that minijinja reads, or serve with --chat-template"
             ) from error
+        free = self._environment.undeclared_variables_in_template(_NAME)
+        # Names the template reads and does not always set itself: what chat_template_kwargs may hold.
+        self.variables = frozenset(n for n in free if n not in _RESERVED and n not in self._special_tokens and not n.endswith("_token"))
+        self.source = source
 
     def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **kwargs: Any) -> str:
         """The prompt text of a conversation.

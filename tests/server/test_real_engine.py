@@ -109,6 +109,17 @@ def test_sampling_fields_reach_the_engine(url: str) -> None:
     assert len(first["choices"][0]["prompt_logprobs"]) == 3 and first["choices"][0]["prompt_logprobs"][0] is None
     banned = {"prompt": [3, 4, 5], "max_tokens": 20, "logit_bias": {"9": 100}, "ignore_eos": True}
     assert set(httpx.post(f"{url}/v1/completions", json=banned, timeout=60).json()["choices"][0]["text"].split()) == {"w9"}
+    few = {"prompt": [3, 4, 5], "max_tokens": 20, "allowed_token_ids": [9, 8], "bad_words": ["w8"], "ignore_eos": True}
+    assert set(httpx.post(f"{url}/v1/completions", json=few, timeout=60).json()["choices"][0]["text"].split()) == {"w9"}
+
+
+def test_a_cache_salt_keeps_prefixes_apart(url: str) -> None:
+    def cached(salt: str) -> int:
+        fields = {"prompt": [7] * 100, "max_tokens": 1, "cache_salt": salt}
+        usage = httpx.post(f"{url}/v1/completions", json=fields, timeout=60).json()["usage"]
+        return usage["prompt_tokens_details"]["cached_tokens"]
+
+    assert cached("a") == 0 and cached("a") > 0 and cached("b") == 0
 
 
 def test_errors_keep_the_engine_serving(url: str) -> None:
