@@ -22,7 +22,8 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m llmc.runtime.check_artifact FOLDER", file=sys.stderr)
         return 2
     try:
-        model = load_model(EngineConfig(artifact=arguments[0], num_blocks=_BLOCKS))
+        # mapped, not copied: a compile needs no second model's worth of memory. Not hashed: the writer has just done so.
+        model = load_model(EngineConfig(artifact=arguments[0], num_blocks=_BLOCKS, weights_mmap=True, verify_weights="never"))
     except LlmcError as error:
         print(error, file=sys.stderr)
         return error.exit_code
