@@ -68,9 +68,9 @@ class BuiltArtifact:
     report: dict[str, Any]
     measured_folder: Path
 
-    def write_measured(self, stages: list[Stage]) -> None:
-        """Write the report with this compile's times beside the artifact."""
-        size = sum(record.size_bytes for record in self.manifest.files)
+    def write_measured(self, stages: list[Stage], out: Path) -> None:
+        """Write the report with this compile's times beside the artifact published at `out`."""
+        size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
         measured = report.measured_facts(stages, size_bytes=size, toolchain=self.manifest.toolchain)
         report.write_measured(self.measured_folder, self.report, measured)
 
@@ -205,7 +205,8 @@ def _canaries(
 
 
 def _ops(graph: torch.fx.GraphModule) -> Counter[str]:
-    return Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+    calls = (node.target for node in graph.graph.nodes if node.op == "call_function")
+    return Counter(str(target) if isinstance(target, torch._ops.OpOverload) else target.__name__ for target in calls)
 
 
 def _manifest(

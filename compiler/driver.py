@@ -77,4 +77,4 @@ def _build(
                     note.detail = check(folder)
 
         writer.finish(built.manifest, before_naming=checked)
-    built.write_measured(log.stages)
+    built.write_measured(log.stages, config.out)
