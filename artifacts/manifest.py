@@ -166,6 +166,22 @@ class Canary(_Record, frozen=True):
     margins: list[float]
 
 
+class QuantizationFacts(_Record, frozen=True):
+    """How weights were made smaller, and what it cost, measured at compile time on the calibration text.
+
+    The reference is the captured graph on the checkpoint's weights, the other side the same graph on the dequantised ones. Where
+    nothing was measured (external weights) `calibration_tokens` is 0 and the rest is null.
+    """
+
+    scheme: Literal["int8", "int4"]
+    group: int  # inputs that share a scale
+    tensors: dict[str, int]  # name of a tensor of integers -> its bits
+    calibration_tokens: int  # predicted; the measure is over each one's distribution
+    reference_perplexity: float | None
+    perplexity: float | None
+    mean_kl: float | None  # nats per token, of the reference from the quantised
+
+
 class Manifest(_Record, frozen=True):
     """See docs/artifact_format.md for the page a reader of this file can be written from."""
 
@@ -190,4 +206,5 @@ class Manifest(_Record, frozen=True):
     toolchain: dict[str, str]  # "torch", "transformers", "g++", ... -> version
     settings: dict[str, str | int | float | bool | None]  # resolved compile settings
     files: list[FileRecord]
+    quantization: QuantizationFacts | None = None  # since version 2
     manifest_sha256: str = ""  # set when the manifest is encoded (manifest_json.py); finds damage, the signature finds malice

@@ -11,6 +11,8 @@ A recipe is JSON, a tree of
     {"op": "transpose", "axes": [..], "input": R}        axes as numpy.transpose takes them
     {"op": "reshape", "shape": [..], "input": R}
     {"op": "pack", "input": R}                           [.., N, K] into the kernels' layout, zero padded
+    {"op": "quantize", "bits": B, "group": G, "input": R}          [N, K] as packed integers (quantize_nodes.py)
+    {"op": "quantize_scales", "bits": B, "group": G, "input": R}   and the scales that belong to them
 
 `infer` checks a recipe and gives its dtype and shape without touching data. `blocks` gives the result row block by row block:
 a pack of a concat of casts holds one block of each at a time, so its peak is a few megabytes, not the tensor.
@@ -26,6 +28,7 @@ import numpy as np
 
 from llmc.artifacts.dtypes import FLOATS, NUMPY, Array
 from llmc.artifacts.element_sizes import nbytes_of
+from llmc.artifacts.quantize_nodes import quantizing_node
 from llmc.artifacts.recipe_nodes import Cast, Concat, Literal, Node, Pack, Reshape, Slice, Source, Stack, Transpose
 from llmc.errors import ArtifactError
 
@@ -49,6 +52,8 @@ _FIELDS: dict[str, set[str]] = {
     "transpose": {"axes", "input"},
     "reshape": {"shape", "input"},
     "pack": {"input"},
+    "quantize": {"bits", "group", "input"},
+    "quantize_scales": {"bits", "group", "input"},
 }
 
 
@@ -272,6 +277,8 @@ def _unary(recipe: Recipe, child: Node) -> Node:
         if not _are_sizes(shape) or nbytes_of(child.dtype, shape) != nbytes_of(child.dtype, child.shape):
             raise ArtifactError(f"a recipe reshapes {list(child.shape)} to {str(shape)[:100]}, which has another number of elements")
         return Reshape(child.dtype, tuple(shape), input=child)
+    if op in ("quantize", "quantize_scales"):
+        return quantizing_node(op, recipe["bits"], recipe["group"], child)
     if child.dtype not in FLOATS or len(child.shape) < 2 or 0 in child.shape:
         raise ArtifactError(f"a recipe packs {child.dtype} {list(child.shape)}; packed are [.., N, K] of {', '.join(FLOATS)}")
     return Pack(child.dtype, Pack.packed_shape(child.dtype, child.shape), input=child)

@@ -2,9 +2,10 @@
 
 History, one dated line per version:
     1  2026-01  first format: manifest.json, images by hash, packed weights hashed per chunk, tokenizer files, detached signature.
+    2  2026-11  recipe ops quantize and quantize_scales; manifest field quantization (absent in version 1, which reads as null).
 """
 
 from __future__ import annotations
 
-FORMAT_VERSION = 1  # what this llmc writes
+FORMAT_VERSION = 2  # what this llmc writes
 OLDEST_READABLE = 1  # what it still reads

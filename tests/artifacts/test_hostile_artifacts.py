@@ -192,10 +192,10 @@ def test_names_that_lead_elsewhere(out: Path, name: str):
 
 def test_versions(out: Path):
     data = (out / "manifest.json").read_bytes()
-    for version, says in [(7, "format_version 7 is newer than this runtime reads (1 to 1); upgrade llmc"), (0, "is older than")]:
-        replace_bytes(out / "manifest.json", data.replace(b'"format_version":1', b'"format_version":%d' % version))
+    for version, says in [(7, "format_version 7 is newer than this runtime reads (1 to 2); upgrade llmc"), (0, "is older than")]:
+        replace_bytes(out / "manifest.json", data.replace(b'"format_version":2', b'"format_version":%d' % version))
         assert says in refusal(out)
-    future = b'{"format_version":2,"everything":{"else":["may","differ"]}}'
+    future = b'{"format_version":3,"everything":{"else":["may","differ"]}}'
     replace_bytes(out / "manifest.json", future)
     assert "newer than this runtime reads" in refusal(out)
 
@@ -291,7 +291,7 @@ def test_requirements_say_what_is_missing_and_what_to_do():
         ),
         ({"torch": "2.11"}, "built against torch 2.11, here torch 2.13 is installed; install torch 2.11 or compile again"),
         ({"machine": "aarch64"}, "compiled for aarch64 processors, this machine is x86_64"),
-        ({"min_format": 2}, "needs a runtime that reads format 2"),
+        ({"min_format": 3}, "needs a runtime that reads format 3"),
     ]:
         plain: dict[str, object] = {"machine": "x86_64", "cpu_features": [], "torch": None, "min_format": 1}
         with pytest.raises(ArtifactError, match=says):

@@ -11,7 +11,10 @@ from llmc.artifacts import FORMAT_VERSION, OLDEST_READABLE
 from llmc.artifacts.verify import verify
 
 DATA = Path(__file__).parent.parent / "data"
-DIGESTS = {1: "f19c60433abf859714fde74594cd3aea90b3206e88ee681c88789a587c571c4e"}
+DIGESTS = {
+    1: "f19c60433abf859714fde74594cd3aea90b3206e88ee681c88789a587c571c4e",
+    2: "8b2aef142b69f81b5fcbc2380b8dc8f4213358086c17365acfbc08d20d4c0215",
+}
 
 
 @pytest.mark.parametrize("version", range(OLDEST_READABLE, FORMAT_VERSION + 1))

@@ -23,6 +23,7 @@ TENSORS: dict[str, tuple[str, Array]] = {
     "h": ("bfloat16", RNG.integers(0, 1 << 16, (33, 35)).astype(np.uint16)),
     "e0": ("float16", RNG.standard_normal((20, 34)).astype(np.float16)),
     "e1": ("float16", RNG.standard_normal((20, 34)).astype(np.float16)),
+    "h2": ("bfloat16", cast(RNG.standard_normal((33, 100)).astype(np.float32), "float32", "bfloat16")),
     "v": ("float32", RNG.standard_normal(12).astype(np.float32)),
 }
 SPECS = {name: (dtype, values.shape) for name, (dtype, values) in TENSORS.items()}
@@ -167,3 +168,89 @@ def test_a_merged_packed_weight_is_made_without_holding_it():
     tracemalloc.stop()
     assert total == 3 * 4096 * 2048 * 2
     assert peak < 24 << 20
+
+
+def quantizing(op: str, name: Any, bits: int = 8, group: int = 32) -> dict[str, Any]:
+    return {"op": op, "bits": bits, "group": group, "input": src(name) if isinstance(name, str) else name}
+
+
+def by_hand(w: Array, dtype: str, bits: int, group: int) -> tuple[Array, Array]:
+    """(integers [N, K], scales [N, groups] in float32), one group at a time."""
+    wide = np.asarray(cast(w, dtype, "float32"), dtype=np.float32)
+    n, k = wide.shape
+    quants, scales = np.zeros((n, k), np.int32), np.zeros((n, -(-k // group)), np.float32)
+    top = 2 ** (bits - 1) - 1
+    for row in range(n):
+        for g in range(scales.shape[1]):
+            part = wide[row, g * group : (g + 1) * group]
+            wanted = np.float32(np.abs(part).max()) / np.float32(top)
+            stored = cast(np.array([wanted], np.float32), "float32", dtype)
+            if cast(stored, dtype, "float32")[0] < wanted:
+                stored = (stored.view(f"u{stored.itemsize}") + 1).view(stored.dtype)
+            scales[row, g] = scale = cast(stored, dtype, "float32")[0]
+            quants[row, g * group : (g + 1) * group] = [0 if scale == 0 else max(-top, min(top, round(float(v / scale)))) for v in part]
+    return quants, scales
+
+
+def unpacked(packed: Array) -> Array:
+    """[N, K] integers with their padding, out of either packed form."""
+    if packed.dtype == np.uint8:
+        packed = np.stack([packed & 15, packed >> 4], axis=-1).astype(np.int32) - 8
+    return packed.astype(np.int32).transpose(0, 2, 1, 3).reshape(packed.shape[0] * 16, -1)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("name", "group"), [("a", 32), ("h2", 32), ("h2", 64), ("e0", 32)])
+def test_quantize_gives_integers_and_scales_as_by_hand(name: str, group: int, bits: int):
+    dtype, values = TENSORS[name]
+    quants, scales = by_hand(values, dtype, bits, group)
+    n, k = values.shape
+    found = unpacked(run(quantizing("quantize", name, bits, group)))
+    np.testing.assert_array_equal(found[:n, :k], quants)
+    assert not found[n:].any() and not found[:, k:].any()
+    stored = run(quantizing("quantize_scales", name, bits, group)).transpose(0, 2, 1).reshape(-1, scales.shape[1])
+    np.testing.assert_array_equal(cast(np.ascontiguousarray(stored[:n]), dtype, "float32"), scales)
+    wide = np.asarray(cast(values, dtype, "float32"), dtype=np.float32)
+    steps = scales.repeat(group, axis=1)[:, :k]
+    assert (np.abs(quants * steps - wide) <= steps * np.float32(0.501)).all()
+
+
+def test_quantising_a_concat_is_the_concat_of_the_quantised():
+    merged = {"op": "concat", "axis": 0, "inputs": [src("a"), src("b")]}
+    whole = unpacked(run(quantizing("quantize", merged)))[:47]
+    np.testing.assert_array_equal(whole[:40], unpacked(run(quantizing("quantize", "a")))[:40])
+    np.testing.assert_array_equal(whole[40:], unpacked(run(quantizing("quantize", "b")))[:7])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        (quantizing("quantize", "a", 5), "8 or 4 bits"),
+        (quantizing("quantize", "a", True), "8 or 4 bits"),
+        (quantizing("quantize_scales", "a", 8, 16), "multiple of 32"),
+        (quantizing("quantize_scales", "a", 8, 0), "multiple of 32"),
+        (quantizing("quantize", "v"), r"quantised are \[N, K\]"),
+        (quantizing("quantize", quantizing("quantize", "a")), r"quantised are \[N, K\]"),
+        ({"op": "quantize", "bits": 8, "input": src("a")}, "has the fields"),
+    ],
+)
+def test_what_cannot_be_quantised(recipe: dict[str, Any], says: str):
+    with pytest.raises(ArtifactError, match=says):
+        recipes.infer(recipe, SPECS)
+
+
+def test_nan_and_infinity_are_not_quantised():
+    for bad in (np.nan, np.inf):
+        w = np.ones((3, 40), np.float32)
+        w[1, 39] = bad
+        with pytest.raises(ArtifactError, match="NaN or infinity"):
+            recipes.evaluate(quantizing("quantize", "w"), lambda _, w=w: w, {"w": ("float32", w.shape)})
+
+
+def test_quantising_streams():
+    big = np.random.default_rng(1).standard_normal((4096, 1024)).astype(np.float32)
+    tracemalloc.start()
+    for _ in recipes.blocks(quantizing("quantize", "w"), lambda _: big, {"w": ("float32", big.shape)}, block_bytes=1 << 16):
+        pass
+    assert tracemalloc.get_traced_memory()[1] < big.nbytes
+    tracemalloc.stop()
