@@ -65,6 +65,41 @@ struct TensorView {
     if (s[2] != LLMC_PACK_N) return false;
     return wide ? s[1] == k : s[1] == (k + LLMC_PACK_K - 1) / LLMC_PACK_K * (LLMC_PACK_K / 2) && s[3] == 2;
   }
+
+  // Bits of a quantised weight: int8 holds one per byte, uint8 two; 0 for anything else.
+  int32_t quantized_bits() const { return dtype == aoti_torch_dtype_int8() ? 8 : dtype == aoti_torch_dtype_uint8() ? 4 : 0; }
+
+  // Whether this is the contiguous quantised packed form of [n, k].
+  bool quantized(int64_t n, int64_t k) const {
+    const int32_t bits = quantized_bits();
+    if (!bits || !contiguous() || dim != (bits == 8 ? 4 : 3) || (bits == 8 && sizes[3] != 2)) return false;
+    const int64_t pairs = (k + LLMC_PACK_K - 1) / LLMC_PACK_K * (LLMC_PACK_K / 2);
+    return sizes[0] == (n + LLMC_PACK_N - 1) / LLMC_PACK_N && sizes[1] == pairs && sizes[2] == LLMC_PACK_N;
+  }
+
+  // Whether these are the scales of such a weight, in `element`.
+  bool scales(int64_t n, int64_t k, int64_t group, int32_t element_type) const {
+    if (group < 1 || group % LLMC_PACK_K || element() != element_type || !contiguous() || dim != 3) return false;
+    return sizes[0] == (n + LLMC_PACK_N - 1) / LLMC_PACK_N && sizes[1] == (k + group - 1) / group && sizes[2] == LLMC_PACK_N;
+  }
+
+  // Whether rows (last dimension) are contiguous and lie evenly, so that all leading dimensions collapse into one; their distance.
+  bool even_rows(int64_t* stride) const {
+    const int64_t last = dim - 1, k = sizes[last];
+    if (strides[last] != 1 && k != 1) return false;
+    *stride = k;
+    int64_t expected = -1;
+    for (int64_t i = last - 1; i >= 0; i--) {
+      if (sizes[i] == 1) continue;
+      if (expected < 0) {
+        *stride = strides[i];
+      } else if (strides[i] != expected) {
+        return false;
+      }
+      expected = strides[i] * sizes[i];
+    }
+    return true;
+  }
 };
 
 // A new contiguous CPU tensor.

@@ -18,6 +18,9 @@ from llmc.errors import InternalError
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # LLMC_* of llmc_types.h
 _CODES = ("ok", "struct size differs", "bad dtype", "bad shape", "index out of range", "no AMX permission", "out of memory")
 
+_BITS = {torch.int8: 8, torch.uint8: 4}  # of a quantised weight, by how torch holds it
+ENTRY_POINTS = ("llmc_linear", "llmc_embedding", "llmc_grouped_linear", "llmc_quantized_linear", "llmc_quantized_embedding")
+
 _I64, _I32, _P = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
 
 
@@ -36,6 +39,26 @@ class EmbeddingArgs(ctypes.Structure):
     _fields_: ClassVar[Any] = [
         *[("struct_bytes", _I64), ("ids", _P), ("weight", _P), ("y", _P), ("count", _I64), ("num_rows", _I64), ("k", _I64)],
         *[("y_stride", _I64), ("dtype", _I32), ("num_threads", _I32)],
+    ]
+
+
+class QuantizedLinearArgs(ctypes.Structure):
+    """LlmcQuantizedLinearArgs of quantized_linear/cpu/quantized_linear.h."""
+
+    _fields_ = [
+        *[("struct_bytes", _I64), ("x", _P), ("weight", _P), ("scales", _P), ("bias", _P), ("y", _P)],
+        *[("m", _I64), ("n", _I64), ("k", _I64), ("x_stride", _I64), ("y_stride", _I64), ("group", _I64)],
+        *[("bits", _I32), ("dtype", _I32), ("num_threads", _I32)],
+    ]
+
+
+class QuantizedEmbeddingArgs(ctypes.Structure):
+    """LlmcQuantizedEmbeddingArgs of quantized_embedding/cpu/quantized_embedding.h."""
+
+    _fields_ = [
+        *[("struct_bytes", _I64), ("ids", _P), ("weight", _P), ("scales", _P), ("y", _P)],
+        *[("count", _I64), ("num_rows", _I64), ("k", _I64), ("y_stride", _I64), ("group", _I64)],
+        *[("bits", _I32), ("dtype", _I32), ("num_threads", _I32)],
     ]
 
 
@@ -61,8 +84,9 @@ class NativeKernels:
         """
         self.num_threads = num_threads
         self.library = ctypes.CDLL(str(kernels_so), mode=os.RTLD_NOW | os.RTLD_LOCAL)
-        for name in ("llmc_linear", "llmc_embedding", "llmc_grouped_linear"):
-            getattr(self.library, name).restype = _I32
+        for name in ENTRY_POINTS:
+            if hasattr(self.library, name):  # a build of some ops alone lacks the others
+                getattr(self.library, name).restype = _I32
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
         """The op `llmc::linear`, by the compiled kernel."""
@@ -99,6 +123,33 @@ class NativeKernels:
             dtype=_DTYPES[x.dtype], num_threads=self.num_threads,
         )  # fmt: skip
         self._call("llmc_grouped_linear", args)
+        return y
+
+    def quantized_linear(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, out_features: int, group: int) -> Tensor:
+        """The op `llmc::quantized_linear`, by the compiled kernel."""
+        k = x.shape[-1]
+        rows = x.reshape(-1, k)
+        if rows.stride(-1) != 1:
+            rows = rows.contiguous()
+        y = x.new_empty((*x.shape[:-1], out_features))
+        args = QuantizedLinearArgs(
+            x=rows.data_ptr(), weight=weight.data_ptr(), scales=scales.data_ptr(), bias=_pointer(bias), y=y.data_ptr(), m=rows.shape[0],
+            n=out_features, k=k, x_stride=rows.stride(0), y_stride=out_features, group=group, bits=_BITS[weight.dtype],
+            dtype=_DTYPES[x.dtype], num_threads=self.num_threads,
+        )  # fmt: skip
+        self._call("llmc_quantized_linear", args)
+        return y
+
+    def quantized_embedding(self, ids: Tensor, weight: Tensor, scales: Tensor, embedding_dim: int, group: int) -> Tensor:
+        """The op `llmc::quantized_embedding`, by the compiled kernel."""
+        ids = ids.contiguous()
+        y = scales.new_empty((*ids.shape, embedding_dim))
+        args = QuantizedEmbeddingArgs(
+            ids=ids.data_ptr(), weight=weight.data_ptr(), scales=scales.data_ptr(), y=y.data_ptr(), count=ids.numel(),
+            num_rows=weight.shape[0] * 16, k=embedding_dim, y_stride=embedding_dim, group=group, bits=_BITS[weight.dtype],
+            dtype=_DTYPES[scales.dtype], num_threads=self.num_threads,
+        )  # fmt: skip
+        self._call("llmc_quantized_embedding", args)
         return y
 
     def _call(self, name: str, args: ctypes.Structure) -> None:

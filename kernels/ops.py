@@ -15,7 +15,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch._ops import OpOverload
 
-from . import embedding, grouped_linear, linear, paged_attention
+from . import embedding, grouped_linear, linear, paged_attention, quantized_embedding, quantized_linear
 from .gpu_ops import GPU_OPS
 from .native import NativeKernels
 
@@ -28,9 +28,12 @@ _MODULES: dict[str, ModuleType | SimpleNamespace] = {
         "linear": linear,
         "embedding": embedding,
         "grouped_linear": grouped_linear,
+        "quantized_linear": quantized_linear,
+        "quantized_embedding": quantized_embedding,
     }.items()
     if hasattr(module, "SCHEMA")
 } | GPU_OPS
+COMPILED = ("linear", "embedding", "grouped_linear", "quantized_linear", "quantized_embedding")  # methods of NativeKernels
 OP_NAMES: tuple[str, ...] = tuple(_MODULES)
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # kept: the registrations live as long as this object
@@ -53,7 +56,7 @@ C_SHIMS: dict[OpOverload, list[str]] = {overload(name): [module.C_SHIM] for name
 
 @contextlib.contextmanager
 def use_compiled(kernels_so: Path, num_threads: int = 0) -> Iterator[NativeKernels]:
-    """While open, `torch.ops.llmc.{linear,embedding,grouped_linear}` on CPU run the compiled kernels in place of the references.
+    """While open, the matmuls and embeddings of `torch.ops.llmc` on CPU run the compiled kernels in place of the references.
 
     Args:
         kernels_so: `BuiltKernels.kernels_so`.
@@ -64,7 +67,7 @@ def use_compiled(kernels_so: Path, num_threads: int = 0) -> Iterator[NativeKerne
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Warning only once for all operators")  # overriding is the point
-            for name in ("linear", "embedding", "grouped_linear"):
+            for name in (n for n in COMPILED if hasattr(native.library, f"llmc_{n}")):
                 override.impl(name, getattr(native, name), "CPU", allow_override=True)
         yield native
     finally:

@@ -17,6 +17,7 @@ from llmc.kernels.isa import runnable_levels
 
 from .matmul_world import DTYPES, assert_close, packed, random
 from .paged_attention_world import kernel_cache
+from .test_quantized_linear import quantized
 
 _pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer_of.argtypes, _pointer_of.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_void_p
@@ -27,12 +28,12 @@ Shim = Callable[..., Tensor | None]
 
 @pytest.fixture(scope="module")
 def shim(tmp_path_factory: pytest.TempPathFactory) -> Shim:
-    """shim(op, tensors, bias, integer): the op through its shim; None where the shim reports failure. bias False: the op has none."""
+    """shim(op, tensors, bias, integers): the op through its shim; None where the shim reports failure. bias False: the op has none."""
     built = build_kernels(runnable_levels()[0].name, kernel_cache(tmp_path_factory))
     order = dlopen_order(built, Path(torch.__file__).parent / "lib")
     library = [ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_GLOBAL) for path in order][-1]
 
-    def call(op: str, tensors: list[Tensor], bias: Tensor | bool | None, integer: int) -> Tensor | None:
+    def call(op: str, tensors: list[Tensor], bias: Tensor | bool | None, *integers: int) -> Tensor | None:
         given = [*tensors, *([bias] if isinstance(bias, Tensor) else [])]
         capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(given)
         handles = [ctypes.c_void_p(_pointer_of(capsule, None)) for capsule in capsules]
@@ -40,7 +41,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Shim:
         if bias is not False:
             arguments.append(ctypes.byref(handles[-1]) if isinstance(bias, Tensor) else None)
         result = ctypes.c_void_p()
-        status = getattr(library, f"aoti_torch_cpu_llmc_{op}")(*arguments, ctypes.c_int64(integer), ctypes.byref(result))
+        status = getattr(library, f"aoti_torch_cpu_llmc_{op}")(*arguments, *map(ctypes.c_int64, integers), ctypes.byref(result))
         for capsule in capsules:
             torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(capsule)  # frees the handle
         if status != 0:
@@ -101,3 +102,43 @@ def test_grouped_linear(shim: Shim, dtype: torch.dtype) -> None:
     assert shim("grouped_linear", [x, packed(w), ids[:6]], None, 20) is None
     assert shim("grouped_linear", [x, packed(w[0]), ids], None, 20) is None
     assert shim("grouped_linear", [x, packed(w), ids], bias[:2], 20) is None
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantized_linear(shim: Shim, dtype: torch.dtype, bits: int) -> None:
+    weight, scales = quantized(random(37, 45, dtype=dtype), bits)
+    bias, wide = random(37, dtype=dtype, seed=1), random(3, 4, 60, dtype=dtype, seed=2)
+    for x in (wide[..., :45], wide[1, 2, :45].contiguous(), wide[:0, :, :45]):
+        for b in (None, bias):
+            y = shim("quantized_linear", [x, weight, scales], b, 37, 32)
+            assert y is not None and y.dtype == dtype and y.is_contiguous() and y.shape == (*x.shape[:-1], 37)
+            assert_close(y, torch.ops.llmc.quantized_linear(x, weight, scales, b, 37, 32).double(), 45)
+
+
+def test_quantized_linear_refuses(shim: Shim) -> None:
+    x = random(6, 45, dtype=torch.float32)
+    weight, scales = quantized(random(37, 45, dtype=torch.float32), 8)
+    good = [x, weight, scales]
+    assert shim("quantized_linear", good, None, 37, 32) is not None
+    assert shim("quantized_linear", good, None, 49, 32) is None, "another number of columns"
+    assert shim("quantized_linear", good, None, 37, 48) is None, "a group that is no multiple of 32"
+    assert shim("quantized_linear", good, None, 37, 64) is None, "another group"
+    assert shim("quantized_linear", good, None, 37, 0) is None
+    assert shim("quantized_linear", [x, weight, scales.half()], None, 37, 32) is None, "two dtypes"
+    assert shim("quantized_linear", [x, weight.float(), scales], None, 37, 32) is None, "no integers"
+    assert shim("quantized_linear", [x, weight.view(torch.uint8), scales], None, 37, 32) is None, "8 bits said to be 4"
+    assert shim("quantized_linear", [x[:, :31], weight, scales], None, 37, 32) is None, "another K"
+    assert shim("quantized_linear", good, torch.zeros(36), 37, 32) is None, "a short bias"
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_embedding(shim: Shim, bits: int) -> None:
+    weight, scales = quantized(random(37, 45, dtype=torch.bfloat16), bits)
+    ids = torch.tensor([[0, 36], [5, 5]])
+    y = shim("quantized_embedding", [ids, weight, scales], False, 45, 32)
+    assert y is not None and torch.equal(y, torch.ops.llmc.quantized_embedding(ids, weight, scales, 45, 32))
+    assert shim("quantized_embedding", [ids.int(), weight, scales], False, 45, 32) is None
+    assert shim("quantized_embedding", [ids, weight, scales], False, 77, 32) is None
+    assert shim("quantized_embedding", [ids + 1000, weight, scales], False, 45, 32) is None, "ids outside"
+    assert shim("quantized_embedding", [ids.t(), weight, scales], False, 45, 32) is None, "ids apart"

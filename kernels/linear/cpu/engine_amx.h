@@ -66,6 +66,13 @@ struct AmxDriver {
     while (pending.next < pending.rows) pending.finish_row(t, row_out);
   }
 
+  static void write_row(const Tile<BF16, X>& t, const float* sums, int64_t panel, uint16_t* y) {
+    const int64_t column = panel * 16, columns = t.n - column;
+    Lanes sum = lanes_load(sums);
+    if (t.bias) sum = lanes_add(sum, load_columns<BF16>(t.bias + column, columns));
+    store_columns<BF16>(y + column, sum, columns);
+  }
+
  private:
   using Block = float[4][16][16];  // [2 * panel + tile of rows][row][column]
 
@@ -187,13 +194,6 @@ struct AmxDriver {
       pending.panel = panel;
       pending.num_panels = P;
     }
-  }
-
-  static void write_row(const Tile<BF16, X>& t, const float* sums, int64_t panel, uint16_t* y) {
-    const int64_t column = panel * 16, columns = t.n - column;
-    Lanes sum = lanes_load(sums);
-    if (t.bias) sum = lanes_add(sum, load_columns<BF16>(t.bias + column, columns));
-    store_columns<BF16>(y + column, sum, columns);
   }
 };
 

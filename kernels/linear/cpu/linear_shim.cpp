@@ -8,18 +8,8 @@ LLMC_SHIM AOTITorchError aoti_torch_cpu_llmc_linear(AtenTensorHandle x, AtenTens
   if (!tx.ok || !tw.ok || tx.dim < 1 || tx.dim > 8 || out_features < 1) return AOTI_TORCH_FAILURE;
   const int64_t last = tx.dim - 1, k = tx.sizes[last], m = tx.rows_before(last);
   if (k < 1 || !tw.packed(out_features, k, tx.element())) return AOTI_TORCH_FAILURE;
-  if (tx.strides[last] != 1 && k != 1) return AOTI_TORCH_FAILURE;
-  // Rows must lie evenly: all leading dimensions collapse into one.
-  int64_t x_stride = k, expected = -1;
-  for (int64_t i = last - 1; i >= 0; i--) {
-    if (tx.sizes[i] == 1) continue;
-    if (expected < 0) {
-      x_stride = tx.strides[i];
-    } else if (tx.strides[i] != expected) {
-      return AOTI_TORCH_FAILURE;
-    }
-    expected = tx.strides[i] * tx.sizes[i];
-  }
+  int64_t x_stride = 0;
+  if (!tx.even_rows(&x_stride)) return AOTI_TORCH_FAILURE;
   const void* bias_data = nullptr;
   if (bias && *bias) {
     const TensorView tb(*bias);

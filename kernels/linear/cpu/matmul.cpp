@@ -6,10 +6,13 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <type_traits>
 
+#include "dequantize.h"
 #include "engine_amx.h"
+#include "engine_amx_quantized.h"
 #include "engine_fma.h"
 
 namespace llmc {
@@ -24,6 +27,7 @@ bool amx_permission() {
 namespace {
 
 constexpr int64_t kPage = 4096;
+constexpr int64_t kDequantizedBytes = 256 << 10;  // of panels held at once; with their rows they stay in L2
 
 // The calling thread's buffer for prepared rows; grows, and goes with the thread.
 struct Scratch {
@@ -52,6 +56,35 @@ Range share(int64_t total, int64_t index, int64_t parts, int64_t grain) {
   return {std::min(total, grains * index / parts * grain), std::min(total, grains * (index + 1) / parts * grain)};
 }
 
+// Panels [panel, panel_end) of a quantised weight, a few at a time made into the panels that the engine reads: the same engine, the
+// same order of summation, hence the bits that `linear` gives on the dequantised matrix.
+template <class D, class X, class Driver, class Out>
+void run_dequantized(const MatmulCall& call, const MatmulJob& job, Tile<D, X> tile, typename D::Element* scratch, int64_t held,
+                     int64_t panel, int64_t panel_end, Out&& row_out) {
+  const int64_t bytes = quantized_bytes(16, call.k, call.bits), groups = (call.k + call.group - 1) / call.group;
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<Driver, AmxDriver>) {
+    if (tile.num_rows <= 16) {
+      const QuantizedPanels q = {static_cast<const uint8_t*>(job.weight), static_cast<const uint16_t*>(job.scales), bytes, groups, call.group};
+      return call.bits == 8 ? AmxQuantizedDriver<8>::run(tile, q, panel, panel_end, row_out)
+                            : AmxQuantizedDriver<4>::run(tile, q, panel, panel_end, row_out);
+    }
+  }
+#endif
+  for (; panel < panel_end; panel += held) {
+    const int64_t end = std::min(panel + held, panel_end);
+    for (int64_t p = panel; p < end; p++) {
+      const uint8_t* weight = static_cast<const uint8_t*>(job.weight) + p * bytes;
+      const typename D::Element* scales = static_cast<const typename D::Element*>(job.scales) + p * groups * 16;
+      typename D::Element* out = scratch + (p - panel) * tile.panel_elements;
+      call.bits == 8 ? dequantize_panel<D, 8>(weight, scales, call.k, call.group, out)
+                     : dequantize_panel<D, 4>(weight, scales, call.k, call.group, out);
+    }
+    tile.weight = scratch - panel * tile.panel_elements;  // drivers count panels from the weight's first
+    Driver::run(tile, panel, end, row_out);
+  }
+}
+
 template <class D, class E, class Driver>
 int32_t run(const MatmulCall& call) {
   using X = typename E::X;
@@ -74,10 +107,13 @@ int32_t run(const MatmulCall& call) {
     prepared = static_cast<X*>(scratch.reserve((std::min(num_rows, block_rows) + 31) * prepared_stride * sizeof(X)));
     if (!prepared) return LLMC_NO_MEMORY;
   }
+  const int64_t held = std::max<int64_t>(4, kDequantizedBytes / (panel_elements * (int64_t)sizeof(Element)) / 4 * 4);
+  std::atomic<bool> out_of_memory = false;
   const auto x_row = [&](int64_t i) { return x + (call.rows ? call.rows[i] : i) * call.x_stride; };
   const auto prepare = [&](int64_t block, int64_t i) { E::prepare(prepared + i * prepared_stride, x_row(block + i), call.k, depth); };
 
-  const int64_t weight_bytes = packed_bytes(call.n, call.k, call.dtype) * call.num_jobs;
+  const int64_t matrix_bytes = call.bits ? quantized_bytes(call.n, call.k, call.bits) : packed_bytes(call.n, call.k, call.dtype);
+  const int64_t weight_bytes = matrix_bytes * call.num_jobs;
   const int threads = num_threads_for(call.num_threads, weight_bytes, num_rows * call.n * call.k);
 
   const auto compute = [&](int64_t block, int64_t block_end, int64_t thread, int64_t team) {
@@ -102,8 +138,21 @@ int32_t run(const MatmulCall& call) {
       tile.n = call.n;
       tile.k = call.k;
       tile.panel_elements = panel_elements;
+      const auto row_out = [&](int64_t i) { return y + (call.rows ? call.rows[first + i] : first + i) * call.y_stride; };
+      Element* panels_of_mine = nullptr;
+      if (call.bits) {
+        static thread_local Scratch dequantized;
+        panels_of_mine = static_cast<Element*>(dequantized.reserve(held * panel_elements * sizeof(Element)));
+        if (!panels_of_mine) {
+          out_of_memory = true;
+          return;
+        }
+      }
       E::enter(tile.num_rows);
-      Driver::run(tile, columns.begin, columns.end, [&](int64_t i) { return y + (call.rows ? call.rows[first + i] : first + i) * call.y_stride; });
+      if (call.bits)
+        run_dequantized<D, X, Driver>(call, job, tile, panels_of_mine, held, columns.begin, columns.end, row_out);
+      else
+        Driver::run(tile, columns.begin, columns.end, row_out);
       E::leave();
     }
   };
@@ -114,7 +163,7 @@ int32_t run(const MatmulCall& call) {
       for (int64_t i = 0; !raw && i < end - block; i++) prepare(block, i);
       compute(block, end, 0, 1);
     }
-    return LLMC_OK;
+    return out_of_memory ? LLMC_NO_MEMORY : LLMC_OK;
   }
   // Few rows are prepared here, before the threads start: cheaper than a barrier.
   const bool prepare_alone = !raw && num_rows <= 16;
@@ -134,7 +183,7 @@ int32_t run(const MatmulCall& call) {
       }
     }
   }
-  return LLMC_OK;
+  return out_of_memory ? LLMC_NO_MEMORY : LLMC_OK;
 }
 
 }  // namespace
@@ -143,6 +192,10 @@ int64_t packed_bytes(int64_t n, int64_t k, int32_t dtype) {
   const int64_t panels = (n + LLMC_PACK_N - 1) / LLMC_PACK_N;
   if (dtype == LLMC_FLOAT32) return panels * k * LLMC_PACK_N * 4;
   return panels * round_up(k, LLMC_PACK_K) * LLMC_PACK_N * 2;
+}
+
+int64_t quantized_bytes(int64_t n, int64_t k, int32_t bits) {
+  return (n + LLMC_PACK_N - 1) / LLMC_PACK_N * round_up(k, LLMC_PACK_K) * LLMC_PACK_N * bits / 8;
 }
 
 int num_threads_for(int32_t wanted, int64_t bytes, int64_t products) {
