@@ -117,3 +117,21 @@ def pack(constant: Constant) -> Constant:
     """A [..., N, K] weight in the packed layout, zero padded."""
     recipe = {"op": "pack", "input": constant.recipe}
     return Constant(recipe=recipe, dtype=constant.dtype, shape=packed_shape(constant.shape, constant.dtype))
+
+
+def quantize(packed: Constant, *, bits: int, group: int, shape: tuple[int, int]) -> Constant:
+    """The integers of what `pack` made of a matrix of `shape` [N, K], packed; docs/architecture.md."""
+    panels, pairs = ceil(shape[0] / 16), ceil(shape[1] / 32) * 16
+    dtype, made = (torch.int8, (panels, pairs, 16, 2)) if bits == 8 else (torch.uint8, (panels, pairs, 16))
+    return Constant(recipe=_quantizing("quantize", packed, bits, group), dtype=dtype, shape=made)
+
+
+def quantize_scales(packed: Constant, *, bits: int, group: int, shape: tuple[int, int]) -> Constant:
+    """The scales that belong to the integers of `quantize`."""
+    made = (ceil(shape[0] / 16), ceil(shape[1] / group), 16)
+    return Constant(recipe=_quantizing("quantize_scales", packed, bits, group), dtype=packed.dtype, shape=made)
+
+
+def _quantizing(op: str, packed: Constant, bits: int, group: int) -> Recipe:
+    assert packed.recipe["op"] == "pack", "a packed matrix is quantised from what was packed"
+    return {"op": op, "bits": bits, "group": group, "input": packed.recipe["input"]}

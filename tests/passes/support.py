@@ -130,6 +130,9 @@ def evaluate(recipe: dict[str, Any], sources: dict[str, Tensor], computed: dict[
         return value.permute(recipe["axes"])
     if op == "pack":
         return pack(value)
+    if op in ("quantize", "quantize_scales"):
+        quants, scales = quantize(value, recipe["bits"], recipe["group"])
+        return quants if op == "quantize" else scales
     raise AssertionError(f"unknown recipe op {op}")
 
 
@@ -143,6 +146,21 @@ def pack(weight: Tensor) -> Tensor:
     padded[:n, :k] = weight
     panels = padded.reshape(-1, 16, padded.shape[1]).transpose(1, 2)
     return panels.contiguous() if wide else panels.reshape(panels.shape[0], -1, 2, 16).transpose(2, 3).contiguous()
+
+
+def quantize(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """Packed integers and scales of [N, K], as docs/artifact_format.md says."""
+    n, k = weight.shape
+    padded = torch.zeros(-(-n // 16) * 16, -(-k // group) * group)
+    padded[:n, :k] = weight.float()
+    groups = padded.reshape(len(padded), -1, group)
+    wanted = groups.abs().amax(dim=2) / (2 ** (bits - 1) - 1)
+    scales = wanted.to(weight.dtype)
+    scales = torch.where(scales.float() < wanted, scales.nextafter(torch.full_like(scales, torch.inf)), scales)
+    quants = (groups / scales.float().where(scales != 0, 1.0)[..., None]).round().to(torch.int8).reshape(len(padded), -1)
+    pairs = quants[:, : -(-k // 32) * 32].reshape(-1, 16, -(-k // 32) * 16, 2).transpose(1, 2).contiguous()
+    stored = scales.reshape(-1, 16, scales.shape[1]).transpose(1, 2).contiguous()
+    return (pairs, stored) if bits == 8 else ((pairs[..., 0] + 8 | (pairs[..., 1] + 8) << 4).to(torch.uint8), stored)
 
 
 def capture(what: nn.Module | Callable[..., Any], *args: Tensor, dynamic: dict[str, dict[int, str]] | None = None) -> Case:
