@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from llmc import LLM, RequestOutput, SamplingParams
-from llmc.runtime.step import SampledToken, ScheduledSequence
+from llmc.runtime.step import SampledToken, ScheduledSequence, StepPlan
 
 # A step takes 24 tokens: prompts come in chunks, and while one is read others decode in the same steps.
 CHUNKED: dict[str, Any] = {"threads": 1, "max_num_seqs": 8, "max_num_batched_tokens": 24, "num_blocks": 400}
+
+# Above 64 tokens Hugging Face takes longrope's other factors, within one sequence even; an artifact has those of its longest sequence.
+SHORTEST_PROMPT = {"phi3_longrope": 64}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,16 +43,22 @@ class Recorder:
     forced: request id -> tokens given instead of the sampled ones.
     logits: request id -> float32 rows [V] in order.
     spans: request id -> the tokens [start, end) computed in each step that sampled.
+    mixed: steps in which one sequence read its prompt while another decoded.
     """
 
     forced: dict[str, Sequence[int]] = field(default_factory=dict)
     logits: dict[str, list[np.ndarray]] = field(default_factory=dict)
     spans: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    mixed: int = 0
 
     def watch(self, llm: LLM) -> None:
-        """Stand between the engine and its sampler from now on."""
-        sampler = llm.engine._sampler
-        sample = sampler.sample
+        """Stand between the engine, its runner and its sampler from now on."""
+        runner, sampler = llm.engine._runner, llm.engine._sampler
+        submit, sample = runner.submit, sampler.sample
+
+        def counted(plan: StepPlan) -> None:
+            self.mixed += {True, False} == {sequence.start < sequence.num_prompt_tokens for sequence in plan.sequences}
+            submit(plan)
 
         def recorded(logits: np.ndarray, sequence: ScheduledSequence) -> SampledToken:
             rows = self.logits.setdefault(sequence.request_id, [])
@@ -59,6 +68,7 @@ class Recorder:
             wanted = self.forced.get(sequence.request_id)
             return chosen if wanted is None else SampledToken(token_id=wanted[len(rows) - 1], logprobs=chosen.logprobs)
 
+        runner.submit = counted  # type: ignore[method-assign]
         sampler.sample = recorded  # type: ignore[method-assign]
 
 

@@ -107,7 +107,8 @@ def _compile_seed(model: Path, out: Path, seed: int, cache: Path) -> None:
 def kill_at_random(model: Path, cache: Path, folder: Path, times: int) -> None:
     out = folder / "out"
     _compile_seed(model, out, 0, cache)
-    old = artifact_digest(out)
+    old, remembered = artifact_digest(out), _artifact_records(cache)
+    assert len(remembered) == 1
     context = multiprocessing.get_context("fork")
     started = time.monotonic()
     whole = context.Process(target=_compile_seed, args=(model, out, 1, cache))
@@ -116,11 +117,12 @@ def kill_at_random(model: Path, cache: Path, folder: Path, times: int) -> None:
     length = time.monotonic() - started
     assert whole.exitcode == 0
     new = artifact_digest(out)
-    assert new not in (old, None)
+    assert new not in (old, None) and len(_artifact_records(cache)) == 2
     rng = np.random.default_rng(0)
     outcomes = []
     for _ in range(times):
-        _forget(cache, keep=1)  # the new artifact leaves the cache, its code stays
+        for record in _artifact_records(cache) - remembered:
+            record.unlink()  # the new artifact leaves the cache, its code stays
         _compile_seed(model, out, 0, cache)
         assert artifact_digest(out) == old
         process = context.Process(target=_compile_seed, args=(model, out, 1, cache))
@@ -138,11 +140,9 @@ def kill_at_random(model: Path, cache: Path, folder: Path, times: int) -> None:
     assert [path.name for path in folder.iterdir() if path.name not in ("out", "out.report")] == []
 
 
-def _forget(cache: Path, *, keep: int) -> None:
-    """Drop the records of all artifacts but the `keep` oldest; records of lowered code stay."""
-    records = [path for path in (cache / "ac").rglob("*.json") if b'"artifact"' in path.read_bytes()]
-    for path in sorted(records, key=lambda path: path.stat().st_ino)[keep:]:
-        path.unlink()
+def _artifact_records(cache: Path) -> set[Path]:
+    """The cache's entries for whole artifacts; those of lowered code are others."""
+    return {path for path in (cache / "ac").rglob("*.json") if b'"what":"artifact"' in path.read_bytes().replace(b": ", b":")}
 
 
 def test_sigkill_at_random_moments(small: Path, fresh_cache: Path, tmp_path: Path) -> None:

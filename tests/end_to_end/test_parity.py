@@ -13,25 +13,24 @@ from torch import nn
 
 from llmc import RequestOutput, SamplingParams
 from tests.architectures import NAMES, VOCAB
-from tests.end_to_end.served import Continuation, Recorder, continuation, draw_prompts, generate
+from tests.end_to_end.served import SHORTEST_PROMPT, Continuation, Recorder, continuation, draw_prompts, generate
 from tests.end_to_end.workshop import Workshop
 
 NEW_TOKENS = 64
 TOLERANCE = 1e-4  # on fp32 logits
 PROMPT_LENGTHS = (1, 3, 9, 16, 17, 33, 50, 90)
-# Above 64 tokens Hugging Face takes longrope's other factors, within one sequence even; an artifact has those of its longest sequence.
-SHORTEST = {"phi3_longrope": 65}
 NUM_TOP = 3
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parity(name: str, workshop: Workshop) -> None:
     reference = workshop.reference(name)
-    prompts, expected = clear_cut(reference, [max(length, SHORTEST.get(name, 0) + row) for row, length in enumerate(PROMPT_LENGTHS)])
+    prompts, expected = clear_cut(reference, [SHORTEST_PROMPT.get(name, 0) + length for length in PROMPT_LENGTHS])
     for level in (2, 0):
         recorder = Recorder()
         params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=NUM_TOP, prompt_logprobs=NUM_TOP)
         found = generate(workshop.artifact(name, level=level), prompts, params, recorder=recorder)
+        assert recorder.mixed > 5 and recorder.spans["7.0"][0][0] > 0, "nothing was chunked, or no step was mixed"
         for row, (output, want) in enumerate(zip(found, expected, strict=True)):
             assert output.outputs[0].token_ids == want.tokens, f"-O{level}, prompt {row} of {len(prompts[row])} tokens"
             logits = torch.from_numpy(np.stack(recorder.logits[f"{row}.0"]))

@@ -124,7 +124,7 @@ def test_same_bits(run: Callable[..., Seen], condition: str) -> None:
     assert found.logprobs == alone.logprobs
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     company=st.integers(0, 7),
     first=st.booleans(),
