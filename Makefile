@@ -6,6 +6,8 @@ TORCH ?= torch==2.13.0
 # Empty: the index pip is configured with.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 STEPS ?= 100000
+# Test processes at once; each test runs on one thread unless threads are its subject.
+WORKERS ?= $(shell nproc)
 SEED ?= 0
 
 PIP := $(VENV)/bin/python -m pip
@@ -33,10 +35,10 @@ demo: $(STAMP)
 	$(RUN) examples/demo.py
 
 test: $(STAMP)
-	$(RUN) -m pytest -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal
 
 test-slow: $(STAMP)
-	$(RUN) -m pytest -q -m slow
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal -m slow
 
 check: $(STAMP)
 	$(RUN) -m ruff format --check .

@@ -156,7 +156,7 @@ _QUANTISED_KV = dict.fromkeys(
 SETTINGS: tuple[Setting, ...] = (
     # --- what is compiled -------------------------------------------------------------------------------------------------
     Setting(name="optimization_level", aliases=("-O",), parse=integer(0, 3), default=2, commands=_COMPILE, group="Compilation",
-            metavar="0..3", help="0: the captured graph, the oracle. 1: exact passes. 2: all passes, prepacked weights. 3: search."),
+            metavar="0..3", help="0: the captured graph, the oracle. 1: exact passes, packed weights, compiled. 2: also inexact fusions; there are none yet. 3: refused."),
     Setting(name="target", parse=text, default="cpu", commands=_COMPILE, group="Compilation", metavar="NAME",
             help="cpu (this machine), cpu:x86-64-v3, cpu:x86-64-v4 or cpu:native; `list` shows all targets."),
     Setting(name="dtype", parse=choice("auto", "bfloat16", "float16", "float32", synonyms={"half": "float16", "float": "float32"}),
