@@ -69,7 +69,7 @@ def generate(graph: GraphModule, isa: str) -> GeneratedCode:
         return []
 
     oblivious = fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
-    with inductor_target(isa), _replaced(keep), oblivious, torch.no_grad(), _quiet():
+    with inductor_target(isa), _replaced(keep), oblivious, torch.no_grad(), quiet():
         torch._inductor.aot_compile(module, inputs, options=_options())
     if len(caught) != 1:
         raise InternalError(f"Inductor wrote {len(caught)} programs, expected one; please report this model")
@@ -148,7 +148,7 @@ def _replaced(compile_code: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hide Inductor's warnings about what it falls back for: `lower.py` checks the calls itself, and refuses."""
     logger = logging.getLogger("torch._inductor")
     before = logger.level
