@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llmc.errors import ArtifactError, ConfigError, InternalError, LlmcError, PassError, RequestRejected, UnsupportedModel
     from llmc.runtime.llm import LLM
-    from llmc.runtime.messages import SamplingParams
+    from llmc.runtime.messages import SamplingParams, StructuredOutputsParams
     from llmc.runtime.outputs import CompletionOutput, Logprob, RequestOutput
 
 __version__ = "0.1.0"
@@ -33,6 +33,7 @@ __all__ = [
     "RequestOutput",
     "RequestRejected",
     "SamplingParams",
+    "StructuredOutputsParams",
     "UnsupportedModel",
     "__version__",
 ]
@@ -40,6 +41,7 @@ __all__ = [
 _HOME = {
     "LLM": "llmc.runtime.llm",
     "SamplingParams": "llmc.runtime.messages",
+    "StructuredOutputsParams": "llmc.runtime.messages",
     "CompletionOutput": "llmc.runtime.outputs",
     "Logprob": "llmc.runtime.outputs",
     "RequestOutput": "llmc.runtime.outputs",

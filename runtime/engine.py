@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from llmc.errors import RequestRejected
 from llmc.runtime.engine_config import EngineConfig
 from llmc.runtime.load import LoadedModel, load_model
@@ -11,7 +13,12 @@ from llmc.runtime.sampler import Sampler
 from llmc.runtime.sampling_params import check, check_token_ids
 from llmc.runtime.scheduler import Scheduler
 
+if TYPE_CHECKING:
+    from llmc.runtime.grammar.service import GrammarService
+
 __all__ = ["Engine", "EngineConfig"]
+
+_GRAMMAR_WAIT_S = 0.01  # of an engine that has nothing else to do; new requests wait that long
 
 
 class Engine:
@@ -39,6 +46,8 @@ class Engine:
         self._sampler = Sampler(eos_token_ids=model.manifest.tokenizer.eos_token_ids, seed=config.seed)
         self._runner = ModelRunner(model.executor, self._sampler, model.builder)
         self._scheduler = Scheduler(limits, model.manifest.kv)
+        self._tokenizer = model.tokenizer
+        self._grammars: GrammarService | None = None
         self._closed = False
         self.ready = EngineReady(
             num_blocks=limits.num_blocks,
@@ -53,7 +62,8 @@ class Engine:
         """Accept one sequence; from now on it ends with exactly one event that has a finish_reason.
 
         Raises:
-            RequestRejected: a parameter or the prompt cannot run here, or the queue is full.
+            RequestRejected: a parameter or the prompt cannot run here, or the queue is full. A grammar is compiled while other
+                requests run; when that fails, an event says so.
         """
         vocab_size = self.manifest.model.vocab_size
         sampling = request.sampling
@@ -61,10 +71,15 @@ class Engine:
             raise RequestRejected(f"n is {sampling.n} in one engine request; n sequences are n requests", param="n")
         check(sampling, vocab_size=vocab_size, max_logprobs=self._config.max_logprobs, max_model_len=self.ready.max_model_len)
         check_token_ids(request.prompt_token_ids, vocab_size=vocab_size, param="prompt")
-        self._scheduler.add(request)
+        if sampling.structured_outputs is not None:
+            self._grammar_service().add(request)
+        else:
+            self._scheduler.add(request)
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> list[TokenEvent]:
         """End a sequence now and free its blocks. An unknown id gives no event: it may just have finished."""
+        if self._grammars is not None and self._grammars.discard(request_id):
+            return [TokenEvent(request_id=request_id, token_ids=[], finish_reason=reason)]
         return self._forget_finished(self._scheduler.abort(request_id, reason))
 
     def step(self) -> list[TokenEvent]:
@@ -73,17 +88,20 @@ class Engine:
         What fails for one sequence ends that sequence alone. What fails for the step as a whole, which only a bug of ours can cause,
         ends every sequence with an error, and the engine goes on.
         """
+        admitted = self._admit_compiled() if self._grammars is not None else []
+        if self._grammars is not None and not self._scheduler.has_work():
+            return admitted  # the others still wait for their grammars
         try:
             self._runner.submit(self._scheduler.plan())  # who runs, how many tokens each, in which blocks
             events = self._scheduler.commit(self._runner.collect())  # their tokens
         except Exception as error:
             self._runner.reset()
             events = self._scheduler.fail_all(f"the engine's step failed: {error}")
-        return self._forget_finished(events)
+        return admitted + self._forget_finished(events)
 
     def has_work(self) -> bool:
         """Whether a sequence is waiting or running."""
-        return self._scheduler.has_work()
+        return self._scheduler.has_work() or (self._grammars is not None and self._grammars.num_waiting > 0)
 
     def stats(self) -> EngineStats:
         """The scheduler's state and counters."""
@@ -97,10 +115,54 @@ class Engine:
         """Free weights, KV cache and handles. The engine cannot be used afterwards; doing it twice is fine."""
         if not self._closed:
             self._closed = True
+            if self._grammars is not None:
+                self._grammars.close()
+            if self._tokenizer is not None:
+                self._tokenizer.close()
             self._executor.close()
+
+    def _grammar_service(self) -> GrammarService:
+        """What follows grammars, made with the first request that has one: a start without any pays nothing for it.
+
+        Raises:
+            RequestRejected: this artifact cannot have structured output.
+        """
+        if self._grammars is None:
+            eos_token_ids = self.manifest.tokenizer.eos_token_ids
+            if self._tokenizer is None or not eos_token_ids:
+                lacking = "a tokenizer" if self._tokenizer is None else "an end token"
+                raise RequestRejected(f"structured output needs {lacking}, and this artifact has none", param="structured_outputs")
+            from llmc.runtime.grammar.service import GrammarService
+
+            self._grammars = self._runner.grammars = GrammarService(
+                self._tokenizer.read,
+                vocab_size=self.manifest.model.vocab_size,
+                eos_token_ids=eos_token_ids,
+                max_sequence_tokens=self.ready.max_model_len,
+                max_waiting=self._config.max_queue,
+            )
+        return self._grammars
+
+    def _admit_compiled(self) -> list[TokenEvent]:
+        """Hand requests whose grammar is ready to the scheduler; the events of those that cannot run."""
+        assert self._grammars is not None
+        events: list[TokenEvent] = []
+        for request, problem in self._grammars.poll(0.0 if self._scheduler.has_work() else _GRAMMAR_WAIT_S):
+            try:
+                if problem is not None:
+                    raise problem
+                self._scheduler.add(request)
+            except RequestRejected as error:
+                failure = TokenEvent(
+                    request_id=request.request_id, token_ids=[], finish_reason="error", error=str(error), error_status=error.status
+                )
+                events.append(failure)
+        return events
 
     def _forget_finished(self, events: list[TokenEvent]) -> list[TokenEvent]:
         for event in events:
             if event.finish_reason is not None:
                 self._sampler.forget(event.request_id)
+                if self._grammars is not None:
+                    self._grammars.forget(event.request_id)
         return events

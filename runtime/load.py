@@ -14,6 +14,7 @@ from llmc.runtime.batch import BatchBuilder
 from llmc.runtime.canary import run_canaries
 from llmc.runtime.engine_config import EngineConfig, num_threads, resolve
 from llmc.runtime.executors import LoadedCode, load_code, step_entry
+from llmc.runtime.kept_file import KeptFile
 from llmc.runtime.memory import available_bytes, keep_freed_memory
 from llmc.runtime.scheduler import SchedulerConfig
 from llmc.runtime.stage_timer import StageTimer
@@ -31,6 +32,7 @@ class LoadedModel:
     limits: SchedulerConfig
     num_canary_tokens: int  # compared with the reference; 0 when canaries were skipped
     startup_ms: Mapping[str, float]  # stage -> milliseconds; "load.code" and "load.weights" run side by side inside "load"
+    tokenizer: KeptFile | None = None  # tokenizer.json, for structured output; None: the artifact has none
 
 
 def load_model(config: EngineConfig, artifact: OpenArtifact | None = None) -> LoadedModel:
@@ -75,7 +77,16 @@ def _load(artifact: OpenArtifact, config: EngineConfig, timer: StageTimer) -> Lo
         limits=limits,
         num_canary_tokens=compared,
         startup_ms=timer.milliseconds,
+        tokenizer=_tokenizer(artifact),
     )
+
+
+def _tokenizer(artifact: OpenArtifact) -> KeptFile | None:
+    path = artifact.manifest.tokenizer.tokenizer_json
+    if path is None:
+        return None
+    record = next(file for file in artifact.manifest.files if file.path == path)
+    return KeptFile(artifact.fd(path), size_bytes=record.size_bytes, sha256=record.sha256, name=f"{artifact.path}/{path}")
 
 
 def make_builder(manifest: Manifest, limits: SchedulerConfig) -> BatchBuilder:

@@ -5,7 +5,7 @@ msgspec structs, tagged unions, no pickle. The engine's input is a `EngineReques
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -14,6 +14,16 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
     """Base of every message; the tag is the class name."""
+
+
+class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an output must be; exactly one field is given. Checked by `runtime.grammar.spec.grammar_of`."""
+
+    json: dict[str, Any] | str | None = None  # a JSON schema
+    json_object: bool | None = None  # any JSON object
+    regex: str | None = None  # matched by the whole output
+    choice: list[str] | None = None
+    grammar: str | None = None  # Lark, or GBNF as in llama.cpp
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -44,6 +54,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     prompt_logprobs: int | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
 
 
 class GenerateRequest(_Message, frozen=True):

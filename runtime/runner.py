@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from llmc.runtime.batch import BatchBuilder, LogitsRows
 from llmc.runtime.messages import TokenLogprobs
 from llmc.runtime.sampler import Sampler
 from llmc.runtime.step import Executor, SampledToken, ScheduledSequence, StepOutput, StepPlan
+
+if TYPE_CHECKING:
+    from llmc.runtime.grammar.service import GrammarService
 
 _Result = tuple[ScheduledSequence, LogitsRows, np.ndarray]  # whose rows of which logits
 
@@ -22,6 +26,7 @@ class _Submitted:
     plan: StepPlan
     failed: dict[str, SampledToken]
     results: list[_Result]
+    structured: bool  # masks were asked for
 
 
 class ModelRunner:
@@ -35,6 +40,7 @@ class ModelRunner:
         self._executor = executor
         self._sampler = sampler
         self._builder = builder
+        self.grammars: GrammarService | None = None  # set by the engine with its first structured request
         self._submitted: _Submitted | None = None
 
     def submit(self, plan: StepPlan) -> None:
@@ -49,7 +55,11 @@ class ModelRunner:
                 accepted.append(sequence)
             except Exception as error:
                 failed[sequence.request_id] = SampledToken(token_id=-1, error=str(error))
-        self._submitted = _Submitted(plan=plan, failed=failed, results=self._run(accepted, failed) if accepted else [])
+        structured = [s for s in accepted if s.sampling.structured_outputs is not None and s.samples] if self.grammars is not None else []
+        if self.grammars is not None and structured:
+            self.grammars.begin(structured)  # masks are computed while the model runs
+        results = self._run(accepted, failed) if accepted else []
+        self._submitted = _Submitted(plan=plan, failed=failed, results=results, structured=bool(structured))
 
     def collect(self) -> StepOutput:
         """Sample from the logits of the step submitted last."""
@@ -58,11 +68,24 @@ class ModelRunner:
         submitted, self._submitted = self._submitted, None
         tokens = submitted.failed
         prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
+        masked: list[tuple[ScheduledSequence, np.ndarray]] = []
         for sequence, rows, logits in submitted.results:
             try:
-                self._finish(sequence, rows, logits, tokens, prompt_logprobs)
+                row = self._finish(sequence, rows, logits, tokens, prompt_logprobs)
+                if row is None:
+                    continue
+                if sequence.sampling.structured_outputs is not None:
+                    masked.append((sequence, row))
+                else:
+                    tokens[sequence.request_id] = self._sampler.sample(row, sequence)
             except Exception as error:
                 tokens[sequence.request_id] = SampledToken(token_id=-1, error=f"sampling failed: {error}")
+        if self.grammars is not None and submitted.structured:
+            try:
+                tokens.update(self.grammars.sample(masked, self._sampler))
+            except Exception as error:
+                failure = SampledToken(token_id=-1, error=f"structured output failed: {error}")
+                tokens.update({sequence.request_id: failure for sequence, _ in masked})
         return StepOutput(step=submitted.plan.step, tokens=tokens, prompt_logprobs=prompt_logprobs)
 
     def reset(self) -> None:
@@ -92,14 +115,13 @@ class ModelRunner:
         logits: np.ndarray,
         tokens: dict[str, SampledToken],
         prompt_logprobs: dict[str, list[TokenLogprobs]],
-    ) -> None:
-        """One sequence's share of the logits, into `tokens` and `prompt_logprobs`."""
+    ) -> np.ndarray | None:
+        """One sequence's prompt rows into `prompt_logprobs`, or an error into `tokens`; returns the row to sample from, if there is one."""
         if rows.num_prompt:
             following = sequence.token_ids[sequence.start + 1 : sequence.start + 1 + rows.num_prompt]
             own = logits[rows.first : rows.first + rows.num_prompt]
             if not np.isfinite(own.max()):
                 tokens[sequence.request_id] = SampledToken(token_id=-1, error="the model gave no usable logits for a prompt token")
-                return
+                return None
             prompt_logprobs[sequence.request_id] = self._sampler.prompt_logprobs(own, following, sequence.sampling.prompt_logprobs or 0)
-        if rows.sample is not None:
-            tokens[sequence.request_id] = self._sampler.sample(logits[rows.sample], sequence)
+        return logits[rows.sample] if rows.sample is not None else None

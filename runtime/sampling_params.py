@@ -58,6 +58,8 @@ def check(params: SamplingParams, *, vocab_size: int, max_logprobs: int, max_mod
     _check_logprobs(params, vocab_size, max_logprobs)
     _check_stop(params, vocab_size)
     _check_masks(params, vocab_size)
+    if params.structured_outputs is not None:
+        _check_structured(params)
 
 
 def one_of_n(params: SamplingParams, choice: int) -> SamplingParams:
@@ -71,6 +73,15 @@ def _check_logprobs(params: SamplingParams, vocab_size: int, max_logprobs: int) 
     for name, value in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
         if value is not None:
             _integer(name, value, 0, most)
+
+
+def _check_structured(params: SamplingParams) -> None:
+    from llmc.runtime.grammar.spec import grammar_of  # most requests have none
+
+    assert params.structured_outputs is not None
+    grammar_of(params.structured_outputs)
+    if params.ignore_eos:
+        raise _rejected("ignore_eos", "cannot be combined with structured output, whose document ends with an end token")
 
 
 def _check_stop(params: SamplingParams, vocab_size: int) -> None:

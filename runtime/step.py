@@ -65,6 +65,7 @@ class SampledToken(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     token_id: int
     logprobs: TokenLogprobs | None = None
     error: str | None = None
+    error_status: int = 500  # 400 where the request itself left nothing to choose
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,11 +45,12 @@ class Sampler:
         self._num_unseeded = 0
         self._states: dict[str, _SequenceState] = {}
 
-    def sample(self, logits: np.ndarray, sequence: ScheduledSequence) -> SampledToken:
+    def sample(self, logits: np.ndarray, sequence: ScheduledSequence, mask: np.ndarray | None = None) -> SampledToken:
         """Choose the next token of `sequence`.
 
         Args:
             logits: float32 [V], this sequence's row; changed in place when penalties or masks apply.
+            mask: bool [V], the tokens its grammar allows; None: it has no grammar.
 
         Returns:
             The token, or one with `error` set when the row holds no finite maximum.
@@ -58,15 +59,16 @@ class Sampler:
         if not np.isfinite(logits[best]):
             return SampledToken(token_id=-1, error=f"the model gave no usable logits (maximum {logits[best]}) for this sequence")
         state = self._state(sequence)
-        if state.plain_greedy:
+        if state.plain_greedy and mask is None:
             return SampledToken(token_id=best)
         params = sequence.sampling
-        raw = logits if params.logprobs is None or not _modifies(state, params) else logits.copy()
-        if _modifies(state, params):
-            self._modify(logits, state, sequence)
+        modifies = mask is not None or _modifies(state, params)
+        raw = logits if params.logprobs is None or not modifies else logits.copy()
+        if modifies:
+            self._modify(logits, state, sequence, mask)
             best = int(logits.argmax())
             if not np.isfinite(logits[best]):
-                return SampledToken(token_id=-1, error="the request's masks and biases leave no token to choose")
+                return SampledToken(token_id=-1, error="the request's masks and biases leave no token to choose", error_status=400)
         token = best if state.greedy else self._draw(logits, state, sequence)
         logprobs = None if params.logprobs is None else token_logprobs(raw, token, params.logprobs)
         return SampledToken(token_id=token, logprobs=logprobs)
@@ -111,10 +113,12 @@ class Sampler:
         self._num_unseeded += 1
         return self._seed + (self._num_unseeded << 32)
 
-    def _modify(self, row: np.ndarray, state: _SequenceState, sequence: ScheduledSequence) -> None:
+    def _modify(self, row: np.ndarray, state: _SequenceState, sequence: ScheduledSequence, mask: np.ndarray | None) -> None:
         """Masks, bias and penalties, in vLLM's order. Changes `row`."""
         params = sequence.sampling
         num_output = len(sequence.token_ids) - sequence.num_prompt_tokens
+        if mask is not None:
+            row[~mask] = -np.inf
         if state.allowed is not None:
             kept = row[state.allowed]
             row.fill(-np.inf)
@@ -124,7 +128,10 @@ class Sampler:
             if len(head) <= num_output and sequence.token_ids[len(sequence.token_ids) - len(head) :] == head:
                 row[word[-1]] = -np.inf
         if state.held_back is not None and num_output < params.min_tokens:
+            held = row[state.held_back]
             row[state.held_back] = -np.inf
+            if mask is not None and row.max() == -np.inf:
+                row[state.held_back] = held  # the document is complete and cannot go on
         if state.bias_ids is not None:
             row[state.bias_ids] += state.bias
         if state.counts is not None:

@@ -198,7 +198,8 @@ class Scheduler:
                 problem = self._problem(sequence, share, samples, sampled, output)
                 if problem is not None:
                     # Nothing of this step is offered to the prefix cache: its K and V may be what is wrong.
-                    events.append(self._finish_with_error(sequence, problem))
+                    status = sampled.error_status if sampled is not None and sampled.error is not None else 500
+                    events.append(self._finish_with_error(sequence, problem, status))
                     continue
             sequence.num_computed = end
             if end // block_size > sequence.blocks.num_published:
@@ -367,9 +368,9 @@ class Scheduler:
             num_cached_tokens=num_cached_tokens,
         )
 
-    def _finish_with_error(self, sequence: Sequence, message: str) -> TokenEvent:
+    def _finish_with_error(self, sequence: Sequence, message: str, status: int) -> TokenEvent:
         self._remove(sequence)
-        return TokenEvent(request_id=sequence.request_id, token_ids=[], finish_reason="error", error=message)
+        return TokenEvent(request_id=sequence.request_id, token_ids=[], finish_reason="error", error=message, error_status=status)
 
     def _remove(self, sequence: Sequence) -> None:
         """Forget a live sequence and free its blocks."""
