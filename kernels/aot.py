@@ -1,12 +1,15 @@
 """Compile a launch for a GPU that is not there: Triton and the assembler in its wheel need neither a driver nor a device.
 
-`python -m llmc.kernels.aot` compiles every kernel of `kernels/catalogue.py` and prints one JSON object per kernel, twice built.
+`python -m llmc.kernels.aot` compiles every kernel of `kernels/catalogue.py`.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import dataclasses
 import hashlib
+import json
 import re
 import subprocess
 import tempfile
@@ -23,6 +26,7 @@ from triton.compiler import ASTSource
 
 from llmc.errors import InternalError
 
+from .catalogue import catalogue
 from .launch import Argument, Launch
 
 SM_90 = GPUTarget("cuda", 90, 32)
@@ -30,6 +34,7 @@ _POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32",
     torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8", torch.bool: "*i1",
 }  # fmt: skip
+_LAYOUT = re.compile(r"nvidia_mma<\{.*?warpsPerCTA = \[\d+, (\d+)\], instrShape = \[([\d, ]+)\]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +49,7 @@ class CompiledLaunch:
     registers: int
     stack_bytes: int  # spills, and local arrays, which our kernels have none of
     matrix_instructions: tuple[str, ...]  # "wgmma", "mma"; a dot product's bits depend on the kind
+    matrix_layouts: tuple[str, ...]  # how each kind of tile lies over warps, as "instruction MxNxK, warps along N"
 
     @property
     def sha256(self) -> str:
@@ -51,7 +57,7 @@ class CompiledLaunch:
 
 
 def compile_launch(launch: Launch, target: GPUTarget = SM_90) -> CompiledLaunch:
-    """Compile one launch; its tensors may be fake, only their dtypes are looked at. Addresses are taken to be multiples of 16.
+    """Compile one launch; its tensors may be fake. Only dtypes and offsets matter: storages are taken to begin at multiples of 16.
 
     Raises:
         InternalError: an argument has a type no kernel of ours takes.
@@ -74,6 +80,7 @@ def compile_launch(launch: Launch, target: GPUTarget = SM_90) -> CompiledLaunch:
         registers=registers,
         stack_bytes=stack,
         matrix_instructions=tuple(sorted({m.group(1) for m in re.finditer(r"\b(wgmma|mma)\.\S*sync", ptx)})),
+        matrix_layouts=tuple(sorted({f"{m[2]}, {m[1]}" for m in _LAYOUT.finditer(compiled.asm["ttgir"])})),
     )
 
 
@@ -96,7 +103,10 @@ def _type(name: str, value: Argument) -> str:
 
 
 def _divisible(value: Any) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
+    """Whether the compiler may take the argument for a multiple of 16; a view's start counts, its storage's start is aligned."""
+    if isinstance(value, Tensor):
+        return value.storage_offset() * value.itemsize % 16 == 0
+    return isinstance(value, int) and value % 16 == 0
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -113,18 +123,16 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def main() -> None:
-    import json
-
-    from .catalogue import catalogue
-
+    parser = argparse.ArgumentParser(description="Compile every GPU kernel for sm_90 without a GPU; one JSON object a kernel.")
+    parser.add_argument("--builds", type=int, default=2, help="how often each is compiled from source, to compare the bits")
+    parser.add_argument("case", nargs="*", help="only these cases of the catalogue")
+    chosen = parser.parse_args()
     for name, launches in catalogue().items():
-        for launch in launches:
-            first, again = _build(launch), _build(launch)
-            print(json.dumps({
-                "case": name, "kernel": first.entry, "registers": first.registers, "stack_bytes": first.stack_bytes,
-                "shared_bytes": first.shared_bytes, "warps": first.num_warps, "matrix_instructions": first.matrix_instructions,
-                "cubin_bytes": len(first.cubin), "sha256": first.sha256, "same_bits": first.sha256 == again.sha256,
-            }), flush=True)  # fmt: skip
+        for launch in launches if not chosen.case or name in chosen.case else ():
+            images = [_build(launch) for _ in range(chosen.builds)]
+            facts = {k: v for k, v in dataclasses.asdict(images[0]).items() if k not in ("cubin", "ptx")}
+            sizes = {"cubin_bytes": len(images[0].cubin), "sha256": images[0].sha256, "images": len({i.sha256 for i in images})}
+            print(json.dumps({"case": name, **facts, **sizes}), flush=True)
 
 
 def _build(launch: Launch) -> CompiledLaunch:

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .launch import Launch
 from .registry import choose
 
-BF16, F32 = torch.bfloat16, torch.float32
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def launches_of(op: str, *args: Any) -> list[Launch]:
@@ -42,4 +42,24 @@ def _cases(empty: Callable[..., Tensor]) -> dict[str, tuple[str, tuple[Any, ...]
         "gelu_mul": ("gelu_mul", (gate, up, True)),
         "gelu_mul exact": ("gelu_mul", (gate, up, False)),
     }
+    for name, heads, kv_heads, dim, dtype, window, softcap, sinks in [
+        ("llama-8b", 32, 8, 128, BF16, 0, 0.0, False),
+        ("qwen-0.6b", 16, 8, 128, F16, 0, 0.0, False),
+        ("gemma", 8, 4, 256, BF16, 1024, 50.0, False),
+        ("gpt-oss", 64, 8, 64, BF16, 128, 0.0, True),
+        ("phi", 32, 32, 80, BF16, 0, 0.0, False),
+        ("fp32", 4, 2, 64, F32, 0, 0.0, False),
+    ]:
+        q, k, v = t(64, heads + 2 * kv_heads, dim, dtype=dtype).split([heads, kv_heads, kv_heads], dim=1)
+        cache, ints = t(1000, kv_heads, 16, dim, dtype=dtype), t(8, dtype=torch.int32)
+        tables, starts = t(1, 8, 256, dtype=torch.int32), t(9, dtype=torch.int32)
+        rest = (tables, ints, starts, 0, 0, dim**-0.5, window, softcap, t(heads, dtype=dtype) if sinks else None)
+        cases[f"paged_attention {name}"] = ("paged_attention", (q, k, v, cache, cache, t(1, 64, dtype=torch.int64), *rest))
+        tables = t(4096, dim, dtype=F32)
+        weight = t(dim, dtype=dtype) if name in ("qwen-0.6b", "gemma") else None
+        write = (cache, cache, t(1, 64, dtype=torch.int64), 0)
+        cases[f"rope_kv_write {name}"] = (
+            "rope_kv_write",
+            (q, k, v, t(64, dtype=torch.int64), tables, tables, weight, weight, 1e-6, 0.0, True, *write),
+        )
     return cases

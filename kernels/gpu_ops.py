@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from types import ModuleType, SimpleNamespace
 
-from . import gelu_mul, rms_norm, silu_mul
+from . import gelu_mul, paged_attention, rms_norm, rope_kv_write, silu_mul
 
 GPU_OPS: dict[str, ModuleType | SimpleNamespace] = {
     "rms_norm": rms_norm,
     "add_rms_norm": rms_norm.with_residual,
     "silu_mul": silu_mul,
     "gelu_mul": gelu_mul,
+    "rope_kv_write": rope_kv_write,
+    "paged_attend": paged_attention.attend,
 }

@@ -30,6 +30,9 @@ _MODULES = {
     "add_rms_norm": "rms_norm.triton_impl",
     "silu_mul": "silu_mul.triton_impl",
     "gelu_mul": "gelu_mul.triton_impl",
+    "rope_kv_write": "rope_kv_write.triton_impl",
+    "paged_attention": "paged_attention.triton_impl",
+    "paged_attend": "paged_attention.triton_impl",
 }
 OPS: tuple[str, ...] = tuple(_MODULES)
 

@@ -10,11 +10,18 @@ import torch
 from llmc.kernels import ops
 
 ROW, ROWS = torch.randn(6), torch.randn(3, 6)
+Q, CACHE = torch.randn(3, 4, 8), torch.randn(4, 2, 16, 8)
+TABLES = torch.tensor([[[0, 1], [2, 3]]], dtype=torch.int32)
+LENGTHS, STARTS = torch.tensor([20, 3], dtype=torch.int32), torch.tensor([0, 1, 3], dtype=torch.int32)
+K, ROW8, TABLE = torch.randn(3, 2, 8), torch.randn(8), torch.randn(30, 4)
+POSITIONS, SLOTS = torch.tensor([3, 19, 2]), torch.tensor([[0, 40, -1]])
 SAMPLES: dict[str, tuple[Any, ...]] = {
     "rms_norm": (ROWS, ROW, 1e-6, 1.0, False),
     "add_rms_norm": (ROWS, ROWS, ROW, 1e-6, 0.0, True),
     "silu_mul": (ROWS, ROWS),
     "gelu_mul": (ROWS, ROWS, True),
+    "rope_kv_write": (Q, K, K, POSITIONS, TABLE, TABLE, ROW8, None, 1e-6, 0.0, True, CACHE.clone(), CACHE.clone(), SLOTS, 0),
+    "paged_attend": (Q, CACHE, CACHE, TABLES, LENGTHS, STARTS, 0, 0, 0.5, 0, 0.0, None),
 }
 
 

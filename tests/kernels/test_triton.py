@@ -25,26 +25,42 @@ def environment(**more: str) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1"} | more
 
 
-@pytest.mark.parametrize("file", sorted(p.name for p in (HERE / "triton").glob("test_*.py")))
-def test_in_the_interpreter(file: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "triton" / file)]
+def test_parity_and_bits_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "triton")]
     done = subprocess.run(
         command, cwd=ROOT, env=environment(TRITON_INTERPRET="1", LLMC_TRITON_TESTS="1"), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def compiled(builds: int, *cases: str) -> list[dict[str, Any]]:
     done = subprocess.run(
-        [sys.executable, "-m", "llmc.kernels.aot"],
-        cwd=ROOT, env=environment(TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton"))), capture_output=True, text=True, timeout=600,
+        [sys.executable, "-m", "llmc.kernels.aot", "--builds", str(builds), *cases],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_compiles_for_sm_90_without_a_gpu(compiled: list[dict[str, Any]]) -> None:
-    assert {r["case"]: r["stack_bytes"] for r in compiled if r["stack_bytes"]} == {}, "registers were spilled"
-    assert {r["case"]: r["shared_bytes"] for r in compiled if r["shared_bytes"] > 232448} == {}, "more shared memory than a block has"
-    assert [r["case"] for r in compiled if not r["same_bits"]] == [], "two builds of one kernel differ"
+def check(kernels: list[dict[str, Any]]) -> None:
+    """What every image must hold, and that decode and prefill are made of the same instructions: else a row's bits would differ."""
+    assert {r["case"]: r["stack_bytes"] for r in kernels if r["stack_bytes"]} == {}, "registers were spilled"
+    assert {r["case"]: r["shared_bytes"] for r in kernels if r["shared_bytes"] > 232448} == {}, "more shared memory than a block has"
+    assert [r["case"] for r in kernels if r["images"] != 1] == [], "two builds of one kernel differ"
+    for case in {r["case"] for r in kernels if r["case"].startswith("paged_attention ") and "fp32" not in r["case"]}:
+        found = {r["entry"]: r for r in kernels if r["case"] == case}
+        decode, prefill = found["segments_kernel"], found["prefill_kernel"]
+        assert decode["matrix_instructions"] == prefill["matrix_instructions"] == ["wgmma"]
+        assert decode["matrix_layouts"] == prefill["matrix_layouts"] != []
+
+
+def test_compiles_for_sm_90_without_a_gpu() -> None:
+    cases = ["add_rms_norm", "silu_mul", "rope_kv_write qwen-0.6b", "paged_attention llama-8b"]
+    kernels = compiled(1, *cases)
+    assert {r["case"] for r in kernels} == set(cases)
+    check(kernels)
+
+
+@pytest.mark.slow
+def test_every_kernel_twice_with_the_same_bits() -> None:
+    check(compiled(2))

@@ -95,6 +95,18 @@ def _dot(original: Callable[..., Any]) -> Callable[..., Any]:
     return patched
 
 
+def _patch_index() -> None:
+    """Loop bounds are arrays of one element, which numpy 2.4 no longer takes for an int."""
+    original = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+_patch_index()
 _patch("binary_op", _binary_op)
 _patch("unary_op", _unary_op)
 _patch("create_rsqrt", _rsqrt)
