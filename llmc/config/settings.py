@@ -92,6 +92,16 @@ def seconds(value: str) -> float:
     return number
 
 
+def divergence(value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        raise ConfigError(f"{value!r} is no number of nats") from None
+    if not 0.0 <= number < float("inf"):
+        raise ConfigError(f"{value!r} is out of range; accepted: 0 or more nats per token")
+    return number
+
+
 def boolean(value: str) -> bool:
     """Environment and TOML strings; flags carry their value in their name."""
     lowered = value.strip().lower()
@@ -153,10 +163,24 @@ _QUANTISED_KV = dict.fromkeys(
     "quantised KV caches come with quantisation",
 )
 
+_CALIBRATED = dict.fromkeys(
+    ("awq", "gptq", "gptq_marlin", "gptq_marlin_24", "awq_marlin", "compressed-tensors", "quark", "auto_round", "hqq", "aqlm", "qqq"),
+    "checkpoints that are quantised already are not read yet",
+)
+_OTHER_QUANTIZATIONS = {
+    **_CALIBRATED,
+    **dict.fromkeys(("fp8", "ptpc_fp8", "fbgemm_fp8", "modelopt", "deepspeedfp", "marlin"), "CPU kernels have no fp8 weights"),
+    **dict.fromkeys(("experts_int8", "moe_wna16"), "experts have no quantised kernel yet"),
+    **dict.fromkeys(("gguf", "bitsandbytes"), "only safetensors of unquantised weights are read"),
+    **dict.fromkeys(("tpu_int8", "neuron_quant", "ipex"), "it belongs to a device or library that llmc does not use"),
+}
+
 SETTINGS: tuple[Setting, ...] = (
     # --- what is compiled -------------------------------------------------------------------------------------------------
     Setting(name="optimization_level", aliases=("-O",), parse=integer(0, 3), default=2, commands=_COMPILE, group="Compilation",
-            metavar="0..3", help="0: the captured graph, the oracle. 1: exact passes, packed weights, compiled. 2: also inexact fusions; there are none yet. 3: refused."),
+            metavar="0..3",
+            help="0: the captured graph, the oracle. 1: exact passes, packed weights, compiled. "
+                 "2: also inexact fusions; there are none yet. 3: refused."),
     Setting(name="target", parse=text, default="cpu", commands=_COMPILE, group="Compilation", metavar="NAME",
             help="cpu (this machine), cpu:x86-64-v3, cpu:x86-64-v4 or cpu:native; `list` shows all targets."),
     Setting(name="dtype", parse=choice("auto", "bfloat16", "float16", "float32", synonyms={"half": "float16", "float": "float32"}),
@@ -169,6 +193,11 @@ SETTINGS: tuple[Setting, ...] = (
             default="auto", commands=_COMPILE, group="Compilation", choices=("auto", "safetensors"), help="Format of the checkpoint."),
     Setting(name="attention_backend", parse=choice("auto", "llmc"), default=None, commands=_COMPILE, group="Compilation",
             choices=("auto", "llmc"), help="llmc's paged attention is the only one; auto names it."),
+    Setting(name="quantization", aliases=("-q",), parse=choice("int8", "int4", refused=_OTHER_QUANTIZATIONS), default=None,
+            commands=_COMPILE, group="Compilation", choices=("int8", "int4"), refused=_OTHER_QUANTIZATIONS,
+            help="Hold the weights of linears as integers with a scale per 32 inputs, rounded to nearest; int4 keeps 8 bits in the head."),
+    Setting(name="max_kl", parse=divergence, default=None, commands=_COMPILE, group="Compilation", metavar="NATS",
+            help="Fail the compile if quantisation moves the model's distribution by more: mean KL divergence on a calibration text."),
     Setting(name="tokenizer", parse=text, default=None, commands=_COMPILE, group="Compilation", metavar="DIR",
             help="Folder with tokenizer.json, when it is not the model's."),
     Setting(name="jobs", parse=integer(1, 256), default=None, commands=_COMPILE, group="Compilation", metavar="N",
@@ -241,6 +270,18 @@ SETTINGS: tuple[Setting, ...] = (
             help="Names the API answers to, the first in responses; default: the model's name."),
     Setting(name="chat_template", parse=text, default=None, commands=_SERVE, group="Server", metavar="FILE|TEMPLATE",
             help="The operator's own chat template; default: the artifact's. A request cannot bring one."),
+    Setting(name="reasoning_parser",
+            parse=choice("", "deepseek_r1", "glm45", "mistral", "none", "openai_gptoss", "qwen3"),
+            default="", commands=_SERVE, group="Server", metavar="NAME", choices=("deepseek_r1", "glm45", "mistral", "none", "openai_gptoss", "qwen3"),
+            help="How the model writes its reasoning, which answers then give apart; default: read off its chat template, where certain."),
+    Setting(name="tool_call_parser",
+            parse=choice("hermes", "llama3_json", "mistral", "none", "openai"),
+            default=None, commands=_SERVE, group="Server", metavar="NAME", choices=("hermes", "llama3_json", "mistral", "none", "openai"),
+            help="How the model writes tool calls; default: read off its chat template, where certain."),
+    _flag("enable_auto_tool_choice", _SERVE, "Server",
+          "Refuse to start when it is not known how the model writes tool calls; tools are taken whenever it is.", negatable=False),
+    _flag("enable_tokenizer_info_endpoint", _SERVE, "Server", "GET /tokenizer_info: special tokens, added tokens and the chat template.",
+          negatable=False),
     Setting(name="shutdown_timeout", parse=seconds, default=30.0, commands=_SERVE, group="Server", metavar="SECONDS",
             help="How long running requests may finish after SIGTERM."),
     _flag("disable_log_stats", _SERVE, "Server", "No periodic line of engine statistics.", negatable=False),
