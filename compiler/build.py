@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from llmc.artifacts.manifest import (
@@ -21,6 +22,7 @@ from llmc.artifacts.manifest import (
     Manifest,
     ModelFacts,
     PassRecord,
+    QuantizationFacts,
     Requirements,
     Target,
     TensorRecord,
@@ -31,19 +33,22 @@ from llmc.artifacts.stamps import cache_root
 from llmc.artifacts.store import Store
 from llmc.artifacts.version import FORMAT_VERSION
 from llmc.artifacts.writer import ArtifactWriter
-from llmc.compiler import canary, packing, report
+from llmc.compiler import accuracy, canary, packing, report
+from llmc.compiler.canary import FetchConstant
 from llmc.compiler.capture import TracedModel, capture
+from llmc.compiler.dequantized import dequantized_fetcher, quantized_bits
 from llmc.compiler.input_key import toolchain
 from llmc.compiler.lowered_cache import lower
 from llmc.compiler.model import ModelSource, read_model
 from llmc.compiler.nodes import constants_of, to_bytes
-from llmc.compiler.pipeline import pipeline
+from llmc.compiler.pipeline import QUANTIZATIONS, pipeline
 from llmc.compiler.stages import Stage, StageLog
 from llmc.compiler.tokenizer_files import Render, TokenizerBundle, generation_defaults, read_tokenizer
 from llmc.config.compile import CompileConfig
 from llmc.errors import ConfigError
 from llmc.kernels.build import BuiltKernels, build_kernels
 from llmc.kernels.isa import TargetSpec
+from llmc.kernels.ops import COMPILED
 from llmc.passes.base import PassContext
 from llmc.passes.runner import PassReport, dump_directory, run_passes
 from llmc.passes.weights import WeightTable
@@ -113,21 +118,22 @@ def build_artifact(
             traced = capture(source, block_size=config.block_size, max_model_len=limits.max_model_len)
             note.detail = f"{len(traced.graph.graph.nodes)} nodes"
         with _checkpoint(source) as checkpoint:
-            # the reference runs before the passes, which change the graph in place
-            canaries = _canaries(config, source, traced, checkpoint, tokenizer, log)
+            captured = traced.untouched()  # the passes change the graph in place, and the reference runs it as it was
             graph, weights = traced.graph, traced.weight_table()
             with log.stage("passes") as note:
                 context = PassContext(weights=weights, max_positions=limits.max_model_len)
-                reports = run_passes(graph, pipeline(config.level), context, dump_dir=dump_directory())
+                reports = run_passes(graph, pipeline(config.level, config.quantization), context, dump_dir=dump_directory())
                 matches = sum(r.result.matches for r in reports)
                 note.detail = f"{len(graph.graph.nodes)} nodes, {matches} rewrites by {sum(r.result.changed for r in reports)} passes"
+            quality, fetch = _quantization(config, source, captured, weights, checkpoint, tokenizer, scratch, log)
+            canaries = _canaries(config, source, captured, fetch, tokenizer, log)
             program = _program(config, target, traced, weights, kernels, writer, scratch, log, store)
             with log.stage("pack") as note:
                 files, tensors = packing.pack(writer, packing.order_of_use(graph), weights, checkpoint, embed=config.weights == "embed")
                 note.detail = report.human_bytes(sum(f.size_bytes for f in files))
     for path, data in tokenizer.files.items():
         writer.add_file(path, data)
-    manifest = _manifest(config, target, source, traced, limits, program, files, tensors, reports, tokenizer, canaries)
+    manifest = _manifest(config, target, source, traced, limits, program, files, tensors, reports, tokenizer, canaries, quality)
     facts = report.facts(manifest, ops=_ops(graph), extern_calls=sorted(program.calls))
     for path, data in report.report_files(facts).items():
         writer.add_file(path, data)
@@ -191,14 +197,65 @@ def _program(
     return Program(entry=entry, images=images, calls=dict(lowered.calls))
 
 
+def _quantization(
+    config: CompileConfig,
+    source: ModelSource,
+    captured: TracedModel,
+    weights: WeightTable,
+    checkpoint: Checkpoint,
+    tokenizer: TokenizerBundle,
+    scratch: Path,
+    log: StageLog,
+) -> tuple[QuantizationFacts | None, FetchConstant]:
+    """What quantisation did and cost, and the constants that the canaries' reference runs on: those the artifact will hold.
+
+    Raises:
+        ConfigError: it costs more than --max-kl allows.
+    """
+    plain = packing.fetcher(captured.constants, checkpoint)
+    if config.quantization is None:
+        return None, plain
+    applied = QUANTIZATIONS[config.quantization]
+    facts = QuantizationFacts(
+        scheme=config.quantization,  # type: ignore[arg-type]
+        group=applied.group,
+        tensors=quantized_bits(weights),
+        calibration_tokens=0,
+        reference_perplexity=None,
+        perplexity=None,
+        mean_kl=None,
+    )
+    if config.weights == "external":
+        return facts, plain
+    with log.stage("quantise") as note:
+        fetch = dequantized_fetcher(captured, weights, checkpoint, scratch)
+        note.detail = f"{config.quantization}, {len(facts.tensors)} matrices in groups of {facts.group}"
+    with log.stage("accuracy") as note:
+        texts = accuracy.calibration_tokens(source.vocab_size, tokenizer.encode, captured.max_model_len)
+        cost = accuracy.measure(captured, plain, fetch, texts)
+        note.detail = str(cost)
+    if config.max_kl is not None and not cost.mean_kl <= config.max_kl:
+        raise ConfigError(
+            f"--quantization {config.quantization} costs a {cost}, above --max-kl {config.max_kl:g}; "
+            "raise the bound, take int8 instead of int4, or compile without quantisation"
+        )
+    return msgspec.structs.replace(
+        facts,
+        calibration_tokens=cost.tokens,
+        reference_perplexity=cost.reference_perplexity,
+        perplexity=cost.perplexity,
+        mean_kl=cost.mean_kl,
+    ), fetch
+
+
 def _canaries(
-    config: CompileConfig, source: ModelSource, traced: TracedModel, checkpoint: Checkpoint, tokenizer: TokenizerBundle, log: StageLog
+    config: CompileConfig, source: ModelSource, captured: TracedModel, fetch: FetchConstant, tokenizer: TokenizerBundle, log: StageLog
 ) -> list[Canary]:
     if config.weights == "external":
         return []  # whatever checkpoint is bound later answers differently
     with log.stage("reference") as note:
         prompts = canary.prompts(source.vocab_size, tokenizer.encode)
-        made = canary.make_canaries(traced, packing.fetcher(traced.constants, checkpoint), prompts)
+        made = canary.make_canaries(captured, fetch, prompts)
         counts = canary.checked_positions(made, canary.TOLERANCE[source.dtype])
         note.detail = f"{len(made)} prompts, {counts['compared']} tokens to compare, {counts['too_close']} too close to call"
     return made
@@ -221,6 +278,7 @@ def _manifest(
     reports: list[PassReport],
     tokenizer: TokenizerBundle,
     canaries: list[Canary],
+    quantization: QuantizationFacts | None,
 ) -> Manifest:
     versions = dict(toolchain())
     aoti = program.entry.executor == "aoti"
@@ -262,6 +320,7 @@ def _manifest(
         toolchain=versions,
         settings={name: value for name, value in config.key_fields().items() if isinstance(value, str | int | float | bool | None)},
         files=[],
+        quantization=quantization,
     )
 
 
@@ -282,5 +341,5 @@ def _implementations(target: TargetSpec, aoti: bool) -> dict[str, str]:
     chosen = {"llmc.paged_attention": f"C++, {target.isa}"}
     if not aoti:
         return {**chosen, "everything else": "aten"}
-    ours = dict.fromkeys(("llmc.linear", "llmc.embedding", "llmc.grouped_linear"), f"C++, {target.isa}")
+    ours = {f"llmc.{name}": f"C++, {target.isa}" for name in COMPILED}
     return {**chosen, **ours, "everything else": f"Inductor C++, {target.isa}"}

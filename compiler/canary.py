@@ -8,7 +8,6 @@ is within what rounding can move are not compared.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -27,7 +26,7 @@ TOLERANCE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
 FetchConstant = Callable[[str], Tensor]
 
 
-class _Reference(fx.Interpreter):
+class Reference(fx.Interpreter):
     """Runs the captured graph; constants are fetched when they are read and dropped when nothing reads them any more."""
 
     def __init__(self, graph: fx.GraphModule, fetch: FetchConstant) -> None:
@@ -36,6 +35,11 @@ class _Reference(fx.Interpreter):
 
     def fetch_attr(self, target: str) -> Tensor:
         return self._fetch(target)
+
+    def logits(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The outputs of one step."""
+        result = self.run(*inputs)
+        return tuple(result) if isinstance(result, tuple | list) else (result,)
 
 
 def prompts(vocab_size: int, encode: Callable[[str], list[int]] | None) -> list[list[int]]:
@@ -49,10 +53,13 @@ def prompts(vocab_size: int, encode: Callable[[str], list[int]] | None) -> list[
     result = []
     for row, length in enumerate(PROMPT_LENGTHS):
         ids = [i for i in encode(texts[row]) if i < vocab_size][:length] if encode is not None else []
-        while len(ids) < length:  # Knuth's multiplicative constant spreads the ids over the vocabulary
-            ids.append((2654435761 * (len(ids) + 1 + 97 * row)) % vocab_size)
-        result.append(ids)
+        result.append(ids + spread_ids(vocab_size, length - len(ids), first=len(ids) + 1 + 97 * row))
     return result
+
+
+def spread_ids(vocab_size: int, count: int, first: int = 1) -> list[int]:
+    """A fixed sequence of ids; Knuth's multiplicative constant spreads them over the vocabulary."""
+    return [(2654435761 * (first + i)) % vocab_size for i in range(count)]
 
 
 def make_canaries(traced: TracedModel, fetch: FetchConstant, token_prompts: list[list[int]]) -> list[Canary]:
@@ -60,17 +67,17 @@ def make_canaries(traced: TracedModel, fetch: FetchConstant, token_prompts: list
 
     All prompts run as one batch: first their prompts, then one token each, through the paged cache as a server would.
     """
-    reference = _Reference(traced.graph, fetch)
+    reference = Reference(traced.graph, fetch)
     block_size = traced.kv.block_size
     blocks_each = -(-(max(map(len, token_prompts)) + NEW_TOKENS) // block_size)
-    caches = _caches(traced, 1 + blocks_each * len(token_prompts))
+    caches = empty_caches(traced, 1 + blocks_each * len(token_prompts))
     sequences = [list(p) for p in token_prompts]
     margins: list[list[float]] = [[] for _ in sequences]
     done = [0] * len(sequences)
     with torch.no_grad():
         for _ in range(NEW_TOKENS):
-            inputs = _batch(sequences, done, block_size, blocks_each, len(traced.kv.groups))
-            (logits,) = _outputs(reference.run(*inputs, *caches))
+            inputs = step_inputs(sequences, done, block_size, blocks_each, len(traced.kv.groups))
+            (logits,) = reference.logits(*inputs, *caches)
             best = logits.float().topk(2, dim=-1)
             for row, sequence in enumerate(sequences):
                 done[row] = len(sequence)
@@ -82,11 +89,8 @@ def make_canaries(traced: TracedModel, fetch: FetchConstant, token_prompts: list
     ]
 
 
-def _outputs(result: Any) -> tuple[Tensor, ...]:
-    return tuple(result) if isinstance(result, tuple | list) else (result,)
-
-
-def _caches(traced: TracedModel, num_blocks: int) -> list[Tensor]:
+def empty_caches(traced: TracedModel, num_blocks: int) -> list[Tensor]:
+    """K and V of every layer, zeros, in the graph's order."""
     dtype: torch.dtype = getattr(torch, traced.kv.dtype)
     shapes = [
         (num_blocks, heads, traced.kv.block_size, size) for heads, size in zip(traced.kv.num_kv_heads, traced.kv.head_dim, strict=True)
@@ -94,8 +98,15 @@ def _caches(traced: TracedModel, num_blocks: int) -> list[Tensor]:
     return [torch.zeros(shape, dtype=dtype) for shape in shapes for _ in ("k", "v")]
 
 
-def _batch(sequences: list[list[int]], done: list[int], block_size: int, blocks_each: int, num_groups: int) -> list[Tensor]:
-    """The step's inputs, in the graph's order. Sequence b owns blocks [1 + b * blocks_each, 1 + (b + 1) * blocks_each)."""
+def step_inputs(
+    sequences: list[list[int]], done: list[int], block_size: int, blocks_each: int, num_groups: int, *, every_row: bool = False
+) -> list[Tensor]:
+    """The step's inputs, in the graph's order. Sequence b owns blocks [1 + b * blocks_each, 1 + (b + 1) * blocks_each).
+
+    Args:
+        done: tokens of each sequence that are in the cache already.
+        every_row: logits of every token instead of each sequence's last.
+    """
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -112,7 +123,7 @@ def _batch(sequences: list[list[int]], done: list[int], block_size: int, blocks_
     return [
         torch.tensor(ids),
         torch.tensor(positions),
-        torch.tensor(last_rows),
+        torch.arange(len(ids)) if every_row else torch.tensor(last_rows),
         torch.tensor([slots] * num_groups),
         torch.tensor([tables] * num_groups, dtype=torch.int32),
         torch.tensor([len(s) for s in sequences], dtype=torch.int32),

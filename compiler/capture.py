@@ -12,7 +12,7 @@ threads, never one row's sum, which would make a row's bits depend on the number
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 from torch.fx.experimental import _config as fx_config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -63,6 +63,12 @@ class TracedModel:
     parameters: tuple[str, ...]
     num_parameters: int  # elements, tied ones counted once
     max_model_len: int
+
+    def untouched(self) -> TracedModel:
+        """A copy whose graph stays as it is while passes change this one's."""
+        graph, mapping = Graph(), {}  # type: ignore[var-annotated]
+        graph.output(graph.graph_copy(self.graph.graph, mapping))
+        return replace(self, graph=GraphModule(self.graph, graph))
 
     def weight_table(self) -> WeightTable:
         """A fresh table for the passes, with the buffers' bytes among its computed tensors."""

@@ -12,26 +12,31 @@ from llmc.passes.merge_gate_up import MergeGateUp
 from llmc.passes.merge_qkv import MergeQKV
 from llmc.passes.no_op_elimination import NoOpElimination
 from llmc.passes.prune_to_needed_rows import PruneToNeededRows
+from llmc.passes.quantize_linear import QuantizeLinear
 
 LEVELS = (0, 1, 2)
+QUANTIZATIONS = {"int8": QuantizeLinear(bits=8), "int4": QuantizeLinear(bits=4)}
 
 
-def pipeline(level: int) -> list[Pass]:
+def pipeline(level: int, quantization: str | None = None) -> list[Pass]:
     """The passes of an optimisation level, in order.
 
     Args:
         level: 0 gives no pass at all: the captured graph is the oracle the other levels are held to.
+        quantization: a key of QUANTIZATIONS, or None.
 
     Raises:
-        ConfigError: a level that does not exist.
+        ConfigError: a level that does not exist, or quantised weights without passes.
     """
     if level not in LEVELS:
         raise ConfigError(f"optimisation level {level}: expected one of {', '.join(map(str, LEVELS))}; choose -O2 if in doubt")
     if level == 0:
+        if quantization is not None:
+            raise ConfigError(f"--quantization {quantization} is a pass, and -O0 runs none: it is the oracle; use -O1 or -O2")
         return []
     # -O2 has no pass of its own yet: the inexact fusions (norm with residual, QK-norm with rope) will be appended for level 2.
     # What -O2 adds today is decided in lowering, not here.
-    return _exact() + _lowering()
+    return _exact() + _lowering() + ([QUANTIZATIONS[quantization]] if quantization is not None else [])
 
 
 def _exact() -> list[Pass]:
@@ -47,5 +52,5 @@ def _exact() -> list[Pass]:
 
 
 def _lowering() -> list[Pass]:
-    """Last: what these write, no other pass reads. They stand at -O1 too, for a row's bits must not depend on its batch."""
+    """Last: what these write, quantising alone reads. They stand at -O1 too, for a row's bits must not depend on its batch."""
     return [LowerLinear(), LowerExperts()]

@@ -41,7 +41,7 @@ def preview(config: CompileConfig) -> Preview:
     nodes = len(traced.graph.graph.nodes)
     weights = traced.weight_table()
     context = PassContext(weights=weights, max_positions=limits.max_model_len)
-    reports = run_passes(traced.graph, pipeline(config.level), context, dump_dir=dump_directory())
+    reports = run_passes(traced.graph, pipeline(config.level, config.quantization), context, dump_dir=dump_directory())
     held = [weights[name] for name in order_of_use(traced.graph)]
     return Preview(
         architecture=source.architecture,

@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from llmc.artifacts.manifest import KVFacts, Manifest
+from llmc.artifacts.manifest import KVFacts, Manifest, QuantizationFacts
 from llmc.compiler.stages import Stage
 
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
@@ -88,6 +88,20 @@ def facts(manifest: Manifest, *, ops: Mapping[str, int], extern_calls: list[str]
             for c in manifest.canaries
         ],
         "chat_template": manifest.tokenizer.template_parity,
+        "quantization": None if manifest.quantization is None else _quantization(manifest.quantization),
+    }
+
+
+def _quantization(quantization: QuantizationFacts) -> dict[str, Any]:
+    widths = Counter(quantization.tensors.values())
+    return {
+        "scheme": quantization.scheme,
+        "group": quantization.group,
+        "matrices": {f"{bits} bits": count for bits, count in sorted(widths.items())},
+        "calibration_tokens": quantization.calibration_tokens,
+        "reference_perplexity": quantization.reference_perplexity,
+        "perplexity": quantization.perplexity,
+        "mean_kl": quantization.mean_kl,
     }
 
 

@@ -16,7 +16,7 @@ DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompileConfig:
-    """One compilation. Fields up to `block_size` decide the artifact's bytes; the rest says where and how it is made."""
+    """One compilation. Fields up to `seed` decide the artifact's bytes; the rest says where and how it is made."""
 
     model: Path
     level: int = 2
@@ -29,6 +29,8 @@ class CompileConfig:
     max_num_batched_tokens: int = DEFAULT_MAX_NUM_BATCHED_TOKENS
     block_size: int = 16
     kv_cache_dtype: str = "auto"
+    quantization: str | None = None  # "int8", "int4"
+    max_kl: float | None = None  # nats per token; more fails the compile
     seed: int = 0
     out: Path
     report: Path | None = None  # None: OUT.report
@@ -39,6 +41,10 @@ class CompileConfig:
     def __post_init__(self) -> None:
         if self.level == 3:
             raise ConfigError("-O3 is not built: it would be -O2 under another name until there is a search; use -O2")
+        if self.quantization is not None and self.level == 0:
+            raise ConfigError(f"--quantization {self.quantization}: -O0 is the oracle and holds the weights as they are; use -O1 or -O2")
+        if self.max_kl is not None and (self.quantization is None or self.weights == "external"):
+            raise ConfigError("--max-kl bounds what --quantization costs, measured on embedded weights; leave it out, or give both")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_num_seqs={self.max_num_seqs}: "
@@ -64,6 +70,8 @@ def compile_config(model: Path, out: Path, settings: Resolved, *, force: bool, u
                     f"--{name.replace('_', '-')}: a {settings['target']} artifact has one program for all sizes and captures nothing; "
                     "leave it out, or compile for a CUDA target"
                 )
+    elif settings["quantization"] is not None:
+        raise ConfigError(f"--quantization {settings['quantization']}: only CPU targets have kernels for quantised weights; leave it out")
     max_model_len = settings["max_model_len"]
     return CompileConfig(
         model=model,
@@ -77,6 +85,8 @@ def compile_config(model: Path, out: Path, settings: Resolved, *, force: bool, u
         max_num_batched_tokens=settings["max_num_batched_tokens"] or DEFAULT_MAX_NUM_BATCHED_TOKENS,
         block_size=settings["block_size"],
         kv_cache_dtype=settings["kv_cache_dtype"],
+        quantization=settings["quantization"],
+        max_kl=settings["max_kl"],
         seed=settings["seed"],
         out=out,
         report=Path(settings["report"]) if settings["report"] else None,

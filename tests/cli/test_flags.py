@@ -19,7 +19,7 @@ SPEC = tomllib.loads((Path(__file__).parents[1] / "data" / "flags.toml").read_te
 FLAGS = {flag["name"]: flag for flag in SPEC["flag"]}
 TIER_1 = [name for name, flag in FLAGS.items() if flag["tier"] == 1]
 # Tier-1 flags that are turned away by name; docs/flags.md says what to use instead.
-REFUSED_TIER_1 = {"--model", "--quantization", "--enforce-eager", "--compilation-config"}
+REFUSED_TIER_1 = {"--model", "--enforce-eager", "--compilation-config"}
 # Where a default differs on purpose; docs/flags.md lists each with its reason.
 OTHER_DEFAULTS = {"--shutdown-timeout": 30.0, "--enable-prefix-caching": True, "--enable-chunked-prefill": True, "--block-size": 16}
 # Settings of ours that act in fewer commands than the specification's stage.
@@ -66,6 +66,8 @@ def sample(flag: dict[str, Any]) -> str:
     """A value of the flag's type that is accepted."""
     if flag["name"] == "--block-size":
         return "32"
+    if flag["name"] == "--quantization":
+        return "int8"
     if "choices" in flag:
         return str(flag["choices"][0])
     return {"int": "7", "human_int": "4k", "float": "0.5", "list[int]": "1,2", "list[str]": "a", "str": "auto"}[flag["type"]]
