@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
+
 from llmc.errors import RequestRejected
 from llmc.runtime.server.front import Front
-from llmc.runtime.server.schemas import ChatMessage, TemplateVariables
+from llmc.runtime.server.parse import check_shape
+from llmc.runtime.server.schemas import ChatMessage, TemplateVariables, Tool, ToolCall
 from llmc.runtime.text import ChatTemplate
 
 
@@ -17,6 +20,7 @@ class ChatPrompt:
 
     text: str
     token_ids: list[int]
+    continued: str | None = None  # the last message's text, when the reply goes on with it
 
 
 async def chat_prompt(
@@ -27,6 +31,8 @@ async def chat_prompt(
     continue_final_message: bool | None,
     add_special_tokens: bool | None,
     variables: TemplateVariables | None,
+    tools: list[Tool] | None = None,
+    reasoning_effort: str | None = None,
 ) -> ChatPrompt:
     """Render and encode a conversation.
 
@@ -35,9 +41,11 @@ async def chat_prompt(
         continue_final_message: leave the last message open, for the model to go on with it.
         add_special_tokens: let the tokenizer add its own too; the template writes them itself, so None means no.
         variables: chat_template_kwargs.
+        tools: what the model may call; the template shows them as it does in transformers.
+        reasoning_effort: a variable of the template, by OpenAI's name.
 
     Raises:
-        RequestRejected: there is no template, it refuses the messages, or a variable is not one it reads.
+        RequestRejected: there is no template, it refuses the messages, or it does not read a variable or the tools.
     """
     template = front.model.chat_template
     if template is None:
@@ -51,28 +59,70 @@ async def chat_prompt(
             "continue_final_message goes on with the last message, add_generation_prompt opens a new one; send one of them",
             param="continue_final_message",
         )
-    plain = [plain_message(message) for message in messages]
+    if tools and not template.reads_tools:
+        raise RequestRejected("the model's chat template does not show tools, so the model would not know of them", param="tools")
+    given = allowed_variables(template, variables)
+    if reasoning_effort is not None:
+        if "reasoning_effort" not in template.variables:
+            raise RequestRejected("the model's chat template does not read reasoning_effort", param="reasoning_effort")
+        given["reasoning_effort"] = reasoning_effort
+    if tools:
+        given["tools"] = [_plain_tool(tool) for tool in tools]
+    history = front.model.replies.reasoning.history if front.model.replies.reasoning is not None else ("reasoning_content",)
+    plain = [plain_message(message, history) for message in messages]
     opened = add_generation_prompt is not False and not continue_final_message
-    text = template.render(plain, opened, **allowed_variables(template, variables))
-    if continue_final_message:
-        text = cut_at_final_message(text, plain[-1]["content"])
+    text = template.render(plain, opened, **given)
+    continued = plain[-1]["content"] if continue_final_message else None
+    if continued is not None:
+        text = cut_at_final_message(text, continued)
     (ids,) = await front.encode([text], add_special_tokens=bool(add_special_tokens))
-    return ChatPrompt(text=text, token_ids=ids)
+    return ChatPrompt(text=text, token_ids=ids, continued=continued)
 
 
-def plain_message(message: ChatMessage) -> dict[str, Any]:
-    """A message as templates read it."""
+def plain_message(message: ChatMessage, history: tuple[str, ...]) -> dict[str, Any]:
+    """A message as templates read it. `history`: where the template reads an earlier turn's reasoning.
+
+    Raises:
+        RequestRejected: a tool call outside the assistant's messages, or one whose arguments are no JSON object.
+    """
     plain: dict[str, Any] = {"role": message.role, "content": text_of(message)}
     if message.name is not None:
         plain["name"] = message.name
+    if message.tool_call_id is not None:
+        plain["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        if message.role != "assistant":
+            raise RequestRejected("messages: tool_calls stand in messages of the assistant only", param="messages", code="invalid_value")
+        plain["tool_calls"] = [_plain_call(call) for call in message.tool_calls]
+    reasoning = message.reasoning_content or message.reasoning
+    if reasoning and message.role == "assistant":
+        plain |= dict.fromkeys(history, reasoning)
     return plain
+
+
+def _plain_call(call: ToolCall) -> dict[str, Any]:
+    """Templates write arguments with tojson, so they are given as the object they are."""
+    text = call.function.arguments
+    try:
+        arguments = orjson.loads(text) if text and text.strip() else {}
+    except orjson.JSONDecodeError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise RequestRejected("messages: arguments of a tool call must be a JSON object, as text", param="messages", code="invalid_value")
+    check_shape(arguments)
+    plain: dict[str, Any] = {"type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+    return plain if call.id is None else {"id": call.id, **plain}
+
+
+def _plain_tool(tool: Tool) -> dict[str, Any]:
+    return {"type": "function", "function": tool.function.model_dump(include={"name", "description", "parameters"}, exclude_unset=True)}
 
 
 def text_of(message: ChatMessage) -> str:
     """The message's text; parts stand on lines of their own."""
     if isinstance(message.content, list):
         return "\n".join(part.text for part in message.content)
-    return message.content or ""
+    return message.content or message.refusal or ""
 
 
 def allowed_variables(template: ChatTemplate, variables: TemplateVariables | None) -> dict[str, Any]:

@@ -58,8 +58,13 @@ class Generation:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        shown_special: dict[int, str] | None = None,
     ) -> None:
-        """Submit everything. Must be closed in the end, whatever happens. `cache_salt`: the client's own, beside its key's.
+        """Submit everything. Must be closed in the end, whatever happens.
+
+        Args:
+            cache_salt: the client's own, beside its key's.
+            shown_special: special tokens that are text all the same, as marks of a reply's parts are.
 
         Raises:
             RequestRejected: the engine takes nothing now.
@@ -85,6 +90,7 @@ class Generation:
                 include_stop=sampling.include_stop_str_in_output,
                 skip_special_tokens=sampling.skip_special_tokens,
                 min_tokens=sampling.min_tokens,
+                shown_special=shown_special,
             )
             self._sequences[request_id] = _Sequence(index=index, prompt=prompt, text=text)
             messages.append(
@@ -171,7 +177,8 @@ class Generation:
             self._end(event.request_id, "error")
             raise RequestRejected(event.error or "the engine failed on this request", status=event.error_status, code="engine_error")
         self._count(sequence, event)
-        finish, stop_reason = event.finish_reason, event.stop_token_id
+        finish = event.finish_reason
+        stop_reason: int | str | None = event.stop_token_id
         before = sequence.text.num_tokens
         # An end token's text is shown only if asked for, as a stop string's is.
         shown_ids = event.token_ids

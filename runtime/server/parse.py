@@ -32,7 +32,7 @@ def parse_body(body: bytes, model: type[_M]) -> _M:
         raise RequestRejected("the body must be a JSON object", code="invalid_json")
     # Few brackets and colons: too little to be deep or wide, and a long list of token ids need not be walked.
     if body.count(b"{") + body.count(b"[") > MAX_DEPTH or body.count(b":") > MAX_KEYS:
-        _check_shape(value)
+        check_shape(value)
     _refuse_unknown(value, model)
     try:
         return model.model_validate(value)
@@ -41,7 +41,7 @@ def parse_body(body: bytes, model: type[_M]) -> _M:
         raise validation_rejection((_problem(d) for d in details[: MAX_ERRORS + 1]), len(details)) from None
 
 
-def _check_shape(value: Any) -> None:
+def check_shape(value: Any) -> None:
     """Bound nesting and the size of objects, without recursion."""
     level = [value]
     for _ in range(MAX_DEPTH):
@@ -84,7 +84,9 @@ def _problem(detail: Any) -> tuple[str, str]:
     if kind == "literal_error" and name == "type":
         if place[0] == "response_format":
             return ".".join(place), NOT_BUILT["response_format"]
-        return ".".join(place), "only parts of type text are accepted; this server is for text"
+        if "content" in place:
+            return ".".join(place), "only parts of type text are accepted; this server is for text"
+        return ".".join(place), "only tools of type function are accepted"
     if kind == "missing":
         return ".".join(place), "is required"
     return ".".join(place), str(detail["msg"])

@@ -6,11 +6,14 @@ unless null, and never ignored. `null` always means "as if absent".
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, MaxLen, MinLen
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, GetCoreSchemaHandler, Tag, model_validator
 from pydantic.types import FailFast as _FailFast
+from pydantic_core import PydanticCustomError, core_schema
 
 MAX_TEXT_CHARS = 4 << 20
 MAX_PROMPTS = 1024
@@ -24,6 +27,9 @@ MAX_STOP_TOKENS = 1024
 MAX_BIASES = 1024
 MAX_BAD_WORDS = 256  # each is looked for at every step
 MAX_TEMPLATE_VARIABLES = 32
+MAX_TOOLS = 512
+MAX_TOOL_CALLS = 256  # of one message
+MAX_JSON_VALUES = 50_000  # of one free JSON object
 
 
 class FailFast(_FailFast):
@@ -70,6 +76,35 @@ BiasKey = Annotated[str, MinLen(1), MaxLen(10), Field(pattern=r"^[0-9]+$")]
 
 
 BadWord = Annotated[str, MinLen(1), MaxLen(256)]
+
+
+ToolName = Annotated[str, MinLen(1), MaxLen(256), Field(pattern=r"^[A-Za-z0-9_.:/-]+$")]
+
+
+@dataclass(frozen=True)
+class BoundedJson:
+    """Metadata of a field that holds any JSON: how many values may be in it, at all depths. Depth is bounded by the parser."""
+
+    max_values: int = MAX_JSON_VALUES
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, value: Any) -> Any:
+        level, count = [value], 0
+        while level:
+            count += len(level)
+            if count > self.max_values:
+                raise PydanticCustomError("too_many_values", f"at most {self.max_values} JSON values are accepted here")
+            level = [inner for item in level for inner in _within(item)]
+        return value
+
+
+def _within(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+JsonObject = Annotated[dict[str, Any], BoundedJson()]
 
 
 class RequestModel(BaseModel):
@@ -143,10 +178,58 @@ Content = Annotated[
 ]
 
 
+class FunctionCall(RequestModel):
+    """A call of an earlier turn; `arguments` is a JSON object, as text."""
+
+    name: ToolName
+    arguments: Text | None = None
+
+
+class ToolCall(RequestModel):
+    id: Annotated[str, MinLen(1), MaxLen(256)] | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCall
+
+
 class ChatMessage(RequestModel):
     role: Annotated[str, MinLen(1), MaxLen(64)]
     content: Content | None = None
     name: Annotated[str, MaxLen(256)] | None = None
+    tool_calls: Annotated[list[ToolCall], MaxLen(MAX_TOOL_CALLS), FailFast()] | None = None
+    tool_call_id: Annotated[str, MinLen(1), MaxLen(256)] | None = None
+    reasoning: Text | None = None
+    reasoning_content: Text | None = None
+    refusal: Text | None = None
+    annotations: Annotated[list[JsonObject], MaxLen(MAX_PARTS), FailFast()] | None = None  # of an earlier answer; no template reads them
+
+
+class FunctionDefinition(RequestModel):
+    name: ToolName
+    description: Text | None = None
+    parameters: JsonObject | None = None
+    strict: bool | None = None
+
+
+class Tool(RequestModel):
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class FunctionName(RequestModel):
+    name: ToolName
+
+
+class NamedTool(RequestModel):
+    type: Literal["function"]
+    function: FunctionName
+
+
+Tools = Annotated[list[Tool], MaxLen(MAX_TOOLS), FailFast()]
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("#word")] | Annotated[NamedTool, Tag("#tool")],
+    Discriminator(lambda value: "#tool" if isinstance(value, dict) else "#word"),
+]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
 
 Messages = Annotated[list[ChatMessage], MinLen(1), MaxLen(MAX_MESSAGES), FailFast()]
@@ -175,6 +258,11 @@ class ChatCompletionRequest(SamplingFields):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: TemplateVariables | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Effort | None = None
+    include_reasoning: bool | None = None
     echo: bool | None = None
     response_format: TextFormat | None = None
 
@@ -189,6 +277,7 @@ class TokenizeRequest(RequestModel):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: TemplateVariables | None = None
+    tools: Tools | None = None
     return_token_strs: bool | None = None
 
 
@@ -198,17 +287,11 @@ class DetokenizeRequest(RequestModel):
 
 
 _STRUCTURED = "structured output is not built yet"
-_TOOLS = "tool calls are not built yet"
 NOT_BUILT: dict[str, str] = {
     "best_of": "only `n` samples are drawn; use n",
     "suffix": "inserting text between a prompt and a suffix is not built yet",
-    "tools": _TOOLS,
-    "tool_choice": _TOOLS,
-    "parallel_tool_calls": _TOOLS,
-    "tool_calls": _TOOLS,
-    "tool_call_id": _TOOLS,
-    "functions": _TOOLS,
-    "function_call": _TOOLS,
+    "functions": "OpenAI replaced it by tools; use tools",
+    "function_call": "OpenAI replaced it by tool_choice and tool_calls; use those",
     "structured_outputs": _STRUCTURED,
     "guided_json": _STRUCTURED,
     "guided_regex": _STRUCTURED,
@@ -221,8 +304,6 @@ NOT_BUILT: dict[str, str] = {
     "length_penalty": "beam search is not built",
     "early_stopping": "beam search is not built",
     "spaces_between_special_tokens": "not built yet",
-    "reasoning_effort": "not built yet",
-    "include_reasoning": "not built yet",
     "modalities": "this server is for text",
     "audio": "this server is for text",
     "prediction": "not built yet",

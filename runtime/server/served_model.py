@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmc.artifacts.verify import open_artifact
-from llmc.errors import ArtifactError
+from llmc.errors import ArtifactError, ConfigError
 from llmc.runtime.server.settings import ServerSettings
-from llmc.runtime.text import ChatTemplate, Tokenizer
+from llmc.runtime.text import ChatTemplate, ReplyFormats, Tokenizer, choose_formats
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,10 +22,31 @@ class ServedModel:
     vocab_size: int  # width of the logits
     generation_defaults: dict[str, float | int | bool | list[int]]
     fingerprint: str  # names the artifact, same for equal artifacts
+    special_tokens: dict[str, str] = field(default_factory=dict)  # bos_token, eos_token, ... as the template sees them
+    replies: ReplyFormats = field(default_factory=ReplyFormats)  # how it writes reasoning and tool calls
 
     @property
     def name(self) -> str:
         return self.names[0]
+
+    @property
+    def reply_marks(self) -> dict[int, str]:
+        """Marks of a reply's parts that are special tokens of the tokenizer: id -> text."""
+        return self.tokenizer.special_ids(self.replies.markers)
+
+
+def reply_formats(settings: ServerSettings, template: str | None) -> ReplyFormats:
+    """The formats the settings name, or those that are certain from the chat template.
+
+    Raises:
+        ConfigError: an unknown name, formats that exclude each other, or no tool format where one is asked for.
+    """
+    formats = choose_formats(reasoning=settings.reasoning_parser, tools=settings.tool_call_parser, template=template)
+    if settings.enable_auto_tool_choice and formats.tools is None:
+        raise ConfigError(
+            "enable_auto_tool_choice needs a tool-call format, and the chat template shows none for certain; add --tool-call-parser"
+        )
+    return formats
 
 
 def load_served_model(settings: ServerSettings) -> ServedModel:
@@ -47,6 +68,7 @@ def load_served_model(settings: ServerSettings) -> ServedModel:
         source = settings.chat_template
         if source is None and facts.chat_template is not None:
             source = artifact.read(facts.chat_template).decode()
+        replies = reply_formats(settings, source)
         return ServedModel(
             names=settings.served_model_names or (manifest.model.name,),
             tokenizer=tokenizer,
@@ -54,4 +76,6 @@ def load_served_model(settings: ServerSettings) -> ServedModel:
             vocab_size=manifest.model.vocab_size,
             generation_defaults=manifest.generation_defaults if settings.generation_config == "auto" else {},
             fingerprint="fp_" + hashlib.sha256(artifact.digest.encode()).hexdigest()[:16],
+            special_tokens=dict(facts.special_tokens),
+            replies=replies,
         )

@@ -26,6 +26,10 @@ class ServerSettings:
     api_keys: tuple[str, ...] = ()  # empty: no key is asked for
     served_model_names: tuple[str, ...] = ()  # empty: the artifact's model name; the first is shown in answers
     chat_template: str | None = None  # Jinja source of the operator, instead of the artifact's
+    reasoning_parser: str = ""  # name of a format in reply_formats.toml; "": read off the chat template; "none": replies as they are
+    tool_call_parser: str | None = None  # the same for tool calls
+    enable_auto_tool_choice: bool = False  # refuse to start without a tool-call format
+    enable_tokenizer_info_endpoint: bool = False  # GET /tokenizer_info
     generation_config: Literal["auto", "vllm", "llmc"] = "auto"  # auto: the model's own sampling defaults; else neutral ones
     max_logprobs: int = 20  # -1: the whole vocabulary
     max_body_bytes: int = 8 << 20

@@ -16,7 +16,7 @@ from llmc.runtime.server.schemas import DetokenizeRequest, TokenizeRequest
 
 
 def tokenize_router(front: Front) -> APIRouter:
-    """Both routes, bound to this server's parts."""
+    """The routes, bound to this server's parts."""
     router = APIRouter()
 
     @router.post("/tokenize")
@@ -33,6 +33,7 @@ def tokenize_router(front: Front) -> APIRouter:
                 continue_final_message=body.continue_final_message,
                 add_special_tokens=body.add_special_tokens,
                 variables=body.chat_template_kwargs,
+                tools=body.tools,
             )
             tokens = prompt.token_ids
         else:
@@ -52,5 +53,23 @@ def tokenize_router(front: Front) -> APIRouter:
         check_token_ids(body.tokens, vocab_size=front.model.vocab_size, param="tokens")
         text = await front.aside(lambda: front.model.tokenizer.decode(body.tokens, skip_special_tokens=False), size=len(body.tokens))
         return json_answer({"prompt": text})
+
+    if front.settings.enable_tokenizer_info_endpoint:
+
+        @router.get("/tokenizer_info")
+        async def tokenizer_info() -> Any:
+            """What a tokenizer_config.json holds of this tokenizer, in its names."""
+            model = front.model
+            added = model.tokenizer.added_tokens()
+            return json_answer(
+                {
+                    "tokenizer_class": "PreTrainedTokenizerFast",
+                    "model_max_length": front.max_model_len,
+                    "vocab_size": model.tokenizer.num_tokens,
+                    **model.special_tokens,
+                    "added_tokens_decoder": {str(i): {"content": text, "special": special} for i, (text, special) in sorted(added.items())},
+                    "chat_template": model.chat_template.source if model.chat_template is not None else None,
+                }
+            )
 
     return router

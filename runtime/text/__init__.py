@@ -4,10 +4,29 @@ Nothing here imports transformers or torch. The engine knows token ids only; the
 `llmc.LLM` turn text into ids and back with these.
 """
 
+from llmc.runtime.text.channel_reply import ChannelReply
 from llmc.runtime.text.chat_template import ChatTemplate
 from llmc.runtime.text.detokenizer import Detokenizer
+from llmc.runtime.text.reply import Piece, Reply, ReplyParser
+from llmc.runtime.text.reply_formats import ReasoningFormat, ReplyFormats, ToolFormat, choose_formats
 from llmc.runtime.text.stop import StopMatcher
+from llmc.runtime.text.tagged_reply import TaggedReply
 from llmc.runtime.text.text_stream import TextStream
 from llmc.runtime.text.tokenizer import Tokenizer
 
-__all__ = ["ChatTemplate", "Detokenizer", "StopMatcher", "TextStream", "Tokenizer"]
+__all__ = [
+    "ChannelReply",
+    "ChatTemplate",
+    "Detokenizer",
+    "Piece",
+    "ReasoningFormat",
+    "Reply",
+    "ReplyFormats",
+    "ReplyParser",
+    "StopMatcher",
+    "TaggedReply",
+    "TextStream",
+    "Tokenizer",
+    "ToolFormat",
+    "choose_formats",
+]

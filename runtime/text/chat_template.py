@@ -85,6 +85,7 @@ class ChatTemplate:
         free = self._environment.undeclared_variables_in_template(_NAME)
         # Names the template reads and does not always set itself: what chat_template_kwargs may hold.
         self.variables = frozenset(n for n in free if n not in _RESERVED and n not in self._special_tokens and not n.endswith("_token"))
+        self.reads_tools = "tools" in free
         self.source = source
 
     def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **kwargs: Any) -> str:

@@ -21,8 +21,11 @@ class TextStream:
         include_stop: bool = False,
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
+        shown_special: dict[int, str] | None = None,
     ) -> None:
+        """`shown_special`: special tokens (id -> text) that are text although the others are skipped."""
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens)
+        self._shown_special = (shown_special or {}) if skip_special_tokens else {}
         self._matcher = StopMatcher(stop or [], include_stop)
         self._min_tokens = min_tokens
         self.include_stop = include_stop
@@ -40,7 +43,9 @@ class TextStream:
             if self.matched_stop is not None:
                 break
             self.num_tokens += 1
-            self._show(self._detokenizer.push([token_id]), shown)
+            marker = self._shown_special.get(token_id)
+            text = self._detokenizer.push([token_id]) if marker is None else self._detokenizer.flush() + marker
+            self._show(text, shown)
         if last and self.matched_stop is None:
             self._show(self._detokenizer.flush(), shown)
             shown.append(self._matcher.flush())

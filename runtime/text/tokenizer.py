@@ -19,7 +19,9 @@ class Tokenizer:
     def __init__(self, inner: tokenizers.Tokenizer, decoder_kinds: frozenset[str]) -> None:
         self._inner = inner
         self._decoder_kinds = decoder_kinds
-        self._added = frozenset(inner.get_added_tokens_decoder())  # ids whose spelling is their text
+        added = inner.get_added_tokens_decoder()
+        self._added = frozenset(added)  # ids whose spelling is their text
+        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Tokenizer:
@@ -57,6 +59,15 @@ class Tokenizer:
     def token_id(self, token: str) -> int | None:
         """Id of a token by its exact spelling in the vocabulary, or None."""
         return self._inner.token_to_id(token)
+
+    def added_tokens(self) -> dict[int, tuple[str, bool]]:
+        """Tokens beside the vocabulary proper: id -> (text, whether decoding skips it)."""
+        return {token_id: (self.token_bytes(token_id).decode("utf-8", "replace"), token_id in self._special) for token_id in self._added}
+
+    def special_ids(self, texts: tuple[str, ...]) -> dict[int, str]:
+        """Those of `texts` that are special tokens, which decoding skips: id -> text."""
+        found = {self._inner.token_to_id(text): text for text in texts}
+        return {token_id: text for token_id, text in found.items() if token_id in self._special}
 
     def token_text(self, token_id: int) -> str:
         """Text of one token on its own, as shown in log-probabilities; a token holding half a character shows U+FFFD."""

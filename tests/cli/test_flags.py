@@ -153,6 +153,15 @@ def test_the_later_place_wins(tmp_path: Path) -> None:
     assert resolve("serve", {"port": "4"}, config_file=file, environ={"LLMC_PORT": "3"})["port"] == 4
 
 
+def test_parser_names_are_those_of_the_formats() -> None:
+    from llmc.runtime.text.reply_formats import NONE, format_names
+
+    reasoning, tools = format_names()
+    assert sorted(BY_NAME["reasoning_parser"].choices) == sorted([*reasoning, NONE])
+    assert sorted(BY_NAME["tool_call_parser"].choices) == sorted([*tools, NONE])
+    assert (BY_NAME["reasoning_parser"].default, BY_NAME["tool_call_parser"].default) == (FLAGS["--reasoning-parser"]["default"], None)
+
+
 def test_settings_have_one_name_each() -> None:
     spellings = [s for setting in SETTINGS for s in (setting.flag, *setting.aliases)]
     assert len(spellings) == len(set(spellings))

@@ -73,6 +73,8 @@ class FakeEngine:
             raise ValueError("a step went wrong")
         sampling = request.sampling
         reply = request.prompt_token_ids if self._has(request, "parrot") else self._reply
+        if self._has(request, "say"):  # what stands before it in the prompt
+            reply = request.prompt_token_ids[: request.prompt_token_ids.index(self._triggers["say"])]
         token = reply[done % len(reply)]
         done += 1
         self._generated += 1

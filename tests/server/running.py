@@ -25,7 +25,16 @@ REPLY = "Hello world, how are you today?"
 # A prompt with one of these words makes the fake engine misbehave; each is one token of its own.
 TRIGGERS = {
     name: TOKENIZER.encode(char)[0]
-    for name, char in {"die": "~", "hang": "^", "bug": "`", "crash": "@", "reject": "#", "token_error": "$", "parrot": "%"}.items()
+    for name, char in {
+        "die": "~",
+        "hang": "^",
+        "bug": "`",
+        "crash": "@",
+        "reject": "#",
+        "token_error": "$",
+        "parrot": "%",
+        "say": "&",
+    }.items()
 }
 WORDS = {name: TOKENIZER.decode([token]) for name, token in TRIGGERS.items()}
 

@@ -13,7 +13,7 @@ from tests.server.tiny_tokenizers import CHATML, byte_level_json
 
 
 def load_model(settings: ServerSettings):
-    from llmc.runtime.server.served_model import ServedModel
+    from llmc.runtime.server.served_model import ServedModel, reply_formats
     from llmc.runtime.text import ChatTemplate, Tokenizer
 
     class FaultyTokenizer(Tokenizer):
@@ -31,6 +31,7 @@ def load_model(settings: ServerSettings):
         vocab_size=400,
         generation_defaults={"temperature": 0.6, "top_p": 0.95, "top_k": 20, "max_new_tokens": 64, "eos_token_id": [2]},
         fingerprint="fp_test",
+        replies=reply_formats(settings, settings.chat_template or CHATML),
     )
 
 

@@ -120,6 +120,10 @@ def test_tokenize_and_back(server: RunningServer) -> None:
     assert TOKENIZER.decode(chat["tokens"], False) == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
 
 
+def test_tokenizer_info_is_shown_only_if_switched_on(server: RunningServer) -> None:
+    assert_error(server.http.get("/tokenizer_info"), 404)
+
+
 def test_models_version_load_health(server: RunningServer) -> None:
     (card,) = server.http.get("/v1/models").json()["data"]
     assert (card["id"], card["object"], card["max_model_len"]) == ("tiny", "model", 512)

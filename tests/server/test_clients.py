@@ -69,7 +69,7 @@ def test_openai_completions(client: Any) -> None:
 def test_openai_errors(client: Any, keyed: RunningServer) -> None:
     with pytest.raises(openai.BadRequestError) as bad:
         client.chat.completions.create(model="tiny", messages=MESSAGES, tools=[{"type": "function", "function": {"name": "f"}}])
-    assert bad.value.param == "tools" and "not built" in bad.value.message
+    assert bad.value.param == "tools" and "--tool-call-parser" in bad.value.message
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="nobody", messages=MESSAGES)
     with pytest.raises(openai.AuthenticationError):

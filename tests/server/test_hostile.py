@@ -13,6 +13,8 @@ from llmc.runtime.server.schemas import ChatCompletionRequest, CompletionRequest
 from tests.server.running import RunningServer, assert_error
 
 MESSAGE = {"role": "user", "content": "hi"}
+DEEP = '{"a":' * 99 + "1" + "}" * 99
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
 
 @pytest.mark.parametrize(
@@ -70,15 +72,33 @@ def test_bad_completion_bodies(server: RunningServer, body: bytes, param: str | 
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/x"}}]}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages"),
-        ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [{"function": {"name": "f"}}]}]}, "messages"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}]}, "messages"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 900}}]}]}, "messages"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a":' * 99 + "1" + "}" * 99}}]}]},
+            None,
+        ),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"type": "custom", "function": {"name": "f"}}]}]}, "messages"),
         ({"messages": [MESSAGE], "tools": [{}]}, "tools"),
-        ({"messages": [MESSAGE], "response_format": {"type": "json_object"}}, "response_format"),
+        ({"messages": [MESSAGE], "tools": [{"type": "web_search"}]}, "tools"),
+        ({"messages": [MESSAGE], "tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
+        ({"messages": [MESSAGE], "tools": [{"type": "function", "function": {"name": "f", "parameters": [1]}}]}, "tools"),
+        ({"messages": [MESSAGE], "tools": [TOOL, TOOL]}, "tools"),
+        ({"messages": [MESSAGE], "tools": [TOOL] * 513}, "tools"),
+        ({"messages": [MESSAGE], "tools": [TOOL]}, "tools"),
+        ({"messages": [MESSAGE], "tool_choice": "auto"}, "tool_choice"),
+        ({"messages": [MESSAGE], "tools": [TOOL], "tool_choice": {"type": "function", "function": {}}}, "tool_choice"),
+        ({"messages": [MESSAGE], "tools": [TOOL], "tool_choice": "sometimes"}, "tool_choice"),
+        ({"messages": [MESSAGE], "reasoning_effort": "extreme"}, "reasoning_effort"),
+        ({"messages": [MESSAGE], "functions": [{"name": "f"}]}, "functions"),
+        ({"messages": [MESSAGE], "response_format": {"type": "xml"}}, "response_format"),
         ({"messages": [MESSAGE], "top_logprobs": 2}, "top_logprobs"),
         ({"messages": [MESSAGE], "chat_template": "{% for x in range(9) %}{% endfor %}"}, "chat_template"),
         ({"messages": [MESSAGE] * 5000}, "messages"),
     ],
 )
-def test_bad_chat_bodies(server: RunningServer, fields: dict[str, Any], param: str) -> None:
+def test_bad_chat_bodies(server: RunningServer, fields: dict[str, Any], param: str | None) -> None:
     assert_error(server.post("/v1/chat/completions", fields), 400, param=param)
 
 

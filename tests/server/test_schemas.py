@@ -30,6 +30,8 @@ def unbounded(annotation: Any, metadata: list[Any], where: str) -> list[str]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return walk(annotation, where)
     kinds = {type(m) for m in metadata}
+    if schemas.BoundedJson in kinds:
+        return []
     if annotation in (int, float):
         low = kinds & {annotated_types.Ge, annotated_types.Gt}
         high = kinds & {annotated_types.Le, annotated_types.Lt}
@@ -79,6 +81,18 @@ def test_explicit_nulls_mean_absent() -> None:
     names = [n for n in schemas.ChatCompletionRequest.model_fields if n != "messages"]
     body = '{"messages":[{"role":"user","content":"x"}],' + ",".join(f'"{n}":null' for n in names) + "}"
     assert parse_body(body.encode(), schemas.ChatCompletionRequest).model_fields_set == {"messages"}
+
+
+def test_free_json_is_bounded_in_all() -> None:
+    tool = '{"type":"function","function":{"name":"f","parameters":{"a":[%s]}}}'
+    body = '{"messages":[{"role":"user","content":"x"}],"tools":[' + tool + "]}"
+    for count, fine in ((schemas.MAX_JSON_VALUES - 2, True), (schemas.MAX_JSON_VALUES, False)):
+        data = (body % ",".join(["[]"] * count)).encode()
+        if fine:
+            parse_body(data, schemas.ChatCompletionRequest)
+        else:
+            with pytest.raises(RequestRejected, match="JSON values"):
+                parse_body(data, schemas.ChatCompletionRequest)
 
 
 @pytest.mark.parametrize("value", ["1.0", "true", '"1"', "1e400", "99999999999999999999", "-5"])
