@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,12 +72,33 @@ async def chat_prompt(
     history = front.model.replies.reasoning.history if front.model.replies.reasoning is not None else ("reasoning_content",)
     plain = [plain_message(message, history) for message in messages]
     opened = add_generation_prompt is not False and not continue_final_message
-    text = template.render(plain, opened, **given)
+    text = _rendered(template, plain, opened, given)
     continued = plain[-1]["content"] if continue_final_message else None
     if continued is not None:
         text = cut_at_final_message(text, continued)
     (ids,) = await front.encode([text], add_special_tokens=bool(add_special_tokens))
     return ChatPrompt(text=text, token_ids=ids, continued=continued)
+
+
+def _rendered(template: ChatTemplate, plain: list[dict[str, Any]], opened: bool, given: dict[str, Any]) -> str:
+    """Render; some templates take a call's arguments as text and fail on the object that most take."""
+    try:
+        return template.render(plain, opened, **given)
+    except RequestRejected as refusal:
+        if not any("tool_calls" in message for message in plain):
+            raise
+        try:
+            return template.render([_with_text_arguments(message) for message in plain], opened, **given)
+        except RequestRejected:
+            raise refusal from None  # the arguments' form was not the reason
+
+
+def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
+        for call in message.get("tool_calls", [])
+    ]
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def plain_message(message: ChatMessage, history: tuple[str, ...]) -> dict[str, Any]:

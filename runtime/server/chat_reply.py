@@ -10,8 +10,9 @@ from llmc.runtime.messages import FinishReason
 from llmc.runtime.server.chat_prompt import ChatPrompt
 from llmc.runtime.server.front import Front
 from llmc.runtime.server.schemas import ChatCompletionRequest
-from llmc.runtime.text import ChannelReply, Piece, ReasoningFormat, Reply, ReplyParser, TaggedReply, ToolFormat
+from llmc.runtime.text import ChannelFormat, ChannelReply, Piece, ReasoningFormat, Reply, ReplyParser, TaggedReply, ToolFormat
 
+_MAX_HEADER_CHARS = 256
 _SHORT_ID_CHARS = string.ascii_letters + string.digits
 
 
@@ -109,7 +110,7 @@ def chat_replies(front: Front, body: ChatCompletionRequest, prompt: ChatPrompt) 
 
     def parser() -> ReplyParser | None:
         if formats.channels is not None:
-            return ChannelReply(formats.channels, calls=tools is not None, in_content=bool(body.continue_final_message))
+            return ChannelReply(formats.channels, calls=tools is not None, opened=open_header(formats.channels, prompt))
         if tools is None and reasoning is None:
             return None
         names = frozenset(tool.function.name for tool in body.tools or [])
@@ -126,6 +127,14 @@ def chat_replies(front: Front, body: ChatCompletionRequest, prompt: ChatPrompt) 
         )
         for _ in range(body.n or 1)
     ]
+
+
+def open_header(channels: ChannelFormat, prompt: ChatPrompt) -> str | None:
+    """Header of the message that the prompt ends in; None if the reply begins a message of its own."""
+    if prompt.continued is not None:
+        return ""
+    header = prompt.text[-_MAX_HEADER_CHARS:].rpartition(channels.start)[2]
+    return header.removesuffix(channels.message) if header.endswith(channels.message) else None
 
 
 def prompt_in_reasoning(reasoning: ReasoningFormat | None, prompt: ChatPrompt) -> bool | None:

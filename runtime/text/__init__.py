@@ -8,13 +8,14 @@ from llmc.runtime.text.channel_reply import ChannelReply
 from llmc.runtime.text.chat_template import ChatTemplate
 from llmc.runtime.text.detokenizer import Detokenizer
 from llmc.runtime.text.reply import Piece, Reply, ReplyParser
-from llmc.runtime.text.reply_formats import ReasoningFormat, ReplyFormats, ToolFormat, choose_formats
+from llmc.runtime.text.reply_formats import ChannelFormat, ReasoningFormat, ReplyFormats, ToolFormat, choose_formats
 from llmc.runtime.text.stop import StopMatcher
 from llmc.runtime.text.tagged_reply import TaggedReply
 from llmc.runtime.text.text_stream import TextStream
 from llmc.runtime.text.tokenizer import Tokenizer
 
 __all__ = [
+    "ChannelFormat",
     "ChannelReply",
     "ChatTemplate",
     "Detokenizer",

@@ -19,14 +19,14 @@ class ChannelReply:
     Args:
         format: the marks.
         calls: whether messages to tools are tool calls; else they are content.
-        in_content: the prompt ends within a message; else it ends where a header is expected.
+        opened: header of the message the prompt ends in; None: the prompt ends where a header is expected.
     """
 
-    def __init__(self, format: ChannelFormat, *, calls: bool, in_content: bool) -> None:
+    def __init__(self, format: ChannelFormat, *, calls: bool, opened: str | None = None) -> None:
         self._format = format
         self._calls = calls
         self._buffer = ""
-        self._mode = "body" if in_content else "open"
+        self._mode = "open"
         self._kind: str = "content"
         self._new_message = False  # the next text of a kind that was there before needs a line between
         self._seen: set[str] = set()
@@ -36,6 +36,8 @@ class ChannelReply:
         self._begun = False  # within the call's JSON
         self._ended = False  # the call's JSON is whole
         self._out: list[Piece] = []
+        if opened is not None:
+            self._open_message(opened)
 
     def push(self, text: str) -> list[Piece]:
         """See ReplyParser."""

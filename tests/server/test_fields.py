@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llmc.errors import RequestRejected
-from llmc.runtime.server.chat_prompt import allowed_variables, cut_at_final_message
+from llmc.runtime.server.chat_prompt import _rendered, allowed_variables, cut_at_final_message
 from llmc.runtime.server.front import cache_salt_of
 from llmc.runtime.server.sampling import bad_word_ids
 from llmc.runtime.server.schemas import ChatCompletionRequest, CompletionRequest
@@ -91,6 +91,15 @@ def test_the_final_message_is_continued(server: RunningServer) -> None:
     assert_error(server.post("/v1/chat/completions", both), 400, param="continue_final_message")
     empty = fields | {"messages": [{"role": "user", "content": " "}]}
     assert_error(server.post("/v1/chat/completions", empty), 400, param="continue_final_message")
+
+
+def test_templates_that_take_arguments_as_text() -> None:
+    message = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"a": "é"}}}]}
+    for source in ("{{ f.arguments | tojson }}", "{{ '<' + f.arguments }}"):
+        template = ChatTemplate("{% for m in messages %}{% set f = m.tool_calls[0].function %}" + source + "{% endfor %}", {})
+        assert _rendered(template, [message], True, {}).removeprefix("<") == '{"a": "é"}'
+    with pytest.raises(RequestRejected, match="too few"):
+        _rendered(ChatTemplate("{{ raise_exception('too few') }}", {}), [message], True, {})
 
 
 def test_where_the_final_message_is_cut() -> None:

@@ -24,7 +24,7 @@ ARGUMENTS = CALL.partition('"arguments": ')[2][:-1]
 def parser(reasoning: str = "none", tools: str = "none", *, in_reasoning: bool | None = None) -> ReplyParser:
     formats = choose_formats(reasoning=reasoning, tools=tools, template=None)
     if formats.channels is not None:
-        return ChannelReply(formats.channels, calls=formats.tools is not None, in_content=False)
+        return ChannelReply(formats.channels, calls=formats.tools is not None)
     return TaggedReply(reasoning=formats.reasoning, tools=formats.tools, tool_names=NAMES, in_reasoning=in_reasoning)
 
 
@@ -182,6 +182,14 @@ def test_any_arguments_come_through(arguments: dict[str, Any]) -> None:
     text = json.dumps({"name": "f", "arguments": arguments}, ensure_ascii=False)
     ((name, read_back),) = shown(read(parser("none", "hermes"), [f"<tool_call>{text}</tool_call>"]))[2]
     assert name == "f" and json.loads(read_back) == arguments
+
+
+def test_a_channel_that_the_prompt_opened() -> None:
+    channels = choose_formats(reasoning="openai_gptoss", tools="openai", template=None).channels
+    assert channels is not None
+    text = "hm<|end|><|start|>assistant<|channel|>final<|message|>x"
+    for header, expected in (("assistant<|channel|>analysis", ("hm", "x", [])), ("", ("", "hm\nx", []))):
+        assert shown(read(ChannelReply(channels, calls=True, opened=header), list(text))) == expected
 
 
 def test_arguments_are_streamed_as_they_are_written() -> None:
