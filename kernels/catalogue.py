@@ -62,4 +62,17 @@ def _cases(empty: Callable[..., Tensor]) -> dict[str, tuple[str, tuple[Any, ...]
             "rope_kv_write",
             (q, k, v, t(64, dtype=torch.int64), tables, tables, weight, weight, 1e-6, 0.0, True, *write),
         )
+    for dtype in (BF16, F32):
+        for tokens in (1, 32, 64, 256, 2048):
+            weight, bias = t(6144, 4096, dtype=dtype), t(6144, dtype=dtype)
+            cases[f"plain_linear {str(dtype)[6:]} {tokens}"] = ("plain_linear", (t(tokens, 4096, dtype=dtype), weight, bias))
+        for rows in (8, 256, 4096, 65536):
+            weight, ids = t(64, 1536, 2048, dtype=dtype), t(rows, dtype=torch.int64)
+            cases[f"plain_grouped_linear {str(dtype)[6:]} {rows}"] = (
+                "plain_grouped_linear",
+                (t(rows, 2048, dtype=dtype), weight, ids, t(64, 1536, dtype=dtype)),
+            )
+    cases["plain_linear one part 2048"] = ("plain_linear", (t(2048, 4096), t(28672, 4096), None))
+    cases["plain_linear uneven 2048"] = ("plain_linear", (t(2048, 2872), t(201, 2896)[:, :2872], None))
+    cases["argmax"] = ("argmax", (t(256, 151936),))
     return cases

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from types import ModuleType, SimpleNamespace
 
-from . import gelu_mul, paged_attention, rms_norm, rope_kv_write, silu_mul
+from . import argmax, gelu_mul, paged_attention, plain_grouped_linear, plain_linear, rms_norm, rope_kv_write, silu_mul
 
 GPU_OPS: dict[str, ModuleType | SimpleNamespace] = {
     "rms_norm": rms_norm,
@@ -17,4 +17,7 @@ GPU_OPS: dict[str, ModuleType | SimpleNamespace] = {
     "gelu_mul": gelu_mul,
     "rope_kv_write": rope_kv_write,
     "paged_attend": paged_attention.attend,
+    "plain_linear": plain_linear,
+    "plain_grouped_linear": plain_grouped_linear,
+    "argmax": argmax,
 }

@@ -33,6 +33,9 @@ _MODULES = {
     "rope_kv_write": "rope_kv_write.triton_impl",
     "paged_attention": "paged_attention.triton_impl",
     "paged_attend": "paged_attention.triton_impl",
+    "plain_linear": "plain_linear.triton_impl",
+    "plain_grouped_linear": "plain_grouped_linear.triton_impl",
+    "argmax": "argmax.triton_impl",
 }
 OPS: tuple[str, ...] = tuple(_MODULES)
 

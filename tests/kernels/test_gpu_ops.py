@@ -22,6 +22,9 @@ SAMPLES: dict[str, tuple[Any, ...]] = {
     "gelu_mul": (ROWS, ROWS, True),
     "rope_kv_write": (Q, K, K, POSITIONS, TABLE, TABLE, ROW8, None, 1e-6, 0.0, True, CACHE.clone(), CACHE.clone(), SLOTS, 0),
     "paged_attend": (Q, CACHE, CACHE, TABLES, LENGTHS, STARTS, 0, 0, 0.5, 0, 0.0, None),
+    "plain_linear": (ROWS, torch.randn(5, 6), torch.randn(5)),
+    "plain_grouped_linear": (ROWS, torch.randn(4, 5, 6), torch.tensor([3, 0, 3]), None),
+    "argmax": (ROWS,),
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,10 +53,21 @@ def check(kernels: list[dict[str, Any]]) -> None:
         decode, prefill = found["segments_kernel"], found["prefill_kernel"]
         assert decode["matrix_instructions"] == prefill["matrix_instructions"] == ["wgmma"]
         assert decode["matrix_layouts"] == prefill["matrix_layouts"] != []
+    for r in kernels:  # the weight's side of the instruction and its steps along K are the same for every number of rows
+        if r["case"].startswith(("plain_linear bfloat16", "plain_grouped_linear bfloat16")) and r["matrix_layouts"]:
+            assert r["matrix_instructions"] == ["wgmma"]
+            assert all(re.fullmatch(r"16, \d+, 16, 1", layout) for layout in r["matrix_layouts"]), r
 
 
 def test_compiles_for_sm_90_without_a_gpu() -> None:
-    cases = ["add_rms_norm", "silu_mul", "rope_kv_write qwen-0.6b", "paged_attention llama-8b"]
+    cases = [
+        "add_rms_norm",
+        "silu_mul",
+        "rope_kv_write qwen-0.6b",
+        "paged_attention llama-8b",
+        "plain_linear bfloat16 1",
+        "plain_linear bfloat16 2048",
+    ]
     kernels = compiled(1, *cases)
     assert {r["case"] for r in kernels} == set(cases)
     check(kernels)

@@ -1,0 +1,204 @@
+"""llmc::plain_linear in Triton: up to 64 rows (decode) with K split over programs, more rows (prefill) by persistent programs.
+
+A row has the same bits at every number of rows. Its sum over K is cut into the same parts, each summed from zero in steps of the same
+matrix instruction and added in order: by a second kernel in decode, by the one program that holds the tile in prefill. The parts
+depend on N, K and the device alone. The weight stands on the side of the instruction that is always 64 rows high, so that a single
+token fills an instruction as well as many do, and only the other side's width depends on the number of tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import FLOATS, H200, Device, Launch, Launcher, as_rows, cdiv, dtype_reason, next_power_of_2, row_reason, run
+from ..registry import Implementation
+
+DECODE_ROWS = 64
+MIN_STEPS = 8  # of BLOCK_K in a part of K: fewer do not fill the pipeline
+MAX_PARTS = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tile:
+    """What one program computes at a time: block_n columns of the result for block_t rows."""
+
+    block_n: int
+    block_t: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def tile_for(rows: int, dtype: torch.dtype) -> Tile:
+    """The tile for this many rows (tokens). block_k is the same for all of one dtype."""
+    if dtype == torch.float32:  # no matrix instruction; for checks against other programs, not for speed
+        return Tile(block_n=32, block_t=16 if rows <= 16 else 32, block_k=32, num_warps=4, num_stages=2)
+    if rows <= DECODE_ROWS:
+        return Tile(block_n=64, block_t=max(16, next_power_of_2(rows)), block_k=64, num_warps=4, num_stages=6)
+    if rows <= 512:
+        return Tile(block_n=128, block_t=64, block_k=64, num_warps=4, num_stages=4)
+    return Tile(block_n=128, block_t=128, block_k=64, num_warps=8, num_stages=4)
+
+
+def split_length(n: int, k: int, block_k: int, device: Device) -> int:
+    """Columns of K in a part, a multiple of block_k: as many parts as keep the device busy when there is one row."""
+    programs, parts = cdiv(n, 64), 1
+    while programs * parts < device.num_sms * 3 // 2 and parts < MAX_PARTS and k >= 2 * parts * MIN_STEPS * block_k:
+        parts *= 2
+    return cdiv(cdiv(k, block_k), parts) * block_k
+
+
+@triton.jit
+def weight_dot(
+    x, weight, token_T, has_T, row_N, has_N, first, last,
+    EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_N, BLOCK_T] fp32: rows of the weight times tokens over the columns [first, last); token_T, row_N: where they begin."""
+    total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    for start in range(first, last, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        has_w, has_x = has_N[:, None], has_T[None, :]
+        if not EVEN:
+            has_w = has_w & (k < last)[None, :]
+            has_x = has_x & (k < last)[:, None]
+        w = tl.load(weight + row_N[:, None] + k[None, :], mask=has_w, other=0.0)
+        tokens = tl.load(x + token_T[None, :] + k[:, None], mask=has_x, other=0.0)
+        total = tl.dot(w, tokens, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def decode_kernel(
+    x, weight, bias, out, num_tokens, n, k, x_stride, weight_stride, length,
+    HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Grid (run of columns, run of tokens, part of K). `out` is the result, or [parts, tokens, n] fp32 for `add_kernel`."""
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    part = tl.program_id(2)
+    has_N, has_T = row < n, token < num_tokens
+    first = part * length
+    y = weight_dot(
+        x, weight, token.to(tl.int64) * x_stride, has_T, row.to(tl.int64) * weight_stride, has_N, first, tl.minimum(first + length, k),
+        EVEN, BLOCK_N, BLOCK_T, BLOCK_K,
+    )  # fmt: skip
+    if HAS_BIAS:
+        y += tl.load(bias + row, mask=has_N, other=0.0).to(tl.float32)[:, None]
+    place = (part.to(tl.int64) * num_tokens + token)[None, :] * n + row[:, None]
+    tl.store(out + place, y.to(out.dtype.element_ty), mask=has_N[:, None] & has_T[None, :])
+
+
+@triton.jit
+def add_kernel(partial, bias, out, num_tokens, n, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid (token, run of columns): the parts in their order, then the bias."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < n
+    y = tl.zeros([BLOCK], tl.float32)
+    for part in tl.static_range(PARTS):
+        y += tl.load(partial + (part * num_tokens + token) * n + column, mask=inside, other=0.0)
+    if HAS_BIAS:
+        y += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + token * n + column, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def prefill_kernel(
+    x, weight, bias, out, num_tokens, n, k, x_stride, weight_stride, length, num_tiles,
+    HAS_BIAS: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    ABREAST: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """Grid (PROGRAMS): every program takes each PROGRAMS-th tile. ABREAST runs of tokens share the weight's rows in the L2 cache."""
+    runs_T, runs_N = tl.cdiv(num_tokens, BLOCK_T), tl.cdiv(n, BLOCK_N)
+    for tile in range(tl.program_id(0), num_tiles, PROGRAMS):
+        band = tile // (ABREAST * runs_N)
+        width = tl.minimum(runs_T - band * ABREAST, ABREAST)
+        inside = tile % (ABREAST * runs_N)
+        token = (band * ABREAST + inside % width) * BLOCK_T + tl.arange(0, BLOCK_T)
+        row = (inside // width) * BLOCK_N + tl.arange(0, BLOCK_N)
+        has_N, has_T = row < n, token < num_tokens
+        token_T, row_N = token.to(tl.int64) * x_stride, row.to(tl.int64) * weight_stride
+        if PARTS == 1:
+            y = weight_dot(x, weight, token_T, has_T, row_N, has_N, 0, k, EVEN, BLOCK_N, BLOCK_T, BLOCK_K)
+        else:
+            y = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+            for part in range(PARTS):
+                first = part * length
+                last = tl.minimum(first + length, k)
+                y += weight_dot(x, weight, token_T, has_T, row_N, has_N, first, last, EVEN, BLOCK_N, BLOCK_T, BLOCK_K)
+        if HAS_BIAS:
+            y += tl.load(bias + row, mask=has_N, other=0.0).to(tl.float32)[:, None]
+        place = token.to(tl.int64)[None, :] * n + row[:, None]
+        tl.store(out + place, y.to(out.dtype.element_ty), mask=has_N[:, None] & has_T[None, :])
+
+
+def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, launch: Launcher = run, device: Device = H200) -> Tensor:
+    """`plain_linear_reference` on a GPU."""
+    rows, (n, k) = as_rows(x), weight.shape
+    num_tokens = rows.shape[0]
+    out = x.new_empty((*x.shape[:-1], n))
+    tile = tile_for(num_tokens, x.dtype)
+    length = split_length(n, k, tile.block_k, device)
+    parts = cdiv(k, length)
+    bias_or_any = weight if bias is None else bias
+    args = {
+        "x": rows, "weight": weight, "bias": bias_or_any, "out": out, "num_tokens": num_tokens, "n": n, "k": k,
+        "x_stride": rows.stride(0), "weight_stride": weight.stride(0), "length": length,
+    }  # fmt: skip
+    constants = {
+        "HAS_BIAS": bias is not None, "EVEN": k % tile.block_k == 0, "BLOCK_N": tile.block_n, "BLOCK_T": tile.block_t,
+        "BLOCK_K": tile.block_k,
+    }  # fmt: skip
+    runs_n, runs_t = cdiv(n, tile.block_n), cdiv(num_tokens, tile.block_t)
+    if num_tokens > DECODE_ROWS:
+        programs = min(device.num_sms, runs_n * runs_t)
+        launch(
+            Launch(
+                kernel=prefill_kernel,
+                grid=(programs, 1, 1),
+                args={**args, "num_tiles": runs_n * runs_t},
+                constants={**constants, "PARTS": parts, "ABREAST": 8, "PROGRAMS": programs},
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+            )
+        )
+        return out
+    partial = out if parts == 1 else x.new_empty((parts, num_tokens, n), dtype=torch.float32)
+    launch(
+        Launch(
+            kernel=decode_kernel,
+            grid=(runs_n, runs_t, parts),
+            args={**args, "out": partial},
+            constants={**constants, "HAS_BIAS": bias is not None and parts == 1},
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    )
+    if parts > 1:
+        block = min(1024, next_power_of_2(n))
+        launch(
+            Launch(
+                kernel=add_kernel,
+                grid=(num_tokens, cdiv(n, block), 1),
+                args={"partial": partial, "bias": bias_or_any, "out": out, "num_tokens": num_tokens, "n": n},
+                constants={"PARTS": parts, "HAS_BIAS": bias is not None, "BLOCK": block},
+            )
+        )
+    return out
+
+
+def plain_linear_reason(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """Why this kernel does not take the arguments, or None."""
+    if 0 in weight.shape:
+        return f"an empty weight {list(weight.shape)}"
+    if weight.stride(1) != 1 or (bias is not None and bias.stride(0) != 1):
+        return "weight and bias must be contiguous along their last dimension"
+    return dtype_reason(FLOATS, x=x, weight=weight, bias=bias) or row_reason(x=x)
+
+
+IMPLEMENTATIONS = (Implementation(op="plain_linear", name="triton", supports=plain_linear_reason, call=plain_linear),)

@@ -1,0 +1,110 @@
+"""plain_linear, plain_grouped_linear and argmax in Triton: parity with the references, and one row's bits at every size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmc.kernels.argmax import argmax_reference
+from llmc.kernels.argmax.triton_impl import argmax, argmax_reason
+from llmc.kernels.launch import H200, Device
+from llmc.kernels.plain_grouped_linear import plain_grouped_linear_reference
+from llmc.kernels.plain_grouped_linear.triton_impl import plain_grouped_linear, plain_grouped_linear_reason
+from llmc.kernels.plain_linear import plain_linear_reference
+from llmc.kernels.plain_linear.triton_impl import plain_linear, plain_linear_reason, split_length, tile_for
+
+from .world import DEVICE, DTYPES, assert_close, poisoned, random, same_bits
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens, n, k", [(0, 16, 16), (1, 1, 1), (3, 70, 100), (17, 33, 64), (65, 130, 90)])
+def test_plain_linear(dtype: torch.dtype, tokens: int, n: int, k: int) -> None:
+    x, weight, bias = random(tokens, k, dtype=dtype), random(n, k, dtype=dtype), random(n, dtype=dtype)
+    with poisoned():
+        without, added = plain_linear(x, weight, None), plain_linear(x, weight, bias)
+    assert_close(without, plain_linear_reference(x, weight, None))
+    assert_close(added, plain_linear_reference(x, weight, bias))
+
+
+def test_a_split_sum_with_strides() -> None:
+    x, weight, bias = random(2, 3, 3000, dtype=torch.bfloat16)[..., :2100], random(20, 2112, dtype=torch.bfloat16)[:, :2100], random(20)
+    bias = bias.bfloat16()
+    assert split_length(20, 2100, 64, H200) == 576  # 33 steps in 4 parts
+    with poisoned():
+        found = plain_linear(x, weight, bias)
+    assert_close(found, plain_linear_reference(x, weight, bias))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_row_of_plain_linear_has_the_same_bits_at_every_size(parts: int) -> None:
+    """1, 17 and 64 rows are decoded with tiles of 16, 32 and 64 rows; 70 and 600 are prefilled with two kinds of tiles."""
+    n, k, device = (24, 1040, H200) if parts == 2 else (130, 200, Device(num_sms=1))
+    assert -(-k // split_length(n, k, 64, device)) == parts
+    x, weight, bias = random(600, k, dtype=torch.bfloat16), random(n, k, dtype=torch.bfloat16), random(n, dtype=torch.bfloat16)
+    whole = plain_linear(x, weight, bias, device=device)
+    for rows in (slice(0, 1), slice(599, 600), slice(3, 20), slice(10, 74), slice(500, 570)):
+        assert same_bits(plain_linear(x[rows], weight, bias, device=device), whole[rows])
+
+
+def test_parts_of_k_depend_on_the_matrix_alone() -> None:
+    assert [split_length(n, k, 64, H200) for n, k in ((4096, 4096), (28672, 4096), (4096, 14336), (1024, 1024), (151936, 1024))] == [
+        1024, 4096, 3584, 512, 1024
+    ]  # fmt: skip
+    assert {tile_for(m, torch.bfloat16).block_k for m in (1, 16, 64, 65, 4096)} == {64}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, experts", [(0, 3), (1, 4), (9, 3), (70, 2), (40, 5)])
+def test_plain_grouped_linear(dtype: torch.dtype, rows: int, experts: int) -> None:
+    x, weight, bias = random(rows, 50, dtype=dtype), random(experts, 40, 50, dtype=dtype), random(experts, 40, dtype=dtype)
+    ids = torch.randint(0, experts, (rows,))
+    ids[rows // 2 :] = experts - 1  # some experts with many rows, some with none
+    ids = ids.to(DEVICE)
+    with poisoned():
+        without, added = plain_grouped_linear(x, weight, ids, None), plain_grouped_linear(x, weight, ids, bias)
+    assert_close(without, plain_grouped_linear_reference(x, weight, ids, None))
+    assert_close(added, plain_grouped_linear_reference(x, weight, ids, bias))
+
+
+def test_a_row_of_plain_grouped_linear_has_the_same_bits_in_every_batch() -> None:
+    x, weight = random(150, 96, dtype=torch.bfloat16), random(3, 40, 96, dtype=torch.bfloat16)
+    ids = torch.randint(0, 3, (150,)).to(DEVICE)
+    whole = plain_grouped_linear(x, weight, ids, None)
+    for rows in (slice(0, 1), slice(5, 25), slice(140, 150)):
+        assert same_bits(plain_grouped_linear(x[rows], weight, ids[rows], None), whole[rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, vocab", [(0, 7), (1, 1), (3, 100), (2, 4097), (2, 9001)])
+def test_argmax(dtype: torch.dtype, rows: int, vocab: int) -> None:
+    logits = random(rows, vocab, dtype=dtype).mul(4).round()  # many equals
+    with poisoned():
+        assert torch.equal(argmax(logits), argmax_reference(logits))
+
+
+def test_argmax_of_odd_rows() -> None:
+    """The lowest of equals across runs; infinities; NaN never wins; a row of nothing else gives 0."""
+    logits = random(6, 9001)
+    logits[0, [4000, 5000, 9000]] = 99.0
+    logits[1] = float("-inf")
+    logits[2] = float("nan")
+    logits[3, 17], logits[3, 8000] = float("nan"), 99.0
+    logits[4, [8999, 9000]] = float("inf")
+    logits[5] = -0.0
+    logits[5, 4500] = 0.0
+    assert argmax(logits).tolist() == argmax_reference(logits).tolist() == [4000, 0, 0, 8000, 8999, 0]
+    assert argmax(logits[:, 4100:4200]).tolist() == argmax_reference(logits[:, 4100:4200]).tolist()
+
+
+def test_what_is_refused() -> None:
+    x = random(4, 8)
+    assert "contiguous along" in str(plain_linear_reason(x, random(8, 4).t(), None))
+    assert "one dtype" in str(plain_linear_reason(x, random(4, 8).half(), None))
+    assert "empty" in str(plain_linear_reason(x, random(0, 8), None))
+    assert "one dtype" in str(plain_grouped_linear_reason(x, random(2, 4, 8).half(), torch.zeros(4, dtype=torch.int64), None))
+    assert "contiguous" in str(argmax_reason(x.t()))
