@@ -45,7 +45,7 @@ class EmbeddingArgs(ctypes.Structure):
 class QuantizedLinearArgs(ctypes.Structure):
     """LlmcQuantizedLinearArgs of quantized_linear/cpu/quantized_linear.h."""
 
-    _fields_ = [
+    _fields_: ClassVar[Any] = [
         *[("struct_bytes", _I64), ("x", _P), ("weight", _P), ("scales", _P), ("bias", _P), ("y", _P)],
         *[("m", _I64), ("n", _I64), ("k", _I64), ("x_stride", _I64), ("y_stride", _I64), ("group", _I64)],
         *[("bits", _I32), ("dtype", _I32), ("num_threads", _I32)],
@@ -55,7 +55,7 @@ class QuantizedLinearArgs(ctypes.Structure):
 class QuantizedEmbeddingArgs(ctypes.Structure):
     """LlmcQuantizedEmbeddingArgs of quantized_embedding/cpu/quantized_embedding.h."""
 
-    _fields_ = [
+    _fields_: ClassVar[Any] = [
         *[("struct_bytes", _I64), ("ids", _P), ("weight", _P), ("scales", _P), ("y", _P)],
         *[("count", _I64), ("num_rows", _I64), ("k", _I64), ("y_stride", _I64), ("group", _I64)],
         *[("bits", _I32), ("dtype", _I32), ("num_threads", _I32)],

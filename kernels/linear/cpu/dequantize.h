@@ -68,32 +68,45 @@ inline void store_products<BF16>(uint16_t* out, Lanes low, Lanes high) {
 }
 #endif
 
-// Depth pairs [begin, end) of one panel; `out` is where pair `begin` goes. All within one group, whose sixteen scales are given.
+// Makes 32 elements, sixteen columns by two depths, out of their integers and the columns' scales.
 template <class D, int Bits>
-static inline void dequantize_pairs(const uint8_t* panel, Lanes scales, int64_t begin, int64_t end, typename D::Element* out) {
+struct PairMaker {
   Lanes low_scale, high_scale;
-  lanes_twice(scales, low_scale, high_scale);
-  for (int64_t j = begin; j < end; j++, out += 32) {
-    const uint8_t* at = panel + j * Quants<Bits>::kPairBytes;
-    _mm_prefetch((const char*)at + 2048, _MM_HINT_T0);
+  explicit PairMaker(Lanes scales) { lanes_twice(scales, low_scale, high_scale); }
+  void make(const uint8_t* at, typename D::Element* out) const {
     __m128i low, high;
     Quants<Bits>::load(at, low, high);
     store_products<D>(out, lanes_mul(lanes_from_int8(low), low_scale), lanes_mul(lanes_from_int8(high), high_scale));
   }
-}
+};
 
 #ifdef __AVX512BF16__
+// Four bits in fewer steps: a nibble u = q + 8 in the top of a float's fraction makes 16 + u, and (16 + u) * scale - 24 * scale is the
+// exact product q * scale, since 24 * scale is exact too.
+template <>
+struct PairMaker<BF16, 4> {
+  __m512 scale, offset;
+  explicit PairMaker(Lanes scales) : scale(scales.v), offset(_mm512_mul_ps(scales.v, _mm512_set1_ps(-24))) {}
+  __m512 product(__m512i nibble_in_fraction) const {
+    constexpr int kAndThenOr = 0xea;
+    const __m512i value = _mm512_ternarylogic_epi32(nibble_in_fraction, _mm512_set1_epi32(0x00780000), _mm512_set1_epi32(0x41800000), kAndThenOr);
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(value), scale, offset);
+  }
+  void make(const uint8_t* at, uint16_t* out) const {
+    const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)at));
+    const __m512 even = product(_mm512_slli_epi32(both, 19)), odd = product(_mm512_slli_epi32(both, 15));
+    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                                23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(odd, even)));
+  }
+};
+
 // One AMX tile: 16 columns by 32 depths, all of one group.
 template <int Bits>
 static inline void dequantize_tile(const uint8_t* tile, Lanes scales, uint16_t* out) {
-  Lanes low_scale, high_scale;
-  lanes_twice(scales, low_scale, high_scale);
+  const PairMaker<BF16, Bits> maker(scales);
 #pragma GCC unroll 16
-  for (int j = 0; j < 16; j++) {
-    __m128i low, high;
-    Quants<Bits>::load(tile + j * Quants<Bits>::kPairBytes, low, high);
-    store_products<BF16>(out + j * 32, lanes_mul(lanes_from_int8(low), low_scale), lanes_mul(lanes_from_int8(high), high_scale));
-  }
+  for (int j = 0; j < 16; j++) maker.make(tile + j * Quants<Bits>::kPairBytes, out + j * 32);
 }
 #endif
 
@@ -104,7 +117,12 @@ void dequantize_panel(const uint8_t* panel, const typename D::Element* scales, i
     const int64_t pairs = (k + 31) / 32 * 16;
     for (int64_t begin = 0, g = 0; begin < pairs; begin += group / 2, g++) {
       const int64_t end = begin + group / 2 < pairs ? begin + group / 2 : pairs;
-      dequantize_pairs<D, Bits>(panel, D::load16(scales + g * 16), begin, end, out + begin * 32);
+      const PairMaker<D, Bits> maker(D::load16(scales + g * 16));
+      for (int64_t j = begin; j < end; j++) {
+        const uint8_t* at = panel + j * Quants<Bits>::kPairBytes;
+        _mm_prefetch((const char*)at + 2048, _MM_HINT_T0);
+        maker.make(at, out + j * 32);
+      }
     }
   } else {
     // fp32 panels are [depth][16]: the two depths of a pair go to two rows, and a last, padded depth is left out.
