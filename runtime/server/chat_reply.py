@@ -10,7 +10,8 @@ from llmc.runtime.messages import FinishReason
 from llmc.runtime.server.chat_prompt import ChatPrompt
 from llmc.runtime.server.front import Front
 from llmc.runtime.server.schemas import ChatCompletionRequest
-from llmc.runtime.text import ChannelFormat, ChannelReply, Piece, ReasoningFormat, Reply, ReplyParser, TaggedReply, ToolFormat
+from llmc.runtime.server.tool_choice import is_forced
+from llmc.runtime.text import ChannelFormat, ChannelReply, ForcedReply, Piece, ReasoningFormat, Reply, ReplyParser, TaggedReply, ToolFormat
 
 _MAX_HEADER_CHARS = 256
 _SHORT_ID_CHARS = string.ascii_letters + string.digits
@@ -85,6 +86,10 @@ class ChatReply:
             ]
         return message
 
+    def call_id(self, piece: Piece) -> str | None:
+        """The id of the call a piece belongs to."""
+        return self._ids.get(piece.call)
+
     def delta(self, piece: Piece) -> dict[str, Any]:
         """`choices[].delta` of one piece."""
         if piece.kind == "reasoning":
@@ -109,6 +114,8 @@ def chat_replies(front: Front, body: ChatCompletionRequest, prompt: ChatPrompt) 
     reasoning = formats.reasoning
 
     def parser() -> ReplyParser | None:
+        if is_forced(body):
+            return ForcedReply()
         if formats.channels is not None:
             return ChannelReply(formats.channels, calls=tools is not None, opened=open_header(formats.channels, prompt))
         if tools is None and reasoning is None:

@@ -7,17 +7,15 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from llmc.errors import RequestRejected
 from llmc.runtime.server import sse
 from llmc.runtime.server.answers import json_answer
-from llmc.runtime.server.chat_prompt import chat_prompt, text_of
-from llmc.runtime.server.chat_reply import ChatReply, chat_replies
+from llmc.runtime.server.chat_prompt import text_of
+from llmc.runtime.server.chat_run import ChatRun, start_chat
 from llmc.runtime.server.front import Front
-from llmc.runtime.server.generation import Delta, Generation
+from llmc.runtime.server.generation import Delta
 from llmc.runtime.server.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from llmc.runtime.server.parse import parse_body
-from llmc.runtime.server.sampling import bad_word_ids, sampling_params, truncated
-from llmc.runtime.server.schemas import ChatCompletionRequest, NamedTool
+from llmc.runtime.server.schemas import ChatCompletionRequest
 
 _ROLE = "assistant"
 
@@ -29,99 +27,28 @@ def chat_router(front: Front) -> APIRouter:
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Any:
         body = parse_body(await request.body(), ChatCompletionRequest)
-        front.check_model(body.model)
-        _check_fields(front, body)
-        rendered = await chat_prompt(
-            front,
-            body.messages,
-            add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=body.continue_final_message,
-            add_special_tokens=body.add_special_tokens,
-            variables=body.chat_template_kwargs,
-            tools=body.tools,
-            reasoning_effort=body.reasoning_effort,
-        )
-        max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-        (prompt,) = truncated(front, body, [rendered.token_ids], max_tokens)
-        sampling = sampling_params(
-            front,
-            body,
-            [prompt],
-            max_tokens=max_tokens,
-            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            prompt_logprobs=body.prompt_logprobs,
-            bad_words=await bad_word_ids(front, body),
-        )
-        generation = Generation(
-            front,
-            request,
-            [prompt],
-            sampling,
-            priority=body.priority or 0,
-            cache_salt=body.cache_salt,
-            shown_special=front.model.reply_marks,
-        )
-        answer = _Answer(front, body, generation, chat_replies(front, body, rendered), prompt, request.scope["llmc.request_id"])
+        run = await start_chat(front, request, body)
+        answer = _Answer(front, body, run, request.scope["llmc.request_id"])
         if body.stream:
-            return await sse.start(answer.chunks(), generation.close)
+            return await sse.start(answer.chunks(), run.generation.close)
         try:
             return json_answer(await answer.whole())
         finally:
-            generation.close()
+            run.generation.close()
 
     return router
-
-
-def _check_tools(front: Front, body: ChatCompletionRequest) -> None:
-    choice = body.tool_choice
-    if choice is not None and choice != "none" and not body.tools:
-        raise RequestRejected("tool_choice needs tools", param="tool_choice")
-    if choice == "required" or isinstance(choice, NamedTool):
-        raise RequestRejected("tool_choice: forcing a call needs structured output, which is not built yet; use auto", param="tool_choice")
-    if not body.tools:
-        return
-    names = [tool.function.name for tool in body.tools]
-    if len(set(names)) != len(names):
-        raise RequestRejected("tools: two functions have the same name", param="tools", code="invalid_value")
-    if any(tool.function.strict for tool in body.tools):
-        raise RequestRejected("tools: strict needs structured output, which is not built yet; leave it out", param="tools")
-    if choice != "none" and front.model.replies.tools is None:
-        raise RequestRejected(
-            "tools: how this model writes tool calls is not certain from its chat template; serve it with --tool-call-parser",
-            param="tools",
-            code="no_tool_call_parser",
-        )
-
-
-def _check_fields(front: Front, body: ChatCompletionRequest) -> None:
-    if body.top_logprobs and not body.logprobs:
-        raise RequestRejected("top_logprobs needs logprobs to be true", param="top_logprobs")
-    if body.max_tokens == 0:
-        raise RequestRejected("max_tokens must be at least 1", param="max_tokens")
-    sse.check_options(body)
-    _check_tools(front, body)
-    if body.echo and body.messages[-1].role != _ROLE:
-        raise RequestRejected("echo repeats the last message, which must then be the assistant's", param="echo")
 
 
 class _Answer:
     """Shapes one generation as chat completion objects."""
 
-    def __init__(
-        self,
-        front: Front,
-        body: ChatCompletionRequest,
-        generation: Generation,
-        replies: list[ChatReply],
-        prompt: list[int],
-        request_id: str,
-    ) -> None:
+    def __init__(self, front: Front, body: ChatCompletionRequest, run: ChatRun, request_id: str) -> None:
         self._front = front
         self._tokenizer = front.model.tokenizer
         self._body = body
-        self._generation = generation
-        self._replies = replies
-        self._prompt = prompt
+        self._generation = run.generation
+        self._replies = run.replies
+        self._prompt = run.prompt
         self._names = TokenNames(front.model.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
         options = body.stream_options
         self._include_usage = bool(options and options.include_usage)

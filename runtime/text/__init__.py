@@ -7,6 +7,7 @@ Nothing here imports transformers or torch. The engine knows token ids only; the
 from llmc.runtime.text.channel_reply import ChannelReply
 from llmc.runtime.text.chat_template import ChatTemplate
 from llmc.runtime.text.detokenizer import Detokenizer
+from llmc.runtime.text.forced_reply import ForcedReply
 from llmc.runtime.text.reply import Piece, Reply, ReplyParser
 from llmc.runtime.text.reply_formats import ChannelFormat, ReasoningFormat, ReplyFormats, ToolFormat, choose_formats
 from llmc.runtime.text.stop import StopMatcher
@@ -19,6 +20,7 @@ __all__ = [
     "ChannelReply",
     "ChatTemplate",
     "Detokenizer",
+    "ForcedReply",
     "Piece",
     "ReasoningFormat",
     "Reply",

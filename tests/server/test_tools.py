@@ -10,8 +10,11 @@ import pytest
 import tokenizers
 
 from llmc.errors import ConfigError
+from llmc.runtime.server.parse import parse_body
+from llmc.runtime.server.schemas import ChatCompletionRequest
 from llmc.runtime.server.served_model import reply_formats
 from llmc.runtime.server.settings import ServerSettings
+from llmc.runtime.server.tool_choice import forced_calls
 from llmc.runtime.text import TextStream, Tokenizer
 from tests.server.running import WORDS, RunningServer, assert_error
 from tests.server.test_api import events
@@ -162,9 +165,56 @@ def test_tools_a_model_would_not_see_are_refused(server: RunningServer) -> None:
     assert_error(server.chat(tools=[WEATHER]), 400, param="tools", code="no_tool_call_parser")
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
-def test_forced_calls_are_refused_with_the_reason(tooled: RunningServer, choice: Any) -> None:
-    assert "structured output" in assert_error(tooled.chat(tools=[WEATHER], tool_choice=choice), 400, param="tool_choice")
+NAMED = {"type": "function", "function": {"name": "weather"}}
+FORCED = '[{"name": "weather", "parameters": {"city": "Rome"}}, {"name": "weather", "parameters": {}}]'
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED])
+def test_forced_calls_are_read(tooled: RunningServer, choice: Any) -> None:
+    whole = ask(tooled, FORCED, tools=[WEATHER], tool_choice=choice)
+    expected = [("weather", '{"city": "Rome"}'), ("weather", "{}")]
+    assert [(c["function"]["name"], c["function"]["arguments"]) for c in whole["message"]["tool_calls"]] == expected
+    assert whole["message"]["content"] is None and whole["finish_reason"] == "tool_calls"
+    deltas = [c["choices"][0]["delta"] for c in stream(tooled, FORCED, tools=[WEATHER], tool_choice=choice)]
+    parts = [p for d in deltas for p in d.get("tool_calls", [])]
+    assert "".join(p["function"]["arguments"] for p in parts if p["index"] == 0) == '{"city": "Rome"}'
+    assert not any(d.get("content") for d in deltas)
+    cut = ask(tooled, FORCED, tools=[WEATHER], tool_choice=choice, max_tokens=30)
+    assert "tool_calls" not in cut["message"] and FORCED.startswith(cut["message"]["content"])
+
+
+def grammar(**fields: Any) -> str | None:
+    body = {"messages": [{"role": "user", "content": "x"}], "tools": [WEATHER, OTHER], **fields}
+    wanted = forced_calls(parse_body(json.dumps(body).encode(), ChatCompletionRequest))
+    return wanted and wanted.grammar
+
+
+OTHER = {"type": "function", "function": {"name": "other", "strict": True}}
+
+
+def test_grammars_of_forced_calls() -> None:
+    assert grammar() is grammar(tool_choice="auto") is grammar(tool_choice="none") is None
+    both = grammar(tool_choice="required")
+    assert both is not None and "weather" in both and "other" in both and "*" in both.splitlines()[0]
+    single = grammar(tool_choice="required", parallel_tool_calls=False)
+    assert single is not None and "*" not in single.splitlines()[0]
+    named = grammar(tool_choice=NAMED)
+    assert named is not None and "other" not in named and "*" not in named.splitlines()[0]
+    llguidance = pytest.importorskip("llguidance")
+    for text in (both, single, named):
+        assert llguidance.LLMatcher.validate_grammar(llguidance.LLMatcher.grammar_from_lark(text)) == ""
+
+
+def test_forced_calls_that_cannot_be(tooled: RunningServer) -> None:
+    other = {"type": "function", "function": {"name": "nobody"}}
+    assert_error(tooled.chat(tools=[WEATHER], tool_choice=other), 400, param="tool_choice")
+    deep: dict[str, Any] = {}
+    for _ in range(20):
+        deep = {"a": [deep]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": deep}}
+    assert tooled.chat(tools=[tool], tool_choice="required").status_code == 400
+    large = {"type": "function", "function": {"name": "f", "parameters": {"description": "x" * 140_000}}}
+    assert_error(tooled.chat(tools=[large], tool_choice="required"), 400, param="tools")
 
 
 def test_marks_that_are_special_tokens_reach_the_parser() -> None:
