@@ -180,12 +180,14 @@ def _no_line_info(target: CudaTarget) -> AbstractContextManager[object]:
 
 
 def _own_kernel_cache(target: CudaTarget) -> AbstractContextManager[object]:
-    """Symptom: Triton finds a kernel in ~/.triton that was compiled earlier, perhaps with line information."""
+    """Symptom: Triton finds a kernel in the user's cache that was compiled earlier, perhaps with line information."""
 
     @contextlib.contextmanager
     def patched() -> Iterator[None]:
-        with tempfile.TemporaryDirectory(prefix="llmc-triton-") as folder, mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": folder}):
-            yield
+        with tempfile.TemporaryDirectory(prefix="llmc-triton-") as folder:
+            places = {"TRITON_CACHE_DIR": f"{folder}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
+            with mock.patch.dict(os.environ, places):
+                yield
 
     return patched()
 

@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -36,6 +37,7 @@ class CompiledKernel:
 
     image: the cubin. entry: its kernel's name. kernel: what the image says of it.
     num_warps: block size in warps. shared_bytes: dynamic shared memory of a launch. num_ctas: blocks per cluster.
+    source: the text of Inductor's module; "" for kernels of ours.
     """
 
     image: bytes
@@ -44,6 +46,7 @@ class CompiledKernel:
     num_warps: int
     shared_bytes: int
     num_ctas: int
+    source: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +128,7 @@ def compiled_kernel(tuner: Any) -> CompiledKernel:
         num_warps=metadata.num_warps,
         shared_bytes=metadata.shared,
         num_ctas=metadata.num_ctas,
+        source=Path(tuner.fn.fn.__code__.co_filename).read_text(encoding="utf-8"),
     )
 
 

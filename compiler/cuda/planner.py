@@ -1,0 +1,367 @@
+"""From a schedule to a plan: who runs, with which arguments, over which bytes, in which order.
+
+    Schedule -> PlannedProgram
+
+Launches of Inductor's kernels are taken as they stand. A call of an op of ours is replaced by the launches of its GPU implementation,
+which is run here on fake tensors and hands them over one by one (`kernels/launch.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node
+
+from llmc.artifacts.cubin import Kernel, read_cubin
+from llmc.artifacts.manifest import TensorSpec
+from llmc.artifacts.plan import (
+    PLAN_FORMAT,
+    Launch,
+    Parameter,
+    Plan,
+    PlanImage,
+    PlanKernel,
+    PlanOutput,
+    Pointer,
+    Scalar,
+    Span,
+)
+from llmc.artifacts.plan_check import check_plan
+from llmc.artifacts.plan_hazards import hazard_edges
+from llmc.compiler.cuda.cross import DEVICE, cross_cuda
+from llmc.compiler.cuda.memory import Layout, MemoryTable, Place, lay_out
+from llmc.compiler.cuda.schedule import CompiledKernel, Schedule, check_kernel
+from llmc.errors import InternalError
+from llmc.kernels.cuda_targets import CudaTarget
+
+_SCALARS = {"i1": "<b", "i8": "<b", "i16": "<h", "i32": "<i", "i64": "<q", "u1": "<B", "u8": "<B", "u16": "<H", "u32": "<I", "u64": "<Q"}
+_SCALARS |= {"fp32": "<f", "fp64": "<d"}
+_NULL = Scalar(data="00" * 8)
+_CACHES = ("k_cache_", "v_cache_")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSource:
+    """What a kernel was compiled from, so that something other than a GPU can run it.
+
+    module: the importable module of a kernel of ours, or None. source: the text of Inductor's module, or "".
+    function: name in it. types: Triton type per runtime parameter, in order. constants: compile-time parameters.
+    """
+
+    module: str | None
+    source: str
+    function: str
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedProgram:
+    """A plan, its images by SHA-256, and one source per kernel of the plan."""
+
+    plan: Plan
+    images: Mapping[str, bytes]
+    sources: Sequence[KernelSource]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """A launch before memory has addresses."""
+
+    kernel: int
+    grid: tuple[int, int, int]
+    arguments: list[Place | Scalar]
+    reads: list[Place]
+    writes: list[Place]
+
+
+@dataclass
+class _Builder:
+    target: CudaTarget
+    memory: MemoryTable = field(default_factory=MemoryTable)
+    images: dict[str, bytes] = field(default_factory=dict)
+    kernels: dict[Any, int] = field(default_factory=dict)
+    records: list[PlanKernel] = field(default_factory=list)
+    sources: list[KernelSource] = field(default_factory=list)
+    steps: list[_Step] = field(default_factory=list)
+
+    def kernel(self, key: Any, compiled: CompiledKernel, aligned: Mapping[int, int], source: KernelSource) -> int:
+        """The index of a kernel, added if it is new. `aligned`: parameter number -> bytes its pointer is known to be a multiple of."""
+        if key not in self.kernels:
+            sha256 = hashlib.sha256(compiled.image).hexdigest()
+            self.images[sha256] = compiled.image
+            parameters = [
+                Parameter(offset=offset, size=size, align_bytes=aligned.get(number, 1))
+                for number, (offset, size) in enumerate(compiled.kernel.parameters)
+            ]
+            self.kernels[key] = len(self.records)
+            self.sources.append(source)
+            self.records.append(
+                PlanKernel(
+                    image=list(self.images).index(sha256),
+                    entry=compiled.entry,
+                    num_warps=compiled.num_warps,
+                    shared_bytes=compiled.shared_bytes,
+                    cluster=compiled.num_ctas,
+                    parameters=parameters,
+                )
+            )
+        return self.kernels[key]
+
+    def launch(
+        self, kernel: int, grid: Sequence[Any], arguments: Mapping[str, Any], types: Mapping[str, str], read: set[str], written: set[str]
+    ) -> None:
+        """Append a launch; `arguments` holds a fake tensor per pointer and a number per scalar, in the order of `types`."""
+        places: list[Place | Scalar] = []
+        reads, writes = [], []
+        for name, kind in types.items():
+            if not kind.startswith("*"):
+                places.append(scalar(kind, arguments[name]))
+                continue
+            place = self.memory.place(arguments[name])
+            self.memory.use(place, len(self.steps))
+            places.append(place)
+            if name in read:
+                reads.append(place)
+            if name in written:
+                writes.append(place)
+        missing = len(self.records[kernel].parameters) - len(places)
+        if missing not in (0, 2):  # Triton appends two pointers to scratch memory, of which its kernels here use none
+            raise InternalError(f"kernel {self.records[kernel].entry} has {missing} parameters more than arguments; please report this")
+        places += [_NULL] * missing
+        x, y, z = (int(size) for size in (*grid, 1, 1)[:3])
+        self.steps.append(_Step(kernel=kernel, grid=(x, y, z), arguments=places, reads=reads, writes=writes))
+
+
+def make_plan(schedule: Schedule, inputs: Sequence[TensorSpec], outputs: Sequence[str], sizes: Mapping[str, int], target: CudaTarget, *,
+              decode: bool = False) -> PlannedProgram:  # fmt: skip
+    """Turn a schedule into a plan and check it as a reader will.
+
+    Args:
+        schedule: of a graph with these inputs, in order.
+        outputs: name of each result.
+        sizes: as given to `specialise`; recorded.
+        decode: every sequence of a step has at most one token, so prefill kernels are left out.
+
+    Raises:
+        UnsupportedModel: no GPU implementation takes a call's arguments.
+        InternalError, ArtifactError: a launch touches what it must not.
+    """
+    builder = _Builder(target=target)
+    values: dict[Node, Tensor] = {}
+    results: list[Tensor] = []
+    names = iter(inputs)
+    with cross_cuda(target), FakeTensorMode(), torch.no_grad():
+        for node in schedule.graph.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = _input(builder, node, next(names))
+            elif node.op == "get_attr":
+                if node.users:
+                    values[node] = _like(node.meta["val"])
+                    builder.memory.add(values[node], schedule.constants[str(node.target)], "weight")
+            elif node.op == "output":
+                made = node.args[0]
+                results = [values[n] for n in (made if isinstance(made, list | tuple) else [made])]
+            elif "tuner" in node.meta:
+                _inductor_launch(builder, node, values, schedule.kernel_of(node))
+            elif node.target is torch.empty_strided:
+                shape, stride = node.args
+                values[node] = torch.empty_strided(shape, stride, dtype=node.kwargs["dtype"], device=DEVICE)
+            elif node.target is torch.as_strided:
+                base, *rest = node.args
+                values[node] = torch.as_strided(values[base], *rest)
+            else:
+                values[node] = _own_op(builder, node, values, decode)
+    plan = _plan(builder, results, outputs, sizes)
+    program = PlannedProgram(plan=plan, images=builder.images, sources=builder.sources)
+    check_plan(plan, program.images, "the plan just made")
+    return program
+
+
+def _like(fake: Tensor) -> Tensor:
+    return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=DEVICE)
+
+
+def _input(builder: _Builder, node: Node, spec: TensorSpec) -> Tensor:
+    value = _like(node.meta["val"])
+    cache = spec.name.replace(".", "_").startswith(_CACHES)
+    builder.memory.add(value, spec.name, "cache" if cache else "input", open_size=cache)
+    return value
+
+
+# --- Inductor's kernels -------------------------------------------------------------------------------------------------------
+
+
+def _inductor_launch(builder: _Builder, node: Node, values: Mapping[Node, Tensor], compiled: CompiledKernel) -> None:
+    tuner = node.meta["tuner"]
+    meta = tuner.compile_results[0].compile_meta
+    types = {name: kind for name, kind in meta["signature"].items() if kind != "constexpr"}
+    call: Mapping[str, Any] = node.kwargs
+    given = call["kwargs"]
+    arguments = {name: values[given[name]] if kind.startswith("*") else given[name] for name, kind in types.items()}
+    read, written = _inductor_accesses(compiled.entry, types, set(tuner.mutated_arg_names))
+    for name in types:
+        if types[name].startswith("*") and builder.memory.pieces[builder.memory.place(arguments[name]).memory].kind == "cache":
+            raise InternalError(f"kernel {compiled.entry} touches a KV cache outside attention; please report this model")
+    positions = {index: number for number, (index, _) in enumerate((i, n) for i, n in enumerate(meta["signature"]) if n in types)}
+    known = {positions[i]: attrs[0][1] for (i,), attrs in meta["configs"][0].items() if i in positions}
+    aligned = {number: value for number, value in known.items() if list(types.values())[number].startswith("*")}
+    constants = {
+        n: meta["constants"].get(n, tuner.compile_results[0].config.kwargs.get(n)) for n, k in meta["signature"].items() if k == "constexpr"
+    }
+    source = KernelSource(module=None, source=compiled.source, function=tuner.fn.__name__, types=types, constants=constants)
+    index = builder.kernel(id(tuner), compiled, aligned, source)
+    builder.launch(index, call["grid"][0], arguments, types, read, written)
+
+
+def _inductor_accesses(entry: str, types: Mapping[str, str], mutated: set[str]) -> tuple[set[str], set[str]]:
+    """Which pointers a kernel of Inductor's reads and writes; its parameter names say so."""
+    read, written = set(), set()
+    for name in (name for name, kind in types.items() if kind.startswith("*")):
+        if name.startswith("out_ptr"):
+            written.add(name)
+        elif name.startswith("in_out_ptr") or name in mutated:
+            read.add(name)
+            written.add(name)
+        elif name.startswith(("in_ptr", "arg_")):
+            read.add(name)
+        else:
+            raise InternalError(
+                f"kernel {entry} has a pointer called {name}, of which a plan does not know what is done to it; please report this"
+            )
+    return read, written
+
+
+# --- our own kernels ----------------------------------------------------------------------------------------------------------
+
+
+def _own_op(builder: _Builder, node: Node, values: Mapping[Node, Tensor], decode: bool) -> Tensor:
+    from llmc.kernels import launch as own
+    from llmc.kernels.registry import choose
+
+    op = str(node.target).split(".")[1]
+    arguments = torch.fx.node.map_arg(node.args, values.__getitem__)
+    launches: list[own.Launch] = []
+    device = own.Device(num_sms=builder.target.num_sms, shared_bytes=builder.target.shared_memory_per_block_bytes)
+    extra = {"decode": decode} if op in ("paged_attention", "paged_attend") else {}
+    result: Tensor = choose(op, *arguments).call(*arguments, launch=launches.append, device=device, **extra)
+    for each in launches:
+        if not each.empty:
+            _own_launch(builder, each)
+    return result
+
+
+def _own_launch(builder: _Builder, launch: Any) -> None:
+    from triton.backends.compiler import GPUTarget
+
+    from llmc.kernels.aot import compile_launch
+
+    made = compile_launch(launch, GPUTarget("cuda", builder.target.capability_number, 32))
+    kernel: Kernel = read_cubin(made.cubin, made.entry).kernels[made.entry]
+    compiled = CompiledKernel(
+        image=made.cubin, entry=made.entry, kernel=kernel, num_warps=made.num_warps, shared_bytes=made.shared_bytes, num_ctas=1, source=""
+    )
+    check_kernel(compiled, builder.target)
+    types = {p.name: _type(launch.args[p.name]) for p in launch.kernel.params if p.name not in launch.constants}
+    read, written = _own_accesses(launch, types)
+    aligned = {
+        number: 16
+        for number, name in enumerate(types)
+        if isinstance(value := launch.args[name], Tensor) and value.storage_offset() * value.itemsize % 16 == 0
+    }
+    function = launch.kernel.fn
+    source = KernelSource(module=function.__module__, source="", function=function.__name__, types=types, constants=dict(launch.constants))
+    key = (made.sha256, tuple(sorted(aligned)), tuple(sorted((name, repr(value)) for name, value in launch.constants.items())))
+    builder.launch(builder.kernel(key, compiled, aligned, source), launch.grid, launch.args, types, read, written)
+
+
+def _type(value: Any) -> str:
+    from llmc.kernels.aot import _type as argument_type
+
+    return argument_type("", value)
+
+
+def _own_accesses(launch: Any, types: Mapping[str, str]) -> tuple[set[str], set[str]]:
+    """Which pointers a kernel of ours reads and writes, from Triton's intermediate code. One that it does neither with counts as read."""
+    from torch._higher_order_ops.triton_kernel_wrap import identify_accessed_tensors
+
+    accesses = identify_accessed_tensors(launch.kernel, {**launch.args, **launch.constants}, {}).read_writes
+    pointers = {name for name, kind in types.items() if kind.startswith("*")}
+    written = {dependence.name for dependence in accesses.writes} & pointers
+    return ({dependence.name for dependence in accesses.reads} & pointers) | (pointers - written), written
+
+
+# --- the plan -----------------------------------------------------------------------------------------------------------------
+
+
+def scalar(kind: str, value: Any) -> Scalar:
+    """A number as a kernel parameter of Triton type `kind`.
+
+    Raises:
+        InternalError: a type or a value that no parameter of ours has.
+    """
+    if kind not in _SCALARS:
+        raise InternalError(f"a kernel parameter of type {kind}; please report this")
+    try:
+        return Scalar(data=struct.pack(_SCALARS[kind], value).hex())
+    except struct.error as error:
+        raise InternalError(f"{value!r} does not fit a kernel parameter of type {kind} ({error}); please report this") from None
+
+
+def _plan(builder: _Builder, results: list[Tensor], outputs: Sequence[str], sizes: Mapping[str, int]) -> Plan:
+    for result in results:
+        if not result.is_contiguous():
+            raise InternalError(f"a result of shape {list(result.shape)} has strides {list(result.stride())}; please report this")
+        builder.memory.use(builder.memory.place(result), len(builder.steps))  # one past the last launch: nobody may take its place
+    layout = lay_out(builder.memory)
+
+    def span(place: Place) -> Span:
+        base = layout.base[place.memory]
+        region = layout.index[place.memory]
+        if layout.regions[region].size_bytes is None:
+            return Span(region=region, start=0, stop=None)
+        return Span(region=region, start=base + place.start, stop=base + place.stop)
+
+    launches = [
+        Launch(
+            kernel=step.kernel,
+            grid=step.grid,
+            arguments=[_pointer(a, layout) if isinstance(a, Place) else a for a in step.arguments],
+            reads=[span(place) for place in step.reads],
+            writes=[span(place) for place in step.writes],
+            label=builder.records[step.kernel].entry,
+        )
+        for step in builder.steps
+    ]
+    places = [builder.memory.place(result) for result in results]
+    return Plan(
+        format=PLAN_FORMAT,
+        target=builder.target.architecture,
+        sizes=dict(sizes),
+        regions=layout.regions,
+        images=[PlanImage(sha256=sha256, size_bytes=len(image)) for sha256, image in builder.images.items()],
+        kernels=builder.records,
+        launches=launches,
+        edges=hazard_edges(launches),
+        outputs=[
+            PlanOutput(
+                name=name,
+                dtype=str(result.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+                shape=list(result.shape),
+                region=layout.index[place.memory],
+                offset=layout.base[place.memory] + place.start,
+            )
+            for name, result, place in zip(outputs, results, places, strict=True)
+        ],
+    )
+
+
+def _pointer(place: Place, layout: Layout) -> Pointer:
+    return Pointer(region=layout.index[place.memory], offset=layout.base[place.memory] + place.start)
