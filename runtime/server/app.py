@@ -22,6 +22,7 @@ from llmc.runtime.server.health import operator_router
 from llmc.runtime.server.limits import BodyMiddleware
 from llmc.runtime.server.openai_chat import chat_router
 from llmc.runtime.server.openai_completions import completions_router
+from llmc.runtime.server.openai_responses import responses_router
 from llmc.runtime.server.openapi import describe
 from llmc.runtime.server.tokenize import tokenize_router
 from llmc.runtime.server.version import VERSION
@@ -41,7 +42,7 @@ def build_app(front: Front) -> Any:
         redirect_slashes=False,  # a redirect would be built from the Host header
         root_path=settings.root_path,
     )
-    for router in (chat_router(front), completions_router(front), tokenize_router(front), operator_router(front)):
+    for router in (chat_router(front), completions_router(front), responses_router(front), tokenize_router(front), operator_router(front)):
         app.include_router(router)
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     _add_error_answers(app)

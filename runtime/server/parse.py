@@ -33,6 +33,15 @@ def parse_body(body: bytes, model: type[_M]) -> _M:
     # Few brackets and colons: too little to be deep or wide, and a long list of token ids need not be walked.
     if body.count(b"{") + body.count(b"[") > MAX_DEPTH or body.count(b":") > MAX_KEYS:
         check_shape(value)
+    return validated(value, model)
+
+
+def validated(value: dict[str, Any], model: type[_M]) -> _M:
+    """Check an object against `model`. Drops its nulls.
+
+    Raises:
+        RequestRejected: as `parse_body`.
+    """
     _refuse_unknown(value, model)
     try:
         return model.model_validate(value)

@@ -23,6 +23,11 @@ def event(data: dict[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(data) + b"\n\n"
 
 
+def named_event(data: dict[str, Any]) -> bytes:
+    """One event that also has its `type` as the event's name, as OpenAI's newer API sends them."""
+    return b"event: " + data["type"].encode() + b"\n" + event(data)
+
+
 def check_options(body: SamplingFields) -> None:
     """Refuse stream options that could not act.
 
