@@ -25,6 +25,8 @@ from llmc.artifacts.writer import artifact_digest
 from llmc.cli import main
 from llmc.compiler.driver import compile_model
 from llmc.config.compile import CompileConfig
+from llmc.kernels.build import build_kernels
+from llmc.kernels.isa import resolve_target
 from tests.architectures import save_tiny_model
 from tests.end_to_end.workshop import Workshop
 
@@ -42,13 +44,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def fresh_cache(tmp_path: Path) -> Path:
     """A cache without artifacts and without lowered code; kernels, which tests/kernels builds from nothing, are in it."""
-    return _cache_with_kernels(tmp_path / "cache")
-
-
-def _cache_with_kernels(folder: Path) -> Path:
+    build_kernels(resolve_target("cpu").isa, cache_root() / "kernels", 2)
+    folder = tmp_path / "cache"
     folder.mkdir(mode=0o700)
-    if (cache_root() / "kernels").is_dir():
-        shutil.copytree(cache_root() / "kernels", folder / "kernels", copy_function=os.link, ignore=shutil.ignore_patterns(".build-*"))
+    shutil.copytree(cache_root() / "kernels", folder / "kernels", copy_function=os.link, ignore=shutil.ignore_patterns(".build-*"))
     return folder
 
 
