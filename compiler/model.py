@@ -27,6 +27,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
 
 _MAX_JSON_BYTES = 64 << 20
+_MAX_MODULES = 10_000  # layers, or experts in a layer; transformers would build lists of any length
+_MODULE_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "num_experts", "num_local_experts")
 _FLOAT_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
 
 
@@ -84,11 +86,15 @@ def read_model(path: str | Path, *, dtype: str = "auto") -> ModelSource:
         raise ConfigError(f"{folder} is not a folder; expected a Hugging Face model folder with config.json and *.safetensors")
     raw = read_json(folder / "config.json")
     check_supported(raw, str(folder / "config.json"))
+    for key in _MODULE_COUNTS:
+        if isinstance(raw.get(key), int | float) and raw[key] > _MAX_MODULES:
+            raise UnsupportedModel(f"{folder / 'config.json'}: {key} is {raw[key]}, more than the {_MAX_MODULES} that any model has")
     tensors = _checkpoint(folder)
     config = _auto_config(folder)
     text = config.get_text_config()
     generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
     architectures = raw.get("architectures")
+    vocab_size = _size(folder, text, "vocab_size")
     return ModelSource(
         path=folder,
         name=folder.resolve().name,
@@ -100,9 +106,9 @@ def read_model(path: str | Path, *, dtype: str = "auto") -> ModelSource:
         tied_embeddings=bool(config.tie_word_embeddings),
         num_layers=_size(folder, text, "num_hidden_layers"),
         hidden_size=_size(folder, text, "hidden_size"),
-        vocab_size=_size(folder, text, "vocab_size"),
+        vocab_size=vocab_size,
         max_position_embeddings=_size(folder, text, "max_position_embeddings"),
-        eos_token_ids=_token_ids(_first(generation, text, "eos_token_id"), folder),
+        eos_token_ids=_token_ids(_first(generation, text, "eos_token_id"), vocab_size, folder),
         bos_token_id=_token_id(_first(generation, text, "bos_token_id"), folder),
         pad_token_id=_token_id(_first(generation, text, "pad_token_id"), folder),
         generation_config=MappingProxyType(generation),
@@ -134,7 +140,7 @@ def _checkpoint(folder: Path) -> dict[str, CheckpointTensor]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return _sharded(folder, index)
-    files = sorted(p.name for p in folder.glob("*.safetensors"))
+    files = sorted(p.name for p in folder.glob("*.safetensors") if p.is_file())  # a pipe would be waited on for ever
     if "model.safetensors" in files:
         files = ["model.safetensors"]
     if len(files) == 1:
@@ -184,7 +190,8 @@ def _auto_config(folder: Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers' and huggingface_hub's validation errors have no common base
-        raise UnsupportedModel(f"{folder / 'config.json'}: transformers does not accept it: {type(error).__name__}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UnsupportedModel(f"{folder / 'config.json'}: transformers does not accept it: {type(error).__name__}: {reason}") from error
 
 
 def _dtype(folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, CheckpointTensor]) -> str:
@@ -214,10 +221,13 @@ def _first(generation: Mapping[str, Any], config: PretrainedConfig, key: str) ->
     return getattr(config, key, None) if value is None else value
 
 
-def _token_ids(value: Any, folder: Path) -> tuple[int, ...]:
+def _token_ids(value: Any, vocab_size: int, folder: Path) -> tuple[int, ...]:
     values = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(v) is int and v >= 0 for v in values):
-        raise UnsupportedModel(f"{folder}: eos_token_id is {value!r}, expected a token id or a list of them")
+    if not all(type(v) is int and 0 <= v < vocab_size for v in values):
+        raise UnsupportedModel(
+            f"{folder}: eos_token_id is {value!r}, expected a token id from 0 to {vocab_size - 1} or a list of them; "
+            "correct it in generation_config.json or config.json"
+        )
     return tuple(dict.fromkeys(values))
 
 

@@ -128,13 +128,12 @@ def _outcome(render: Render, template: str, special: Mapping[str, str], messages
 
 def _jinja2(template: str, special: Mapping[str, str], messages: list[dict[str, Any]], prompt: bool) -> str:
     """As transformers renders it."""
-    from jinja2.exceptions import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
     values: dict[str, Any] = dict(special)
     try:
         result: Any = render_jinja_template(conversations=[messages], chat_template=template, add_generation_prompt=prompt, **values)
-    except TemplateError as error:
+    except Exception as error:  # a template's expressions fail as Python's do: TypeError, OverflowError, ZeroDivisionError
         raise ValueError(str(error)) from error
     return str(result[0][0])  # (texts, generation spans)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 
 from llmc.compiler.model import read_model
 from llmc.compiler.supported import SUPPORTED
+from llmc.compiler.tokenizer_files import template_parity
 from llmc.errors import ArtifactError, ConfigError, UnsupportedModel
 from tests.architectures import NAMES, save_tiny_model, tiny_config
 
@@ -150,3 +152,36 @@ def _shard(folder: Path, weight_map: dict[str, Any]) -> None:
     save_file({"a.weight": torch.zeros(4, dtype=torch.bfloat16)}, folder / "one.safetensors")
     save_file({"b.weight": torch.zeros(4, dtype=torch.bfloat16)}, folder / "two.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("ids", [[2, 512], [-1], "2"])
+def test_an_end_of_text_that_the_model_cannot_write_is_refused(ids: Any, folder: Path) -> None:
+    """It would be an index past the logits when a request sets min_tokens."""
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(UnsupportedModel, match="eos_token_id is .* expected a token id from 0 to 511"):
+        read_model(folder)
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_experts"])
+def test_a_thousand_million_layers_are_refused_at_once(key: str, folder: Path) -> None:
+    _edit(folder, **{key: 10**9, "layer_types": None})
+    with pytest.raises(UnsupportedModel, match=f"{key} is 1000000000, more than the 10000"):
+        read_model(folder)
+
+
+def test_a_pipe_is_no_checkpoint(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+    with pytest.raises(UnsupportedModel, match=r"no \*\.safetensors file"):
+        read_model(folder)
+
+
+@pytest.mark.parametrize("template", ["{{ range(10**9) }}", "{{ 1 // 0 }}", "{{ messages + 1 }}", "{{ messages.a.b }}"])
+def test_a_template_may_fail_in_any_way(template: str) -> None:
+    """Jinja2 lets Python's errors through. The compile goes on, and the manifest says how the engines compare."""
+
+    def refuses(*_: Any) -> str:
+        raise ValueError("refused")
+
+    assert template_parity(template, {}, refuses) == "same"
+    assert template_parity(template, {}, lambda *_: "text") == "differs"
