@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
@@ -70,6 +71,12 @@ def main(argv: list[str] | None = None) -> int:
     except LlmcError as error:
         print(f"llmc: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # `llmc inspect OUT | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more when it ends
+        return 141  # as a shell reports the signal SIGPIPE
+    except OSError as error:
+        print(f"llmc: {error.filename or 'standard output'}: {error.strerror or error}", file=sys.stderr)
+        return 1
     return result if isinstance(result, int) else 0
 
 

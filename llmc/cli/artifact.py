@@ -65,7 +65,7 @@ def _print_section(console: Any, title: str, content: Any) -> None:
 def _cell(key: str, value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]
-    if isinstance(value, int) and str(key).endswith(("bytes", "size")):
+    if isinstance(value, int) and str(key).endswith("bytes"):
         return human_bytes(value)
     if isinstance(value, dict):
         return ", ".join(f"{k}: {v}" for k, v in value.items())

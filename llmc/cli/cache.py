@@ -43,7 +43,10 @@ def collect(max_size: str) -> None:
     from llmc.artifacts.store import Store
     from llmc.cli.artifact import human_bytes
 
-    done = Store().collect(human_int(max_size))
+    limit = human_int(max_size)
+    if limit < 0:
+        raise ConfigError(f"--max-size: {max_size!r} is below zero; give what may stay, 0 to empty the cache")
+    done = Store().collect(limit)
     print(f"removed {done.removed_entries} entries, {human_bytes(done.freed_bytes)}; {human_bytes(done.kept_bytes)} are kept")
 
 

@@ -80,6 +80,30 @@ def test_inspect(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert isinstance(facts, dict) and "toy" in json.dumps(facts)
 
 
+def test_inspect_writes_sizes_in_bytes_alone_as_bytes(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["inspect", str(artifact)])
+    rows = {cells[1].strip(): cells[2].strip() for line in capsys.readouterr().out.splitlines() if len(cells := line.split("│")) == 4}
+    assert rows["vocab_size"].isdigit() and rows["hidden_size"].isdigit() and rows["block_size"].isdigit()
+    assert re.fullmatch(r"[0-9.]+ [kMG]?B", rows["total_bytes"])
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_output_that_cannot_be_written_is_one_sentence(artifact: Path, command: str) -> None:
+    """A full disk behind standard output; no traceback."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "llmc", command, str(artifact)], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr == "llmc: standard output: No space left on device\n"
+
+
+def test_a_cache_cannot_shrink_below_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("LLMC_CACHE_DIR", str(tmp_path / "cache"))
+    assert main(["cache", "gc", "--max-size", "-1"]) == 2
+    assert error_line(capsys) == "llmc: --max-size: '-1' is below zero; give what may stay, 0 to empty the cache"
+
+
 def test_verify_finds_one_changed_byte(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(own)]) == 0
     assert re.search(r"whole; \d+ files, .* checked in", capsys.readouterr().out)
