@@ -62,9 +62,7 @@ def compile_launch(launch: Launch, target: GPUTarget = SM_90) -> CompiledLaunch:
     Raises:
         InternalError: an argument has a type no kernel of ours takes.
     """
-    names = [p.name for p in launch.kernel.params]
-    signature = {n: "constexpr" if n in launch.constants else _type(n, launch.args[n]) for n in names}
-    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n, value in launch.args.items() if _divisible(value)}
+    signature, attributes = _signature(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=dict(launch.constants), attrs=attributes)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     with _without_line_information():
@@ -82,6 +80,18 @@ def compile_launch(launch: Launch, target: GPUTarget = SM_90) -> CompiledLaunch:
         matrix_instructions=tuple(sorted({m.group(1) for m in re.finditer(r"\b(wgmma|mma)\.\S*sync", ptx)})),
         matrix_layouts=tuple(sorted({f"{m[2]}, {m[1]}" for m in _LAYOUT.finditer(compiled.asm["ttgir"])})),
     )
+
+
+def signature_text(launch: Launch) -> str:
+    """Launches with the same text compile to the same image."""
+    name = f"{launch.kernel.fn.__module__}.{launch.kernel.__name__}"
+    return f"{name} {_signature(launch)} {launch.constants} {launch.num_warps} {launch.num_stages}"
+
+
+def _signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], list[list[Any]]]]:
+    names = [p.name for p in launch.kernel.params]
+    signature = {n: "constexpr" if n in launch.constants else _type(n, launch.args[n]) for n in names}
+    return signature, {(names.index(n),): [["tt.divisibility", 16]] for n, value in launch.args.items() if _divisible(value)}
 
 
 @contextlib.contextmanager

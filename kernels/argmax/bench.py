@@ -1,0 +1,24 @@
+"""GB/s of argmax on a GPU, against torch: python -m llmc.kernels.argmax.bench"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..gpu_bench import Case, main, random
+
+
+def cases() -> Iterator[Case]:
+    from .triton_impl import argmax
+
+    for rows in (1, 16, 64, 256):
+        yield Case(
+            name=f"argmax {rows}x151936",
+            make=lambda r=rows: (random(r, 151936),),
+            ours=argmax,
+            moved_bytes=rows * 151936 * 2,
+            baselines={"torch": lambda logits: logits.argmax(1)},
+        )
+
+
+if __name__ == "__main__":
+    main(cases)
