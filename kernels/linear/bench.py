@@ -1,4 +1,5 @@
-"""Time llmc.linear against torch's F.linear: GB/s for few rows, GFLOP/s for many. Prints one JSON object.
+"""Time llmc.linear, and llmc.quantized_linear with weights of 8 and 4 bits, against torch's F.linear. Prints one JSON object:
+GB/s of weights as they are stored, for few rows; GFLOP/s for many; each contender's median time as a share of llmc.linear's.
 
     python -m llmc.kernels.linear.bench --threads 2 --rows 1 8 512
 
@@ -30,7 +31,8 @@ from ..packing import packed_shape
 
 # (N, K) of Qwen3-0.6B: qkv, o, gate and up, down, lm_head
 SHAPES = ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (151936, 1024))
-MATMUL_OPS = ("linear", "embedding", "grouped_linear")
+MATMUL_OPS = ("linear", "embedding", "grouped_linear", "quantized_linear")
+GROUP = 32  # inputs that share a scale, as the compiler quantises
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _HUGE_PAGE_BYTES = 2 << 20
 
@@ -49,7 +51,8 @@ def weight_copies(shape: tuple[int, ...], dtype: torch.dtype, total_bytes: int) 
     one = torch.Size(shape).numel() * dtype.itemsize
     count = max(2, total_bytes // one)
     flat = huge_page_tensor(one * count)
-    values = (torch.randn(1 << 20) * 0.02).to(dtype).view(torch.uint8)
+    values = torch.randn(1 << 20) * 0.02 if dtype.is_floating_point else torch.randint(0, 128, (1 << 20,))
+    values = values.to(dtype).view(torch.uint8)
     for begin in range(0, flat.numel(), values.numel()):
         piece = flat[begin : begin + values.numel()]
         piece.copy_(values[: piece.numel()])
@@ -82,21 +85,36 @@ def measure(native: NativeKernels, m: int, n: int, k: int, dtype: torch.dtype, t
     x = torch.randn(m, k).to(dtype)
     packed = weight_copies(packed_shape(n, k, numpy_dtype), dtype, total_bytes)
     plain = weight_copies((n, k), dtype, total_bytes)
+    panels, pairs, groups = -(-n // 16), -(-k // 32) * 16, -(-k // GROUP)
+    scales = weight_copies((panels, groups, 16), dtype, total_bytes // 16)
+    int8 = weight_copies((panels, pairs, 16, 2), torch.int8, total_bytes // 2)
+    int4 = weight_copies((panels, pairs, 16), torch.uint8, total_bytes // 4)
+
+    def quantized(weights: list[Tensor]) -> Callable[[int], Tensor]:
+        return lambda turn: native.quantized_linear(x, weights[turn % len(weights)], scales[turn % len(scales)], None, n, GROUP)
+
     taken = in_turns(
         {
             "llmc": lambda turn: native.linear(x, packed[turn % len(packed)], None, n),
+            "llmc int8": quantized(int8),
+            "llmc int4": quantized(int4),
             "torch": lambda turn: F.linear(x, plain[turn % len(plain)]),
         },
         seconds,
     )
+    scale_bytes = panels * groups * 16 * dtype.itemsize
+    stored = {"llmc int8": int8[0].nbytes + scale_bytes, "llmc int4": int4[0].nbytes + scale_bytes}
+    base = sorted(taken["llmc"])[len(taken["llmc"]) // 2]
     result: dict[str, object] = {"m": m, "n": n, "k": k}
     for name, times in taken.items():
         times.sort()
         low, median, high = times[0], times[len(times) // 2], times[-1]
+        weight_bytes = stored.get(name, n * k * dtype.itemsize)
         result[name] = {
             "calls": len(times),
             "us": {"min": round(low * 1e6, 1), "median": round(median * 1e6, 1), "max": round(high * 1e6, 1)},
-            "gb_per_s": {"median": round(n * k * dtype.itemsize / median / 1e9, 1), "best": round(n * k * dtype.itemsize / low / 1e9, 1)},
+            "of_llmc_time": round(median / base, 3),
+            "gb_per_s": {"median": round(weight_bytes / median / 1e9, 1), "best": round(weight_bytes / low / 1e9, 1)},
             "gflop_per_s": {"median": round(2 * m * n * k / median / 1e9, 1), "best": round(2 * m * n * k / low / 1e9, 1)},
         }
     return result
