@@ -15,6 +15,8 @@ from llmc.runtime.executors.dynamic_library import open_library
 _lock = threading.Lock()
 _by_hash: dict[tuple[str, bool], ctypes.CDLL] = {}
 _global_roles: dict[str, str] = {}  # role -> sha256 of the image that serves it to the whole process
+# A function that every image of a role has, by which it is seen whose functions the process would call.
+_MARKS = {"kernels": "llmc_paged_attention", "aoti_shim": "aoti_torch_cpu_llmc_paged_attention"}
 
 
 def load_image(fd: int, *, sha256: str, role: str, shared: bool) -> ctypes.CDLL:
@@ -45,5 +47,22 @@ def load_image(fd: int, *, sha256: str, role: str, shared: bool) -> ctypes.CDLL:
                 library = open_library(path, shared=shared)
             except OSError as error:
                 raise ArtifactError(f"the {role} image {sha256[:12]} cannot be loaded: {error}; compile the artifact again here") from error
+            if shared:
+                _check_serves(library, role, sha256)
             _by_hash[(sha256, shared)] = library
         return library
+
+
+def _check_serves(library: ctypes.CDLL, role: str, sha256: str) -> None:
+    """Refuse a process in which another library answers for this image: the program would run kernels of another build, and give
+    other bits, without a word."""
+    mark = _MARKS.get(role)
+    if mark is None or not hasattr(library, mark):
+        return
+    own = ctypes.cast(getattr(library, mark), ctypes.c_void_p).value
+    found = ctypes.cast(getattr(ctypes.CDLL(None), mark), ctypes.c_void_p).value
+    if found != own:
+        raise ConfigError(
+            f"this process already holds another library with llmc's {role} functions, which would answer for image {sha256[:12]}; "
+            "load the artifact in a process of its own"
+        )

@@ -152,6 +152,27 @@ def test_two_artifacts_kernels_cannot_share_a_process():
         images._global_roles.update(before)
 
 
+STRANGER = """
+import ctypes, os, sys
+from llmc.errors import ConfigError
+from llmc.runtime.executors.images import load_image
+ctypes.CDLL(sys.argv[1], mode=os.RTLD_NOW | os.RTLD_GLOBAL)  # somebody else's kernels, loaded before ours
+try:
+    load_image(os.open(sys.argv[2], os.O_RDONLY), sha256="0" * 64, role="kernels", shared=True)
+except ConfigError as error:
+    print(error)
+"""
+
+
+def test_kernels_that_others_loaded_are_never_called(tmp_path):
+    for name, answer in (("stranger", 1), ("ours", 2)):
+        (tmp_path / f"{name}.c").write_text(f"int llmc_paged_attention(void *arguments) {{ return {answer}; }}")
+        subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(tmp_path / f"{name}.so"), str(tmp_path / f"{name}.c")], check=True)
+    command = [sys.executable, "-c", STRANGER, str(tmp_path / "stranger.so"), str(tmp_path / "ours.so")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "already holds another library with llmc's kernels functions" in done.stdout
+
+
 def test_engine_over_the_artifact(artifact_folder, toy_weights):
     engine = Engine(EngineConfig(artifact=str(artifact_folder), threads=1, num_blocks=40))
     assert {"verify", "load", "load.code", "load.weights", "bind", "kv", "canary"} <= set(engine.ready.startup_ms)
