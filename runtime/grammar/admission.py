@@ -182,4 +182,4 @@ class Admission:
 
 
 def _rejected(problem: str, status: int = 400) -> RequestRejected:
-    return RequestRejected(f"{_PARAM}: {problem}", status=status, param=_PARAM, code=_CODE)
+    return RequestRejected(f"structured output: {problem}", status=status, param=_PARAM, code=_CODE)

@@ -2,13 +2,16 @@
 
 With it a sequence never ends in the middle of a document that had room to end: while the way fits into the tokens left, a choice
 that would lengthen it beyond them is replaced by the way's first token. The way is short, not the shortest: it is found greedily,
-by the habits of JSON. Where none is found (a grammar whose end is far, or hidden from this habit), nothing is replaced.
+first by the habits of JSON, then by trying at each place whether one character leads to the end. Where none is found (an end that
+is far, or well hidden), nothing is replaced.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+LONGEST_WAY = 512  # tokens
+_LONGEST_LOOK = 48  # tokens of a way on which each character is tried
 _PREFERRED = '}],:0123456789"ntf{['
 _LETTERS = "qzWk"  # where all of these may follow beside a quote, a string is open
 
@@ -24,21 +27,50 @@ class WayOut:
         self._quote = single('"')
         self._letters = [token for token in map(single, _LETTERS) if token is not None]
         self._preferred = [token for token in map(single, _PREFERRED) if token is not None]
+        self._characters = [token for token in map(single, ["\n", *map(chr, range(32, 127))]) if token is not None]
 
-    def find(self, matcher: Any, most: int) -> list[int] | None:
-        """Tokens after which the document may end, at most `most`; [] where it may end now; None: none found. Changes nothing."""
+    def find(self, matcher: Any, most: int, *, look: bool) -> list[int] | None:
+        """A way to the end. Changes nothing.
+
+        Args:
+            most: tokens it may have.
+            look: at each place, try first whether one character leads to the end; slow, and needed where habit alone does not end.
+
+        Returns:
+            Tokens after which the document may end; [] where it may end now; None: none found.
+        """
         if matcher.is_accepting():
             return []
-        copy = matcher.deep_copy()
+        matcher = matcher.deep_copy()
+        most = min(most, _LONGEST_LOOK) if look else most
         way: list[int] = []
         while len(way) < most:
-            forced = copy.compute_ff_tokens()
-            tokens = forced or [self._choose(copy.compute_bitmask(), len(way))]
-            if tokens[0] < 0 or not copy.consume_tokens(tokens):
+            tokens = matcher.compute_ff_tokens()
+            if not tokens:
+                mask = matcher.compute_bitmask()
+                ending = self._ending(matcher, mask) if look else None
+                if ending is not None:
+                    return way + ending if len(way) + len(ending) <= most else None
+                tokens = [self._choose(mask, len(way))]
+            if tokens[0] < 0 or not matcher.consume_tokens(tokens):
                 return None
             way += tokens
-            if copy.is_accepting():
+            if matcher.is_accepting():
                 return way if len(way) <= most else None
+        return None
+
+    def _ending(self, matcher: Any, mask: bytes) -> list[int] | None:
+        """One character, and what must follow it, after which the document may end. Leaves `matcher` where it was."""
+        for token in self._characters:
+            if not _has(mask, token):
+                continue
+            matcher.consume_token(token)
+            forced = [] if matcher.is_accepting() else matcher.compute_ff_tokens()
+            matcher.consume_tokens(forced)
+            ended = matcher.is_accepting()
+            matcher.rollback(1 + len(forced))
+            if ended:
+                return [token, *forced]
         return None
 
     def _choose(self, mask: bytes, num_before: int) -> int:

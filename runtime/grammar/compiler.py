@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict
-from typing import Any
+from typing import Any, NamedTuple
 
 import llguidance
 from llguidance.gbnf_to_lark import any_to_lark
 
+from llmc.runtime.grammar.closing import LONGEST_WAY, WayOut
 from llmc.runtime.grammar.spec import GrammarSpec
 
 _MAX_KEPT = 64  # compiled grammars
@@ -23,8 +24,16 @@ class GrammarError(Exception):
     """A grammar cannot be used; the text is the reason."""
 
 
+class Compiled(NamedTuple):
+    """A grammar ready for a sequence."""
+
+    matcher: llguidance.LLMatcher  # at the start, the sequence's own
+    way: list[int] | None  # to the end, as `closing` finds it
+    look: bool  # whether it had to look for it
+
+
 class Compiler:
-    """Compiles grammars for one tokenizer and keeps the latest. `matcher` is for one thread, `kept` for any.
+    """Compiles grammars for one tokenizer and keeps the latest. `compiled` is for one thread, `kept` for any.
 
     Args:
         tokenizer_json: bytes of a tokenizer.json.
@@ -52,20 +61,22 @@ class Compiler:
             max_grammar_size=200_000,
             verbose_errors=False,
         )
-        self._kept: OrderedDict[bytes, llguidance.LLMatcher] = OrderedDict()
+        self.way_out = WayOut(self.tokenizer)
+        self._kept: OrderedDict[bytes, Compiled] = OrderedDict()
         self._lock = threading.Lock()  # of _kept
 
-    def kept(self, spec: GrammarSpec) -> llguidance.LLMatcher | None:
-        """A fresh matcher of a grammar compiled before, if it is still here."""
+    def kept(self, spec: GrammarSpec) -> Compiled | None:
+        """A grammar compiled before, if it is still here."""
         key = spec.key
         with self._lock:
-            matcher = self._kept.get(key)
-            if matcher is not None:
-                self._kept.move_to_end(key)
-        return matcher.deep_copy() if matcher is not None else None
+            found = self._kept.get(key)
+            if found is None:
+                return None
+            self._kept.move_to_end(key)
+        return found._replace(matcher=found.matcher.deep_copy())
 
-    def matcher(self, spec: GrammarSpec) -> llguidance.LLMatcher:
-        """A fresh matcher at the start of `spec`, compiled or copied.
+    def compiled(self, spec: GrammarSpec) -> Compiled:
+        """A grammar, compiled now or before.
 
         Raises:
             GrammarError: it does not compile, or not within the limits.
@@ -74,11 +85,14 @@ class Compiler:
         if found is not None:
             return found
         matcher = self._compile(spec)
+        by_habit = self.way_out.find(matcher, LONGEST_WAY, look=False)
+        way = by_habit if by_habit is not None else self.way_out.find(matcher, LONGEST_WAY, look=True)
+        made = Compiled(matcher=matcher, way=way, look=by_habit is None and way is not None)
         with self._lock:
-            self._kept[spec.key] = matcher
+            self._kept[spec.key] = made
             if len(self._kept) > _MAX_KEPT:
                 self._kept.popitem(last=False)
-        return matcher.deep_copy()
+        return made._replace(matcher=matcher.deep_copy())
 
     def _compile(self, spec: GrammarSpec) -> llguidance.LLMatcher:
         try:

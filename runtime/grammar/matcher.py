@@ -86,7 +86,7 @@ class Matcher:
             rows = self._await_masks(STEP_S)
         except WorkerDied:
             self.restart()
-            return self._one_by_one(asked)
+            return {sequence.request_id: self._alone(sequence) for sequence in asked}
         return {sequence.request_id: row for sequence, row in zip(asked, rows, strict=True)}
 
     def confirm(self, choices: list[tuple[ScheduledSequence, int]]) -> list[bool]:
@@ -157,14 +157,15 @@ class Matcher:
         raise WorkerDied(_TOO_LONG)
 
     def _confirm_alone(self, choice: tuple[ScheduledSequence, int]) -> bool:
-        """After a death: the sequence is told anew. False where that fails: the way to the end is then taken."""
-        if self._one_by_one([choice[0]])[choice[0].request_id].error is not None:
-            return False
-        try:
-            return self._await_confirmed([choice])[0]
-        except WorkerDied:
-            self.restart()
-            return False
+        """After a death: the sequence is told anew. False where that fails again: the way to the end is then taken."""
+        for _ in range(2):
+            if self._alone(choice[0]).error is not None:
+                return False
+            try:
+                return self._await_confirmed([choice])[0]
+            except WorkerDied:
+                self.restart()
+        return False
 
     def _await_masks(self, limit_s: float) -> list[MaskRow]:
         """The answer to the `Match` sent last.
@@ -186,20 +187,18 @@ class Matcher:
             if worker.ready and not was_ready:
                 deadline = time.monotonic() + limit_s
 
-    def _one_by_one(self, sequences: list[ScheduledSequence]) -> dict[str, MaskRow]:
-        """After a death: each sequence alone with a worker that knows nothing of it, so that only the one at fault ends."""
-        found: dict[str, MaskRow] = {}
-        for sequence in sequences:
+    def _alone(self, sequence: ScheduledSequence) -> MaskRow:
+        """After a death: one sequence told anew to a worker, so that only the one at fault ends. A second death is its fault."""
+        for last in (False, True):
             self._step += 1
             try:
                 self.start().send(Match(step=self._step, rows=[self._row(sequence)]))
-                found[sequence.request_id] = self._await_masks(REPLAY_S)[0]
+                return self._await_masks(REPLAY_S)[0]
             except (WorkerDied, OSError) as error:
                 self.restart()
-                found[sequence.request_id] = MaskRow(
-                    mask=b"", error=f"the grammar of this request could not be followed: {error}", at_fault=False
-                )
-        return found
+                if last or str(error) == _TOO_LONG:
+                    return MaskRow(mask=b"", error=f"the grammar of this request could not be followed: {error}", at_fault=False)
+        raise AssertionError("unreachable")
 
     def _keep(self, messages: list[FromWorker]) -> list[FromWorker]:
         self._compiled += [message for message in messages if isinstance(message, Compiled)]

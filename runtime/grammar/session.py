@@ -6,29 +6,27 @@ would have gone on in the first.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
-from llmc.runtime.grammar.closing import WayOut
-from llmc.runtime.grammar.compiler import Compiler, GrammarError
+from llmc.runtime.grammar.closing import LONGEST_WAY
+from llmc.runtime.grammar.compiler import Compiled, Compiler, GrammarError
 
-_LONGEST_WAY = 512  # tokens
-_LOOK_EVERY = 16  # tokens between two looks at how long the way to the end is, while there is plenty of room
+_LOOK_EVERY = 64  # tokens between two looks at how long the way to the end is, while there is plenty of room
 
 
 class Session:
     """A document in the making.
 
     Args:
-        matcher: at the start of the grammar; this session's own from here on.
-        compiler: for the end tokens.
-        way_out: finds ways to the end.
+        grammar: its matcher is this session's own from here on.
+        compiler: for the end tokens, and to find ways to the end.
     """
 
-    def __init__(self, matcher: Any, compiler: Compiler, way_out: WayOut) -> None:
-        self._matcher = matcher
+    def __init__(self, grammar: Compiled, compiler: Compiler) -> None:
+        self._matcher = grammar.matcher
         self._eos_token_ids = compiler.eos_token_ids
-        self._find = way_out.find
-        self._way = way_out.find(matcher, _LONGEST_WAY)  # tokens that complete the document from here; None: not known
+        self._find = partial(compiler.way_out.find, look=grammar.look)
+        self._way = grammar.way  # tokens that complete the document from here; None: not known
         self._usual = len(self._way or [])  # how long such a way was when last looked at
         self._trial: tuple[int, list[int]] | None = None  # a token confirmed, and the way behind it
         self._watching = False
@@ -81,7 +79,7 @@ class Session:
         if not close and remaining % _LOOK_EVERY:
             return -1
         if self._way is None:
-            self._way = self._find(self._matcher, min(remaining, _LONGEST_WAY))
+            self._way = self._find(self._matcher, min(remaining, LONGEST_WAY))
         if self._way is None:
             return -1
         self._usual = len(self._way)
@@ -93,12 +91,19 @@ class Session:
         """Whether the document can still end in time after `token`, which its mask allows. Follows `watch`."""
         if token in self._eos_token_ids:
             return True
-        after = self._matcher.deep_copy()
-        if not after.consume_token(token):
-            return False
         room = self._remaining - 2  # without this token, and with one for the end token: a whole document should say "stop"
-        way = self._find(after, min(room, _LONGEST_WAY)) if room >= 0 else None
-        if way is None and self._way and self._way[0] == token:
-            way = self._way[1:]
+        way = self._way_behind(token, room)
         self._trial = (token, way) if way is not None else None
         return way is not None
+
+    def _way_behind(self, token: int, room: int) -> list[int] | None:
+        """The way to the end after `token`, of at most `room` tokens; a step along the present way is always one."""
+        way = self._way
+        if way and way[0] == token:
+            return way[1:]
+        if way is not None and len(way) <= room:
+            tried = [token, *way, self._eos_token_ids[0]]
+            if self._matcher.validate_tokens(tried) == len(tried):
+                return way  # still the way, as inside a string
+        after = self._matcher.deep_copy()
+        return self._find(after, min(room, LONGEST_WAY)) if room >= 0 and after.consume_token(token) else None

@@ -97,4 +97,4 @@ def _check_depth(spec: GrammarSpec) -> None:
 
 
 def _rejected(rest: str) -> RequestRejected:
-    return RequestRejected(f"{_PARAM} {rest}", param=_PARAM, code="invalid_grammar")
+    return RequestRejected(f"structured output {rest}", param=_PARAM, code="invalid_grammar")

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
-from llmc.runtime.grammar.closing import WayOut
 from llmc.runtime.grammar.compiler import Compiler, GrammarError, short_reason
 from llmc.runtime.grammar.protocol import (
     LENGTH,
@@ -39,6 +38,7 @@ from llmc.runtime.grammar.session import Session
 from llmc.runtime.grammar.spec import GrammarSpec
 
 _MAX_MEMORY_BYTES = 4 << 30  # of address space
+_COMPILER_NICE = 10
 _STACK_BYTES = 64 << 20  # parsers recurse
 
 
@@ -51,7 +51,7 @@ class Worker:
         self._decoder = msgspec.msgpack.Decoder(ToWorker)
         self._sessions: dict[str, Session] = {}
         threading.stack_size(_STACK_BYTES)
-        self._compiling = ThreadPoolExecutor(1, thread_name_prefix="compile")
+        self._compiling = ThreadPoolExecutor(1, thread_name_prefix="compile", initializer=_stand_back)
 
     def run(self) -> None:
         """Serve; returns when the owner is gone."""
@@ -63,7 +63,6 @@ class Worker:
         except GrammarError as error:
             self._send(Failed(message=str(error)))
             return
-        self._way_out = WayOut(self._compiler.tokenizer)
         self._send(Ready())
         while (message := self._receive()) is not None:
             if isinstance(message, Compile):
@@ -79,7 +78,7 @@ class Worker:
     def _compile(self, message: Compile) -> None:
         error = None
         try:
-            self._compiler.matcher(message.grammar)
+            self._compiler.compiled(message.grammar)
         except GrammarError as reason:
             error = str(reason)
         except Exception as fault:
@@ -108,8 +107,8 @@ class Worker:
 
     def _begin(self, grammar: GrammarSpec) -> Session:
         """A session at the start of its document. A grammar not kept any more is compiled again, off this thread's small stack."""
-        matcher = self._compiler.kept(grammar) or self._compiling.submit(self._compiler.matcher, grammar).result()
-        return Session(matcher, self._compiler, self._way_out)
+        found = self._compiler.kept(grammar) or self._compiling.submit(self._compiler.compiled, grammar).result()
+        return Session(found, self._compiler)
 
     def _confirm(self, name: str, token: int) -> bool:
         session = self._sessions.get(name)
@@ -133,6 +132,11 @@ class Worker:
     def _send(self, message: FromWorker) -> None:
         with self._sending:
             self._connection.sendall(packed(message))
+
+
+def _stand_back() -> None:
+    """Let this thread have what processor time the model's leave; on Linux each thread has its own nice value."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _COMPILER_NICE)
 
 
 def main() -> None:

@@ -20,9 +20,9 @@ def _fault(text: str, when: str) -> None:
 
 
 class FragileCompiler(worker.Compiler):
-    def matcher(self, spec):
+    def compiled(self, spec):
         _fault(spec.text, "compiled")
-        return super().matcher(spec)
+        return super().compiled(spec)
 
 
 class FragileWorker(worker.Worker):

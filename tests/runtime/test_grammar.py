@@ -91,6 +91,7 @@ def test_schemas_give_valid_documents(engine: Engine, temperature: float) -> Non
         ({"choice": ["a", "aa", "aaa"]}, "a{1,3}"),
         ({"grammar": LARK}, r"(hi|hello [a-z]{2,6})(,(hi|hello [a-z]{2,6}))*"),
         ({"grammar": GBNF}, r"\[([0-9]+|x)(,([0-9]+|x))*\]"),
+        ({"grammar": 'root ::= "SELECT " col ("," col)* " FROM t"\ncol ::= [a-z]+'}, r"SELECT [a-z]+(,[a-z]+)* FROM t"),
         ({"json_object": True}, r"\{.*\}"),
     ],
 )
