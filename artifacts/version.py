@@ -1,8 +1,9 @@
 """The format version: the number that says how to read an artifact.
 
 History, one dated line per version:
-    1  2026-01  first format: manifest.json, images by hash, packed weights hashed per chunk, tokenizer files, detached signature.
-    2  2026-11  recipe ops quantize and quantize_scales; manifest field quantization (absent in version 1, which reads as null).
+    1  2026-11  first format: manifest.json, images by hash, packed weights hashed per chunk, tokenizer files, detached signature.
+    2  2026-11  recipe ops quantize and quantize_scales; manifest field quantization (absent in version 1, which reads as
+                null); a source may name its shape, for weights that are bound when served.
 """
 
 from __future__ import annotations
