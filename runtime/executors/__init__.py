@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from llmc.artifacts.manifest import Entry, Manifest
 from llmc.errors import ArtifactError
+from llmc.runtime.executors.openmp import bound_spinning
 from llmc.runtime.step import Executor
 from llmc.runtime.weights import Weights
 
@@ -41,6 +42,7 @@ def load_code(manifest: Manifest, entry: Entry, descriptors: Mapping[str, int], 
         ArtifactError: an image is missing or refused by the loader.
         ConfigError: torch is missing, or this process runs another artifact's kernels.
     """
+    bound_spinning()
     if entry.executor == "aoti":
         return _load_aoti(manifest, entry, descriptors, num_threads)
     return _load_nodes(manifest, entry, descriptors, num_threads)
