@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from llmc.errors import RequestRejected
 from llmc.runtime.server.errors import MAX_ERRORS, validation_rejection
-from llmc.runtime.server.schemas import NOT_BUILT, RequestModel
+from llmc.runtime.server.schemas import NOT_BUILT, RESPONSE_FORMATS, RequestModel
 
 MAX_DEPTH = 32
 MAX_KEYS = 2048  # of one object
@@ -92,7 +92,7 @@ def _problem(detail: Any) -> tuple[str, str]:
         return ".".join(place), NOT_BUILT.get(name, "is not a field of this request")
     if kind == "literal_error" and name == "type":
         if place[0] == "response_format":
-            return ".".join(place), NOT_BUILT["response_format"]
+            return ".".join(place), RESPONSE_FORMATS
         if "content" in place:
             return ".".join(place), "only parts of type text are accepted; this server is for text"
         return ".".join(place), "only tools of type function are accepted"

@@ -9,6 +9,7 @@ from llmc.runtime.messages import SamplingParams
 from llmc.runtime.sampling_params import check, check_token_ids
 from llmc.runtime.server.front import Front
 from llmc.runtime.server.schemas import SamplingFields
+from llmc.runtime.server.structured import structured_outputs
 
 MAX_REQUEST_TOKENS = 1 << 22  # n x prompts x (prompt or output tokens) of one request
 _DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -66,6 +67,7 @@ def sampling_params(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         skip_special_tokens=request.skip_special_tokens is not False,
+        structured_outputs=structured_outputs(request),
     )
     max_logprobs = front.settings.max_logprobs
     check(sampling, vocab_size=front.model.vocab_size, max_logprobs=max_logprobs, max_model_len=front.max_model_len)

@@ -27,6 +27,8 @@ MAX_STOP_TOKENS = 1024
 MAX_BIASES = 1024
 MAX_BAD_WORDS = 256  # each is looked for at every step
 MAX_TEMPLATE_VARIABLES = 32
+MAX_GRAMMAR_CHARS = 128 * 1024  # of a schema, a regular expression, a grammar
+MAX_CHOICES = 4096
 MAX_TOOLS = 512
 MAX_TOOL_CALLS = 256  # of one message
 MAX_JSON_VALUES = 50_000  # of one free JSON object
@@ -126,6 +128,56 @@ class StreamOptions(RequestModel):
     continuous_usage_stats: bool | None = None
 
 
+class TextFormat(RequestModel):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(RequestModel):
+    type: Literal["json_object"]
+
+
+class NamedSchema(RequestModel):
+    """A JSON schema under a name. It is always kept to, so `strict` changes nothing."""
+
+    name: Annotated[str, MinLen(1), MaxLen(256)]
+    description: Annotated[str, MaxLen(MAX_GRAMMAR_CHARS)] | None = None
+    schema_: Annotated[JsonObject, Field(alias="schema")]
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(RequestModel):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+def _format_kind(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else None
+    return f"#{kind}" if kind in ("json_object", "json_schema") else "#text"
+
+
+ResponseFormat = Annotated[
+    Annotated[TextFormat, Tag("#text")]
+    | Annotated[JsonObjectFormat, Tag("#json_object")]
+    | Annotated[JsonSchemaFormat, Tag("#json_schema")],
+    Discriminator(_format_kind),
+]
+GrammarText = Annotated[str, MinLen(1), MaxLen(MAX_GRAMMAR_CHARS)]
+SchemaOrText = Annotated[
+    Annotated[JsonObject, Tag("#object")] | Annotated[GrammarText, Tag("#text")],
+    Discriminator(lambda value: "#object" if isinstance(value, dict) else "#text"),
+]
+
+
+class StructuredOutputs(RequestModel):
+    """vLLM's; exactly one field is given."""
+
+    json_: Annotated[SchemaOrText | None, Field(alias="json")] = None
+    json_object: bool | None = None
+    regex: GrammarText | None = None
+    choice: Annotated[list[GrammarText], MinLen(1), MaxLen(MAX_CHOICES), FailFast()] | None = None
+    grammar: GrammarText | None = None
+
+
 class SamplingFields(RequestModel):
     """Fields completions and chat share."""
 
@@ -160,6 +212,8 @@ class SamplingFields(RequestModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, MaxLen(512)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 class CompletionRequest(SamplingFields):
@@ -246,10 +300,6 @@ Scalar = (
 TemplateVariables = Annotated[dict[Annotated[str, MinLen(1), MaxLen(64)], Scalar], MaxLen(MAX_TEMPLATE_VARIABLES)]
 
 
-class TextFormat(RequestModel):
-    type: Literal["text"]
-
-
 class ChatCompletionRequest(SamplingFields):
     messages: Messages
     max_completion_tokens: Annotated[int, Ge(1), Le(MAX_TOKEN_ID)] | None = None
@@ -264,7 +314,6 @@ class ChatCompletionRequest(SamplingFields):
     reasoning_effort: Effort | None = None
     include_reasoning: bool | None = None
     echo: bool | None = None
-    response_format: TextFormat | None = None
 
 
 class TokenizeRequest(RequestModel):
@@ -286,18 +335,23 @@ class DetokenizeRequest(RequestModel):
     tokens: Annotated[list[TokenId], MaxLen(MAX_PROMPT_TOKENS), FailFast()]
 
 
-_STRUCTURED = "structured output is not built yet"
+RESPONSE_FORMATS = "only the types text, json_object and json_schema are accepted"
+_GUIDED = "vLLM replaced it; use structured_outputs"
 NOT_BUILT: dict[str, str] = {
     "best_of": "only `n` samples are drawn; use n",
     "suffix": "inserting text between a prompt and a suffix is not built yet",
     "functions": "OpenAI replaced it by tools; use tools",
     "function_call": "OpenAI replaced it by tool_choice and tool_calls; use those",
-    "structured_outputs": _STRUCTURED,
-    "guided_json": _STRUCTURED,
-    "guided_regex": _STRUCTURED,
-    "guided_choice": _STRUCTURED,
-    "guided_grammar": _STRUCTURED,
-    "response_format": f"{_STRUCTURED}; only the type text is accepted",
+    "guided_json": f'{_GUIDED}: {{"json": ...}}',
+    "guided_regex": f'{_GUIDED}: {{"regex": ...}}',
+    "guided_choice": f'{_GUIDED}: {{"choice": ...}}',
+    "guided_grammar": f'{_GUIDED}: {{"grammar": ...}}',
+    "guided_decoding_backend": "grammars are followed by llguidance alone; leave it out",
+    "guided_whitespace_pattern": "white space in JSON is up to the model; leave it out",
+    "whitespace_pattern": "white space in JSON is up to the model; leave it out",
+    "disable_any_whitespace": "white space in JSON is up to the model; leave it out",
+    "disable_additional_properties": "not built; say additionalProperties false in the schema",
+    "structural_tag": "not built; use json, regex, choice or grammar",
     "chat_template": "the chat template is fixed in the artifact; its operator may change it with --chat-template",
     "documents": "not built yet",
     "use_beam_search": "beam search is not built; use n",
