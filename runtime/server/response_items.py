@@ -37,7 +37,7 @@ class ResponseItems:
         part = self._open["content"][0]
         part["text"] += piece.text
         name = "response.output_text.delta" if kind == "message" else "response.reasoning_text.delta"
-        more = {"logprobs": []} if kind == "message" else {}
+        more: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
         return [*events, {"type": name, **place, "content_index": 0, "delta": piece.text, **more}]
 
     def close(self) -> list[dict[str, Any]]:
