@@ -32,7 +32,8 @@ _MODULES: dict[str, ModuleType | SimpleNamespace] = {
         "quantized_embedding": quantized_embedding,
     }.items()
     if hasattr(module, "SCHEMA")
-} | GPU_OPS
+}
+_MODULES.update(GPU_OPS)
 COMPILED = ("linear", "embedding", "grouped_linear", "quantized_linear", "quantized_embedding")  # methods of NativeKernels
 OP_NAMES: tuple[str, ...] = tuple(_MODULES)
 

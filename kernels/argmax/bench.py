@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+
+from torch import Tensor
 
 from ..gpu_bench import Case, main, random
+
+
+def arguments(rows: int) -> tuple[Tensor]:
+    return (random(rows, 151936),)
 
 
 def cases() -> Iterator[Case]:
@@ -13,7 +20,7 @@ def cases() -> Iterator[Case]:
     for rows in (1, 16, 64, 256):
         yield Case(
             name=f"argmax {rows}x151936",
-            make=lambda r=rows: (random(r, 151936),),
+            make=partial(arguments, rows),
             ours=argmax,
             moved_bytes=rows * 151936 * 2,
             baselines={"torch": lambda logits: logits.argmax(1)},

@@ -1,5 +1,8 @@
 """llmc::gelu_mul in Triton: pointwise, one program per row and run of columns."""
 
+# The parameters of kernels have types that only Triton knows.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import triton

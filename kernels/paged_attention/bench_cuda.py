@@ -34,8 +34,10 @@ def arguments(batch: int, context: int, queries: int, heads: int, kv_heads: int,
 def sdpa(batch: int, queries: int, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any) -> Tensor:
     """SDPA with the cache's memory read as if it were contiguous: the same bytes, other numbers."""
     kv_heads, dim = k_cache.shape[1], k_cache.shape[3]
-    dense = (cache.view(batch, kv_heads, -1, dim) for cache in (k_cache, v_cache))
-    return F.scaled_dot_product_attention(q.unflatten(0, (batch, queries)).transpose(1, 2), *dense, is_causal=queries > 1, enable_gqa=True)
+    keys, values = (cache.view(batch, kv_heads, -1, dim) for cache in (k_cache, v_cache))
+    return F.scaled_dot_product_attention(
+        q.unflatten(0, (batch, queries)).transpose(1, 2), keys, values, is_causal=queries > 1, enable_gqa=True
+    )
 
 
 def cases() -> Iterator[Case]:

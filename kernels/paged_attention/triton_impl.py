@@ -13,6 +13,7 @@ Rows of a tile are (query, head) pairs of one kv head, heads fastest. Letters as
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,7 +113,7 @@ def _attend(
     num_segments = cdiv(max_keys, segment)
     block_d = max(16, next_power_of_2(head_dim))
     shape = _shape(head_dim, q.dtype)
-    common = {
+    common: dict[str, Any] = {
         "query_start_loc": query_start_loc, "seq_lens": seq_lens, "k_cache": k_cache, "v_cache": v_cache, "block_tables": block_tables,
         "table_offset": group * block_tables.stride(0), "table_stride": block_tables.stride(1),
         "q_token": q.stride(0), "q_head": q.stride(1), **_cache_strides(k_cache, v_cache),

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from ..gpu_bench import DEVICE, Case, main, random
+
+
+def arguments(rows: int, experts: int, n: int, k: int) -> tuple[Tensor | None, ...]:
+    return random(rows, k), random(experts, n, k), torch.arange(rows, device=DEVICE) % experts, None
 
 
 def cases() -> Iterator[Case]:
@@ -18,7 +24,7 @@ def cases() -> Iterator[Case]:
             used = min(experts, rows)  # rows are dealt out evenly
             yield Case(
                 name=f"plain_grouped_linear {tokens} tokens, {top} of {experts} experts, {n}x{k}",
-                make=lambda r=rows, e=experts, n=n, k=k: (random(r, k), random(e, n, k), torch.arange(r, device=DEVICE) % e, None),
+                make=partial(arguments, rows, experts, n, k),
                 ours=plain_grouped_linear,
                 moved_bytes=(rows * k + used * n * k + rows * n) * 2,
                 flop=2 * rows * n * k,

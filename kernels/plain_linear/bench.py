@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..gpu_bench import Case, main, random
 
@@ -22,6 +24,10 @@ MATRICES = (
 )
 
 
+def arguments(tokens: int, n: int, k: int) -> tuple[Tensor | None, ...]:
+    return random(tokens, k), random(n, k), None
+
+
 def cases() -> Iterator[Case]:
     from .triton_impl import plain_linear
 
@@ -31,7 +37,7 @@ def cases() -> Iterator[Case]:
                 continue  # nobody asks for the logits of so many rows
             yield Case(
                 name=f"plain_linear {tokens}x{n}x{k}",
-                make=lambda t=tokens, n=n, k=k: (random(t, k), random(n, k), None),
+                make=partial(arguments, tokens, n, k),
                 ours=plain_linear,
                 moved_bytes=(tokens * k + n * k + tokens * n) * 2,
                 flop=2 * tokens * n * k,

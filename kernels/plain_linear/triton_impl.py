@@ -6,9 +6,13 @@ depend on N, K and the device alone. The weight stands on the side of the instru
 token fills an instruction as well as many do, and only the other side's width depends on the number of tokens.
 """
 
+# The parameters of kernels have types that only Triton knows.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -146,7 +150,7 @@ def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, launch: Laun
     length = split_length(n, k, tile.block_k, device)
     parts = cdiv(k, length)
     bias_or_any = weight if bias is None else bias
-    args = {
+    args: dict[str, Any] = {
         "x": rows, "weight": weight, "bias": bias_or_any, "out": out, "num_tokens": num_tokens, "n": n, "k": k,
         "x_stride": rows.stride(0), "weight_stride": weight.stride(0), "length": length,
     }  # fmt: skip

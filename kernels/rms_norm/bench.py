@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -10,6 +11,10 @@ from torch import Tensor
 
 from ..gpu_bench import Case, main, random
 from .reference import add_rms_norm_reference
+
+
+def arguments(tokens: int, n: int) -> tuple[Any, ...]:
+    return random(tokens, n), random(tokens, n), random(n), 1e-6, 0.0, True
 
 
 def cases() -> Iterator[Case]:
@@ -22,7 +27,7 @@ def cases() -> Iterator[Case]:
         for n in (1024, 4096):
             yield Case(
                 name=f"add_rms_norm {tokens}x{n}",
-                make=lambda t=tokens, n=n: (random(t, n), random(t, n), random(n), 1e-6, 0.0, True),
+                make=partial(arguments, tokens, n),
                 ours=add_rms_norm,
                 moved_bytes=(4 * tokens + 1) * n * 2,
                 baselines={"torch": library, "reference": add_rms_norm_reference},

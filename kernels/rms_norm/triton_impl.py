@@ -3,6 +3,9 @@
 A row's sum of squares has one order, fixed by n alone, so that its bits do not depend on the rows beside it.
 """
 
+# The parameters of kernels have types that only Triton knows.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import triton

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def cases() -> Iterator[Case]:
         for heads, kv_heads in ((16, 8), (32, 8)):
             yield Case(
                 name=f"rope_kv_write {tokens} tokens, {heads}/{kv_heads} heads",
-                make=lambda t=tokens, h=heads, j=kv_heads: arguments(t, h, j, 128),
+                make=partial(arguments, tokens, heads, kv_heads, 128),
                 ours=rope_kv_write,
                 moved_bytes=2 * tokens * (heads + 2 * kv_heads) * 128 * 2,
             )

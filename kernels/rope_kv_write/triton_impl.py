@@ -1,5 +1,8 @@
 """llmc::rope_kv_write in Triton: a program takes a few heads of one token through norm, rotation and the cache in one pass."""
 
+# The parameters of kernels have types that only Triton knows.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import torch

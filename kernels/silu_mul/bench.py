@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ def cases() -> Iterator[Case]:
         for n in (3072, 14336):
             yield Case(
                 name=f"silu_mul {tokens}x{n}",
-                make=lambda t=tokens, n=n: halves(t, n),
+                make=partial(halves, tokens, n),
                 ours=silu_mul,
                 moved_bytes=3 * tokens * n * 2,
                 baselines={"torch": lambda gate, up: F.silu(gate) * up},
