@@ -107,8 +107,8 @@ class ChatReply:
         return "call_" + secrets.token_hex(12)
 
 
-def chat_replies(front: Front, body: ChatCompletionRequest, prompt: ChatPrompt) -> list[ChatReply]:
-    """One reader per choice."""
+def chat_replies(front: Front, body: ChatCompletionRequest, prompt: ChatPrompt, *, formed: bool) -> list[ChatReply]:
+    """One reader per choice. `formed`: a grammar says what the reply is, so it has no reasoning and no tags."""
     formats = front.model.replies
     tools = formats.tools if body.tools and body.tool_choice != "none" else None
     reasoning = formats.reasoning
@@ -116,6 +116,8 @@ def chat_replies(front: Front, body: ChatCompletionRequest, prompt: ChatPrompt) 
     def parser() -> ReplyParser | None:
         if is_forced(body):
             return ForcedReply()
+        if formed:
+            return None
         if formats.channels is not None:
             return ChannelReply(formats.channels, calls=tools is not None, opened=open_header(formats.channels, prompt))
         if tools is None and reasoning is None:

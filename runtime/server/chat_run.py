@@ -62,7 +62,7 @@ async def start_chat(front: Front, request: Request, body: ChatCompletionRequest
         if sampling.structured_outputs is not None:
             raise RequestRejected("tool_choice forces a call, so the output cannot have another form too", param="tool_choice")
         sampling = msgspec.structs.replace(sampling, structured_outputs=forced)
-    replies = chat_replies(front, body, rendered)
+    replies = chat_replies(front, body, rendered, formed=sampling.structured_outputs is not None)
     generation = Generation(
         front,
         request,

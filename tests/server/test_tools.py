@@ -69,6 +69,13 @@ def test_calls_and_reasoning_in_an_answer(tooled: RunningServer) -> None:
     assert len(set(ids)) == 2 and all(i.startswith("call_") for i in ids)
 
 
+@pytest.mark.parametrize("text", ['{"a": 1}', THINKS])
+def test_a_reply_that_a_grammar_forms_is_content(tooled: RunningServer, text: str) -> None:
+    """Also where the prompt or the text would make it reasoning or a call."""
+    message = ask(tooled, text, tools=[WEATHER], response_format={"type": "json_object"})["message"]
+    assert message["content"] == text and not message["reasoning"] and "tool_calls" not in message
+
+
 def test_one_call_only(tooled: RunningServer) -> None:
     choice = ask(tooled, THINKS, tools=[WEATHER], parallel_tool_calls=False)
     assert [json.loads(c["function"]["arguments"])["city"] for c in choice["message"]["tool_calls"]] == ["Rome"]
