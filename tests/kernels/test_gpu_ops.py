@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 import torch
 
-from llmc.kernels import ops
+from llmc.errors import ConfigError, UnsupportedModel
+from llmc.kernels import gpu_ops, ops, registry
 
 ROW, ROWS = torch.randn(6), torch.randn(3, 6)
 Q, CACHE = torch.randn(3, 4, 8), torch.randn(4, 2, 16, 8)
@@ -36,6 +38,23 @@ def test_op_is_well_made(name: str) -> None:
 @pytest.mark.parametrize("name", SAMPLES)
 def test_no_compiled_cpu_version_is_promised(name: str) -> None:
     assert ops.overload(name) not in ops.C_SHIMS
+
+
+def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in [m for m in sys.modules if m.startswith("llmc.kernels.") and m.endswith("triton_impl")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ConfigError, match=r"pip install 'llmc\[cuda\]'"):
+        registry.choose("argmax", ROWS)
+
+
+def test_an_op_without_a_gpu_kernel_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="no GPU kernel for llmc::embedding: none is registered"):
+        registry.choose("embedding", ROWS)
+
+
+def test_every_gpu_op_has_an_implementation() -> None:
+    assert set(registry.OPS) == {*gpu_ops.GPU_OPS, "paged_attention"}
 
 
 def test_sizes_that_disagree_are_refused() -> None:
