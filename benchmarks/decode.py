@@ -1,9 +1,9 @@
 """Decode at batch 1, prefill of 512 tokens and 8 concurrent sequences, against Hugging Face in the same run.
 
-    python benchmarks/decode.py [--models S M] [--rounds 3] [--json] [--llama PYTHON GGUF_DIR]
+    python benchmarks/decode.py [--models S M] [--rounds 3] [--json] [--quantization int8] [--llama PYTHON GGUF_DIR]
 
 llmc and the baseline alternate in fresh processes; ratios are of medians. --llama runs llama.cpp's bf16 decode through
-llama-cpp-python (GGUF_DIR/S.gguf, GGUF_DIR/M.gguf).
+llama-cpp-python (GGUF_DIR/S.gguf, GGUF_DIR/M.gguf). --quantization adds rows of a quantised artifact beside the plain one.
 """
 
 from __future__ import annotations
@@ -30,18 +30,25 @@ def worker(script: str, model: Path, mode: str, threads: int, *, python: str = s
     return [row[figure] if figure != "prefill_s" else prompt / row[figure] for row in result["rows"]]
 
 
-def measure(name: str, rounds: int, threads: int, llama: tuple[str, Path] | None) -> dict[str, object]:
+def measure(name: str, rounds: int, threads: int, llama: tuple[str, Path] | None, quantization: str | None = None) -> dict[str, object]:
     model = make_model(name, harness.WORK)
     artifact = harness.WORK / f"{name}-O2"
     compile_s = harness.compiled(model, artifact, "-O2")
     harness.warm(artifact)
     result: dict[str, object] = {"compile_s": compile_s}
+    smaller = artifact.with_name(f"{artifact.name}-{quantization}")
+    if quantization is not None:
+        result["quantized_compile_s"] = harness.compiled(model, smaller, "-O2", "--quantization", quantization)
+        harness.warm(smaller)
     for mode in MODES:
         ours: list[float] = []
         theirs: list[float] = []
         other: list[float] = []
+        quantized: list[float] = []
         for _ in range(rounds):
             ours += worker("worker_llmc.py", artifact, mode, threads)
+            if quantization is not None:
+                quantized += worker("worker_llmc.py", smaller, mode, threads)
             theirs += worker("worker_hf.py", model, mode, threads)
             if llama is not None and mode == "decode":
                 other += worker("worker_llama.py", llama[1] / f"{name}.gguf", mode, threads, python=llama[0])
@@ -51,6 +58,9 @@ def measure(name: str, rounds: int, threads: int, llama: tuple[str, Path] | None
             "ratio_to_hf": statistics.median(ours) / statistics.median(theirs),
             "bar": BARS[name][mode],
         }
+        if quantized:
+            row["quantized_tok_s"] = harness.summary(quantized)
+            row["ratio_of_quantized_to_plain"] = statistics.median(quantized) / statistics.median(ours)
         if other:
             row["llama_cpp_tok_s"] = harness.summary(other)
             row["ratio_to_llama_cpp"] = statistics.median(ours) / statistics.median(other)
@@ -63,18 +73,24 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["S", "M"], choices=["S", "M"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quantization", choices=["int8", "int4"], default=None, help="rows of an artifact with quantised weights too")
     parser.add_argument("--llama", nargs=2, metavar=("PYTHON", "GGUF_DIR"), default=None)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     llama = (args.llama[0], Path(args.llama[1])) if args.llama else None
-    results = {name: measure(name, args.rounds, args.threads, llama) for name in args.models}
+    results = {name: measure(name, args.rounds, args.threads, llama, args.quantization) for name in args.models}
     lines = [f"{'model':<6}{'what':<12}{'llmc tok/s':>12}{'HF tok/s':>12}{'ratio':>8}{'bar':>6}"]
     for name, result in results.items():
         for mode in MODES:
             row = result[mode]
             ours, theirs = row["llmc_tok_s"]["median"], row["hf_tok_s"]["median"]  # type: ignore[index]
             lines.append(f"{name:<6}{mode:<12}{ours:>12.1f}{theirs:>12.1f}{row['ratio_to_hf']:>8.2f}{row['bar']:>6}")  # type: ignore[index]
-    harness.finish("decode", {"models": results, "threads": args.threads}, as_json=args.json, table="\n".join(lines))
+            if args.quantization is not None:
+                smaller, ratio = row["quantized_tok_s"]["median"], row["ratio_of_quantized_to_plain"]  # type: ignore[index]
+                lines.append(f"{name:<6}{mode + ' ' + args.quantization:<18}{smaller:>6.1f} tok/s, {ratio:.2f} of llmc's plain")
+    harness.finish(
+        "decode", {"models": results, "threads": args.threads, "quantization": args.quantization}, as_json=args.json, table="\n".join(lines)
+    )
 
 
 if __name__ == "__main__":
