@@ -6,6 +6,7 @@ import time
 
 import rich_click as click
 
+from llmc.cli.differences import difference_lines
 from llmc.config.human import human_int
 from llmc.errors import ConfigError
 
@@ -76,5 +77,5 @@ def why_command(key: str, other: str | None) -> None:
             return
         theirs, differences = nearest
     print(f"{mine.key}\n{theirs.key} differs in")
-    for difference in differences or explain(theirs.parts, mine.parts):
-        print(f"  {difference.part}: {difference.a} there, {difference.b} here")
+    for line in difference_lines(explain(theirs.parts, mine.parts) if differences is None else differences):
+        print(f"  {line}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
+from llmc.cli.differences import difference_lines
 from llmc.cli.options import SettingsCommand, resolved, with_settings
 from llmc.config.compile import CompileConfig, compile_config
 from llmc.errors import ArtifactError, ConfigError, InternalError
@@ -162,8 +163,8 @@ def _explain(config: CompileConfig) -> None:
         return
     record, differences = nearest
     print(f"nearest: {record.key}, which differs in")
-    for difference in differences:
-        print(f"  {difference.part}: {difference.a} there, {difference.b} here")
+    for line in difference_lines(differences):
+        print(f"  {line}")
 
 
 def _preview(config: CompileConfig, *, passes: bool) -> None:
