@@ -89,7 +89,8 @@ struct PairMaker<BF16, 4> {
   explicit PairMaker(Lanes scales) : scale(scales.v), offset(_mm512_mul_ps(scales.v, _mm512_set1_ps(-24))) {}
   __m512 product(__m512i nibble_in_fraction) const {
     constexpr int kAndThenOr = 0xea;
-    const __m512i value = _mm512_ternarylogic_epi32(nibble_in_fraction, _mm512_set1_epi32(0x00780000), _mm512_set1_epi32(0x41800000), kAndThenOr);
+    const __m512i fraction = _mm512_set1_epi32(0x00780000), sixteen = _mm512_set1_epi32(0x41800000);
+    const __m512i value = _mm512_ternarylogic_epi32(nibble_in_fraction, fraction, sixteen, kAndThenOr);
     return _mm512_fmadd_ps(_mm512_castsi512_ps(value), scale, offset);
   }
   void make(const uint8_t* at, uint16_t* out) const {

@@ -65,7 +65,8 @@ void run_dequantized(const MatmulCall& call, const MatmulJob& job, Tile<D, X> ti
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
   if constexpr (std::is_same_v<Driver, AmxDriver>) {
     if (tile.num_rows <= 16) {
-      const QuantizedPanels q = {static_cast<const uint8_t*>(job.weight), static_cast<const uint16_t*>(job.scales), bytes, groups, call.group};
+      const uint16_t* scales = static_cast<const uint16_t*>(job.scales);
+      const QuantizedPanels q = {static_cast<const uint8_t*>(job.weight), scales, bytes, groups, call.group};
       return call.bits == 8 ? AmxQuantizedDriver<8>::run(tile, q, panel, panel_end, row_out)
                             : AmxQuantizedDriver<4>::run(tile, q, panel, panel_end, row_out);
     }
