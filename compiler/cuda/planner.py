@@ -9,6 +9,7 @@ which is run here on fake tensors and hands them over one by one (`kernels/launc
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -206,7 +207,7 @@ def _inductor_launch(builder: _Builder, node: Node, values: Mapping[Node, Tensor
     call: Mapping[str, Any] = node.kwargs
     given = call["kwargs"]
     arguments = {name: values[given[name]] if kind.startswith("*") else given[name] for name, kind in types.items()}
-    read, written = _inductor_accesses(compiled.entry, types, set(tuner.mutated_arg_names))
+    read, written = _inductor_accesses(compiled.entry, types, compiled.source)
     for name in types:
         if types[name].startswith("*") and builder.memory.pieces[builder.memory.place(arguments[name]).memory].kind == "cache":
             raise InternalError(f"kernel {compiled.entry} touches a KV cache outside attention; please report this model")
@@ -221,21 +222,23 @@ def _inductor_launch(builder: _Builder, node: Node, values: Mapping[Node, Tensor
     builder.launch(index, call["grid"][0], arguments, types, read, written)
 
 
-def _inductor_accesses(entry: str, types: Mapping[str, str], mutated: set[str]) -> tuple[set[str], set[str]]:
-    """Which pointers a kernel of Inductor's reads and writes; its parameter names say so."""
+def _inductor_accesses(entry: str, types: Mapping[str, str], source: str) -> tuple[set[str], set[str]]:
+    """Which pointers a kernel of Inductor's reads and writes; its parameter names say so.
+
+    An `in_out_ptr` is memory that changes its owner; often nothing of the old one is read, and the body shows only stores.
+    """
+    body = source[source.rindex("\ndef ") :].partition(":\n")[2]
     read, written = set(), set()
     for name in (name for name, kind in types.items() if kind.startswith("*")):
-        if name.startswith("out_ptr"):
+        if not name.startswith(("in_ptr", "arg_", "out_ptr", "in_out_ptr")):
+            raise InternalError(f"kernel {entry} has a pointer {name}, of which a plan cannot tell what is done to it; please report this")
+        uses, stores = len(re.findall(rf"\b{name}\b", body)), len(re.findall(rf"\btl\.store\({name}\b", body))
+        if name.startswith(("out_ptr", "in_out_ptr")):
             written.add(name)
-        elif name.startswith("in_out_ptr") or name in mutated:
+        if name.startswith(("in_ptr", "arg_")) or (name.startswith("in_out_ptr") and uses > stores):
             read.add(name)
-            written.add(name)
-        elif name.startswith(("in_ptr", "arg_")):
-            read.add(name)
-        else:
-            raise InternalError(
-                f"kernel {entry} has a pointer called {name}, of which a plan does not know what is done to it; please report this"
-            )
+        if name.startswith("in_ptr") and stores:
+            raise InternalError(f"kernel {entry} stores to its input {name}; please report this")
     return read, written
 
 

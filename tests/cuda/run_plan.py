@@ -44,6 +44,10 @@ class _Math:
     def __getattr__(self, name: str) -> Any:
         return getattr(tl.math, name)
 
+    @staticmethod
+    def tanh(x: Any) -> Any:
+        return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+
 
 def load_kernel(record: dict[str, Any], file: Path) -> Any:
     """The function a kernel was compiled from, as the interpreter takes it."""

@@ -25,7 +25,7 @@ from llmc.artifacts.plan import decode_plan, encode_plan
 from llmc.compiler.capture import TracedModel, capture
 from llmc.compiler.cuda.cross import cross_cuda
 from llmc.compiler.cuda.memory import pack
-from llmc.compiler.cuda.planner import PlannedProgram, make_plan, scalar
+from llmc.compiler.cuda.planner import PlannedProgram, _inductor_accesses, make_plan, scalar
 from llmc.compiler.cuda.schedule import schedule
 from llmc.compiler.cuda.specialise import specialise
 from llmc.compiler.model import read_model
@@ -44,13 +44,16 @@ H200 = cuda_target("cuda:h200")
 SIZES = {"T": 8, "B": 2, "N": 2, "M": 8, "NB": 64}
 NUM_BLOCKS = 12  # at run time; the plan was made for SIZES["NB"] and must not care
 
+MIXED = ("gemma3_text",)  # models that name the kind of each layer
+
 Work = Sequence[tuple[int, Sequence[int]]]
 STEPS: list[Work] = [[(0, [5, 6, 7]), (1, [300, 9])], [(0, [8]), (1, list(range(40, 47)))], [(1, [11]), (0, [12])]]
 
 
 def planned(architecture: str, folder: Path) -> tuple[PlannedProgram, TracedModel, dict[str, Tensor], torch.nn.Module]:
     """The plan, the traced model it is of, its constants, and the captured graph with weights: the oracle."""
-    save_tiny_model(architecture, folder, torch.float32, num_hidden_layers=2)
+    layers = {} if architecture in MIXED else {"num_hidden_layers": 2}
+    save_tiny_model(architecture, folder, torch.float32, **layers)
     source = read_model(folder)
     traced = capture(source)
     oracle = with_weights(traced.graph, load_constants(source, traced.constants))
@@ -108,9 +111,7 @@ def run(program: PlannedProgram, traced: TracedModel, constants: dict[str, Tenso
     return [results[f"{number}.logits"] for number in range(len(STEPS))]
 
 
-@pytest.mark.parametrize(
-    "architecture", ["qwen3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "gemma3", "gpt_oss"))]
-)
+@pytest.mark.parametrize("architecture", ["qwen3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "gemma3_text"))])
 def test_a_plan_answers_as_the_captured_graph(architecture: str, tmp_path: Path) -> None:
     program, traced, constants, oracle = planned(architecture, tmp_path / "model")
     plan = program.plan
@@ -125,6 +126,20 @@ def test_a_plan_answers_as_the_captured_graph(architecture: str, tmp_path: Path)
     for got, want in zip(run(program, traced, constants, tmp_path, seed=1), expected, strict=True):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
         assert torch.equal(got.argmax(-1), want.argmax(-1))
+
+
+def test_memory_that_only_changes_its_owner_is_not_read() -> None:
+    """bf16 rotary kernels write through `in_out_ptr0` without loading it."""
+    types = {"in_out_ptr0": "*bf16", "in_ptr0": "*bf16", "out_ptr1": "*bf16", "xnumel": "i32"}
+    head = "import x\n\n@f(1)\n@triton.jit\ndef kernel(in_out_ptr0, in_ptr0, out_ptr1, xnumel):\n    a = tl.load(in_ptr0 + (i))\n"
+    store = "    tl.store(in_out_ptr0 + (i), a)\n    tl.store(out_ptr1 + (i), a)\n"
+    assert _inductor_accesses("k", types, head + store) == ({"in_ptr0"}, {"in_out_ptr0", "out_ptr1"})
+    loaded = head + "    b = tl.load(in_out_ptr0 + (i))\n" + store
+    assert _inductor_accesses("k", types, loaded) == ({"in_ptr0", "in_out_ptr0"}, {"in_out_ptr0", "out_ptr1"})
+    with pytest.raises(InternalError, match="a pointer ws_ptr"):
+        _inductor_accesses("k", {"ws_ptr": "*u8"}, loaded)
+    with pytest.raises(InternalError, match="stores to its input in_ptr0"):
+        _inductor_accesses("k", types, head + store + "    tl.store(in_ptr0 + (i), a)\n")
 
 
 LIVES = st.lists(
