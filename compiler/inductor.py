@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -149,11 +150,14 @@ def _replaced(compile_code: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hide Inductor's warnings about what it falls back for: `lower.py` checks the calls itself, and refuses."""
+    """Hide Inductor's warnings about what it falls back for (`lower.py` checks the calls itself, and refuses), and torch's about itself."""
     logger = logging.getLogger("torch._inductor")
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            # torch 2.13 copies its own trees through an `isinstance` that it has deprecated; nobody here can act on that
+            warnings.filterwarnings("ignore", category=FutureWarning, message=r"`isinstance\(treespec, LeafSpec\)`")
+            yield
     finally:
         logger.setLevel(before)
