@@ -1,6 +1,6 @@
 """The whole of llmc in one run: compile the bundled model, serve it, chat with it, stop.
 
-    make demo
+make demo
 """
 
 from __future__ import annotations

@@ -62,12 +62,10 @@ def _check_fields(body: CompletionRequest) -> None:
 
 async def _prompts(front: Front, body: CompletionRequest) -> list[list[int]]:
     """The prompt field's four forms as lists of token ids."""
-    prompt = body.prompt
-    if isinstance(prompt, str):
-        prompt = [prompt]
+    prompt: Any = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     if isinstance(prompt[0], str):
-        return await front.encode(prompt, add_special_tokens=body.add_special_tokens is not False)  # type: ignore[arg-type]
-    return [prompt] if isinstance(prompt[0], int) else prompt  # type: ignore[list-item, return-value]
+        return await front.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
+    return [prompt] if isinstance(prompt[0], int) else prompt
 
 
 @dataclass(slots=True)

@@ -26,7 +26,8 @@ def describe(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is not None:
         return app.openapi_schema
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    _, definitions = models_json_schema([(model, "validation") for model in _BODIES.values()], ref_template="#/components/schemas/{model}")
+    bodies: list[Any] = [(model, "validation") for model in _BODIES.values()]  # pydantic's own type for this is not exported
+    _, definitions = models_json_schema(bodies, ref_template="#/components/schemas/{model}")
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     schemas.update(definitions["$defs"])
     schemas["Error"] = {
