@@ -198,17 +198,34 @@ def _facts(
     )
 
 
+# What a request may ask for, and so what it may inherit: name -> (type, least, most, in words).
+_RANGES: dict[str, tuple[type, float, float, str]] = {
+    "temperature": (float, 0.0, 1e6, "a number from 0 to 1000000"),
+    "top_p": (float, 1e-9, 1.0, "a number above 0, up to 1"),
+    "top_k": (int, -1, 2**31 - 1, "an integer from -1"),
+    "min_p": (float, 0.0, 1.0, "a number from 0 to 1"),
+    "repetition_penalty": (float, 1e-9, 1e3, "a number above 0, up to 1000"),
+    "max_new_tokens": (int, 1, 1 << 30, "a positive integer"),
+}
+
+
 def generation_defaults(generation: Mapping[str, Any]) -> dict[str, float | int | bool | list[int]]:
     """The sampling defaults of generation_config.json that a request inherits.
 
     `do_sample: false` becomes temperature 0, and then top_p and its like say nothing. max_new_tokens limits every answer.
+
+    Raises:
+        UnsupportedModel: a value that every request inheriting it would be refused for.
     """
-    wanted = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
-    defaults: dict[str, float | int | bool | list[int]] = {
-        name: generation[name]
-        for name in wanted
-        if isinstance(generation.get(name), int | float) and not isinstance(generation[name], bool)
-    }
+    defaults: dict[str, float | int | bool | list[int]] = {}
+    for name, (kind, least, most, words) in _RANGES.items():
+        value = generation.get(name)
+        if value is None:
+            continue
+        right = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+        if not right or not least <= value <= most:
+            raise UnsupportedModel(f"generation_config.json: {name} is {value!r}, expected {words}; correct or remove it")
+        defaults[name] = value
     if generation.get("do_sample") is False:
         for name in ("top_p", "top_k", "min_p"):
             defaults.pop(name, None)

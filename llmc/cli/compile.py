@@ -38,7 +38,7 @@ class CompileCommand(SettingsCommand):
 
 @click.command("compile", cls=CompileCommand)
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the artifact.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), default=None, help="Folder of the artifact.")
 @click.option("--force", is_flag=True, help="Replace an artifact that is at OUT.")
 @click.option("--no-cache", is_flag=True, help="Neither look in the compile cache nor keep the result there.")
 @click.option("--no-check", is_flag=True, help="Do not run the artifact on its canary prompts before it is published.")
@@ -48,7 +48,7 @@ class CompileCommand(SettingsCommand):
 @with_settings("compile")
 def compile_command(
     model: Path,
-    out: Path,
+    out: Path | None,
     force: bool,
     no_cache: bool,
     no_check: bool,
@@ -60,6 +60,10 @@ def compile_command(
 ) -> None:
     """Compile the Hugging Face folder MODEL into an artifact."""
     settings = resolved("compile", options, config_file)
+    if out is None:
+        if not (dry_run or estimate or explain_cache):
+            raise ConfigError("where to? Name the artifact's folder: -o OUT")
+        out = Path("artifact")  # nothing is written; the name is in no key
     config = compile_config(model, out, settings, force=force, use_cache=not no_cache)
     if explain_cache:
         _explain(config)
@@ -143,7 +147,11 @@ def _show(result: CompileResult, config: CompileConfig) -> None:
     report = config.report or config.out.with_name(config.out.name + ".report")
     source = "from the compile cache" if result.hit else f"report with times: {report / 'report.html'}"
     console.print(f"artifact  [bold]{result.out}[/] ({source})", soft_wrap=True)
-    console.print(f"next      [bold]llmc serve {shlex.quote(str(result.out))}[/]", soft_wrap=True)
+    if (result.out / "tokenizer" / "tokenizer.json").is_file():
+        console.print(f"next      [bold]llmc serve {shlex.quote(str(result.out))}[/]", soft_wrap=True)
+    else:
+        advice = "the model folder has no tokenizer.json: use llmc.LLM with token ids, or compile with --tokenizer DIR to serve text"
+        console.print(f"next      {advice}", soft_wrap=True)
 
 
 def _explain(config: CompileConfig) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from llmc.compiler.model import read_model
 from llmc.compiler.supported import SUPPORTED
-from llmc.compiler.tokenizer_files import template_parity
+from llmc.compiler.tokenizer_files import generation_defaults, template_parity
 from llmc.errors import ArtifactError, ConfigError, UnsupportedModel
 from tests.architectures import NAMES, save_tiny_model, tiny_config
 
@@ -185,3 +185,11 @@ def test_a_template_may_fail_in_any_way(template: str) -> None:
 
     assert template_parity(template, {}, refuses) == "same"
     assert template_parity(template, {}, lambda *_: "text") == "differs"
+
+
+def test_sampling_defaults_that_a_request_could_not_ask_for_are_refused() -> None:
+    assert generation_defaults({"temperature": 0.6, "top_k": 20, "do_sample": True, "eos_token_id": 2}) == {"temperature": 0.6, "top_k": 20}
+    assert generation_defaults({"top_p": 0.9, "do_sample": False}) == {"temperature": 0.0}
+    for wrong in ({"top_k": -99}, {"temperature": "warm"}, {"top_p": 0}, {"max_new_tokens": 0}, {"min_p": True}):
+        with pytest.raises(UnsupportedModel, match=f"generation_config.json: {next(iter(wrong))} is"):
+            generation_defaults(wrong)
