@@ -16,6 +16,7 @@ from llmc.runtime.messages import GenerateRequest
 
 COMPILE_S = 4.0
 _MAX_REMEMBERED = 256  # grammars known good or bad
+_MAX_LOST = 3  # times a grammar is sent anew because the matcher was restarted for other sequences
 _PARAM, _CODE = "structured_outputs", "invalid_grammar"
 
 
@@ -28,6 +29,8 @@ class _Job:
     deadline: float = 0.0  # of the stage it is in; 0: not begun
     checked: bool = False
     second_try: bool = False  # its worker died once, perhaps by another's hand
+    worker_pid: int = 0  # who was asked
+    times_lost: int = 0  # that worker was replaced meanwhile, and the question with it
 
 
 class Admission:
@@ -125,6 +128,7 @@ class Admission:
                 self._checker = self._spawn()
                 self._matcher.start()  # its start runs beside the checker's
             self._checker.send(Compile(grammar=job.grammar))
+        job.worker_pid = self._worker(job).pid
         job.deadline = time.monotonic() + COMPILE_S
 
     def _advance(self, job: _Job, wait_s: float) -> Compiled | None:
@@ -134,6 +138,12 @@ class Admission:
             WorkerDied: the worker ended.
         """
         worker = self._worker(job)
+        if worker.pid != job.worker_pid:  # a step found the matcher dead and started another, which knows nothing of this grammar
+            job.times_lost += 1
+            if job.times_lost > _MAX_LOST:
+                raise WorkerDied("the grammar worker was restarted again and again")
+            job.deadline = 0.0
+            return None
         was_ready = worker.ready
         answers = self._matcher.compiled(wait_s) if job.checked else worker.receive(wait_s)
         key = job.grammar.key
