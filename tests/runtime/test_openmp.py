@@ -11,7 +11,7 @@ from llmc.runtime.executors.openmp import bound_spinning
 
 @pytest.mark.parametrize(
     ("given", "spins"),
-    [({}, "200"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
 )
 def test_the_environment_has_the_last_word(given: dict[str, str], spins: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
