@@ -16,7 +16,7 @@ int32_t aoti_torch_get_sizes(Handle, int64_t**);
 int32_t aoti_torch_delete_tensor_object(Handle);
 int32_t aoti_torch_empty_strided(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*);
 
-enum { VOCAB = 32, DIM = 16, INPUTS = 9 };
+enum { VOCAB = 32, DIM = 16, BLOCK = 16, INPUTS = 9 };
 static const char* const kNames[] = {"c_embed", "c_head"};
 static const char* const kOriginal[] = {"embed", "head"};
 static __thread const char* last_error = "";
@@ -92,7 +92,10 @@ int32_t AOTInductorModelContainerRunSingleThreaded(Handle container, Handle* inp
   num_tokens = sizes[0];
   aoti_torch_get_sizes(inputs[2], &sizes);
   num_rows = sizes[0];
+  aoti_torch_get_sizes(inputs[4], &sizes);
+  const int64_t num_blocks = sizes[2]; /* of a row of the table */
   const int64_t *ids = data[0], *positions = data[1], *rows = data[2], *slots = data[3];
+  const int32_t *tables = data[4], *query_start_loc = data[6];
   float* k_cache = data[7];
   const char* wrong = NULL;
   for (int64_t t = 0; t < num_tokens; t++) {
@@ -109,7 +112,10 @@ int32_t AOTInductorModelContainerRunSingleThreaded(Handle container, Handle* inp
     aoti_torch_get_data_ptr(outputs[0], &logits);
     for (int64_t r = 0; r < num_rows; r++) {
       int64_t t = rows[r];
-      const float* before = &k_cache[(slots[t] - (positions[t] > 0)) * DIM];
+      int64_t seq = 0; /* whose token t is: the block before may lie anywhere */
+      while (query_start_loc[seq + 1] <= t) seq++;
+      int64_t at = positions[t] - (positions[t] > 0);
+      const float* before = &k_cache[(tables[seq * num_blocks + at / BLOCK] * BLOCK + at % BLOCK) * DIM];
       for (int v = 0; v < VOCAB; v++) {
         float sum = 0;
         for (int d = 0; d < DIM; d++) sum += (embed[ids[t] * DIM + d] + 0.5f * before[d]) * head[v * DIM + d];

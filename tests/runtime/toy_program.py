@@ -1,6 +1,6 @@
 """The toy program's signature, the same as a compiled step's with one layer. toy_program.c is the program.
 
-logits[r] = (embed[id] + embed[id of the token before] / 2) @ head^T, where "before" is read from the slot below its own.
+logits[r] = (embed[id] + embed[id of the token before] / 2) @ head^T, where "before" is read from the cache, by the block table.
 """
 
 from __future__ import annotations
