@@ -9,6 +9,7 @@ The process ends on `Shutdown`, and the kernel kills it when its parent dies. It
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import os
 import signal
@@ -124,6 +125,7 @@ def main(make_engine: Callable[[dict[str, Any]], EngineLike] | None = None) -> i
         exit code: 0 after Shutdown, an LlmcError's own code, 70 for a fault of ours.
     """
     entered_at = time.monotonic()
+    faulthandler.enable()  # a crash in compiled code leaves the Python lines that led to it on stderr; no prompt is among them
     options = msgspec.json.decode(sys.stdin.buffer.read(), type=ProcessOptions)
     _die_with_parent(options.parent_pid)
     channel = _Channel(options.endpoint, options.parent_pid)

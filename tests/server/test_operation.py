@@ -135,7 +135,7 @@ def test_cross_origin_only_where_allowed(server: RunningServer) -> None:
         assert open_server.http.get("/health", headers=origin).headers["access-control-allow-origin"] == "https://page.example"
 
 
-@pytest.mark.parametrize("how", ["kill -9", "crash"])
+@pytest.mark.parametrize("how", ["kill -9", "segmentation fault", "crash"])
 def test_engine_death_reaches_every_open_request_and_the_engine_returns(how: str) -> None:
     with RunningServer(engine={"step_ms": 20, "start_s": 0.3}) as server:
         streams = [open_stream(server) for _ in range(3)]
@@ -147,7 +147,7 @@ def test_engine_death_reaches_every_open_request_and_the_engine_returns(how: str
         if how == "crash":
             assert_error(server.complete("x" + WORDS["crash"]), 500)
         else:
-            os.kill(engine, signal.SIGKILL)
+            os.kill(engine, signal.SIGKILL if how == "kill -9" else signal.SIGSEGV)
         for stream in streams:
             text = read_all(stream)
             assert b'"error":{"message":"the engine stopped while working on this request' in text and b"[DONE]" in text
@@ -163,6 +163,8 @@ def test_engine_death_reaches_every_open_request_and_the_engine_returns(how: str
         assert server.complete().status_code == 200
         assert not alive(engine) and server.engine_pid() != engine
         assert "llmc:engine_restarts" in server.http.get("/metrics").text
+        if how == "segmentation fault":
+            assert "engine_process.py" in server.log(), "the log says where the engine was"
 
 
 def test_an_engine_that_keeps_dying_ends_the_server() -> None:
