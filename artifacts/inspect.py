@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from llmc.artifacts.element_sizes import ITEM_BYTES
+from llmc.artifacts.kv_bytes import block_bytes
 from llmc.artifacts.manifest import Manifest
 from llmc.artifacts.requirements import check_requirements, this_machine
 from llmc.artifacts.verify import open_artifact
@@ -70,7 +70,7 @@ def describe(path: str | Path) -> dict[str, Any]:
             "block_size": manifest.kv.block_size,
             "dtype": manifest.kv.dtype,
             "windows": [group.window for group in manifest.kv.groups],
-            "block_bytes": _block_bytes(manifest),
+            "block_bytes": block_bytes(manifest.kv),
         },
         "entries": [
             {
@@ -151,10 +151,3 @@ def _requires(manifest: Manifest) -> str:
     needs = manifest.requirements
     torch = f", torch {needs.torch}" if needs.torch else ""
     return f"{needs.machine}, CPU features {' '.join(needs.cpu_features) or 'none'}{torch}, format {needs.min_format}"
-
-
-def _block_bytes(manifest: Manifest) -> int:
-    """Bytes of one block over all layers, K and V."""
-    kv = manifest.kv
-    elements = sum(heads * dim for heads, dim in zip(kv.num_kv_heads, kv.head_dim, strict=False))
-    return 2 * elements * kv.block_size * ITEM_BYTES[kv.dtype]

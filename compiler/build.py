@@ -45,6 +45,7 @@ from llmc.compiler.pipeline import QUANTIZATIONS, pipeline
 from llmc.compiler.stages import Stage, StageLog
 from llmc.compiler.tokenizer_files import Render, TokenizerBundle, generation_defaults, read_tokenizer
 from llmc.config.compile import CompileConfig
+from llmc.config.human import human_bytes
 from llmc.errors import ConfigError
 from llmc.kernels.build import BuiltKernels, build_kernels
 from llmc.kernels.isa import TargetSpec
@@ -130,7 +131,7 @@ def build_artifact(
             program = _program(config, target, traced, weights, kernels, writer, scratch, log, store)
             with log.stage("pack") as note:
                 files, tensors = packing.pack(writer, packing.order_of_use(graph), weights, checkpoint, embed=config.weights == "embed")
-                note.detail = report.human_bytes(sum(f.size_bytes for f in files))
+                note.detail = human_bytes(sum(f.size_bytes for f in files))
     for path, data in tokenizer.files.items():
         writer.add_file(path, data)
     manifest = _manifest(config, target, source, traced, limits, program, files, tensors, reports, tokenizer, canaries, quality)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llmc.artifacts.kv_bytes import token_bytes
 from llmc.artifacts.manifest import PassRecord
 from llmc.compiler.build import compile_limits, pass_record
 from llmc.compiler.capture import capture
 from llmc.compiler.model import read_model
 from llmc.compiler.packing import order_of_use
 from llmc.compiler.pipeline import pipeline
-from llmc.compiler.report import kv_bytes_per_token
 from llmc.config.compile import CompileConfig
 from llmc.passes.base import PassContext
 from llmc.passes.runner import dump_directory, run_passes
@@ -49,6 +49,6 @@ def preview(config: CompileConfig) -> Preview:
         nodes=nodes,
         passes=[pass_record(report) for report in reports],
         weights_bytes=sum(constant.nbytes for constant in held),
-        kv_bytes_per_token=kv_bytes_per_token(traced.kv),
+        kv_bytes_per_token=token_bytes(traced.kv),
         max_model_len=limits.max_model_len,
     )

@@ -11,19 +11,14 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from importlib.resources import files
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from llmc.artifacts.manifest import KVFacts, Manifest, QuantizationFacts
+from llmc.artifacts.element_sizes import nbytes_of
+from llmc.artifacts.kv_bytes import token_bytes
+from llmc.artifacts.manifest import Manifest, QuantizationFacts
 from llmc.compiler.stages import Stage
-
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
-
-
-def kv_bytes_per_token(kv: KVFacts) -> int:
-    """Bytes of K and V of one token over all layers; window layers count in full, although they give old blocks back."""
-    return 2 * _ITEM_BYTES[kv.dtype] * sum(heads * size for heads, size in zip(kv.num_kv_heads, kv.head_dim, strict=True))
+from llmc.config.human import human_bytes
 
 
 def facts(manifest: Manifest, *, ops: Mapping[str, int], extern_calls: list[str]) -> dict[str, Any]:
@@ -59,8 +54,8 @@ def facts(manifest: Manifest, *, ops: Mapping[str, int], extern_calls: list[str]
         },
         "memory": {
             "weights_bytes": weights,
-            "kv_bytes_per_token": kv_bytes_per_token(manifest.kv),
-            "kv_bytes_per_full_sequence": kv_bytes_per_token(manifest.kv) * manifest.limits.max_model_len,
+            "kv_bytes_per_token": token_bytes(manifest.kv),
+            "kv_bytes_per_full_sequence": token_bytes(manifest.kv) * manifest.limits.max_model_len,
             "block_size": manifest.kv.block_size,
             "kv_groups": [f"{len(g.layers)} layers, {'window ' + str(g.window) if g.window else 'full'}" for g in manifest.kv.groups],
         },
@@ -111,7 +106,7 @@ def _weight_groups(manifest: Manifest) -> list[dict[str, Any]]:
     counts: Counter[str] = Counter()
     for tensor in manifest.tensors:
         kind = ".".join("*" if part.isdigit() else part for part in tensor.name.split("."))
-        groups[kind] += prod(tensor.shape) * _ITEM_BYTES[tensor.dtype]
+        groups[kind] += nbytes_of(tensor.dtype, tensor.shape)
         counts[kind] += 1
     return [{"kind": kind, "tensors": counts[kind], "bytes": size} for kind, size in groups.most_common()]
 
@@ -156,13 +151,3 @@ def measured_facts(stages: list[Stage], *, size_bytes: int, toolchain: Mapping[s
         "artifact_bytes": size_bytes,
         "toolchain": dict(toolchain),
     }
-
-
-def human_bytes(count: int) -> str:
-    """1536 -> "1.5 kB"."""
-    size = float(count)
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.2f} GB"

@@ -6,9 +6,9 @@ import os
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from llmc.artifacts.kv_bytes import block_bytes
 from llmc.artifacts.manifest import Manifest
 from llmc.errors import ConfigError
-from llmc.runtime.executors.kv_cache import block_bytes
 from llmc.runtime.kv import peak_blocks
 from llmc.runtime.scheduler import Policy, SchedulerConfig
 

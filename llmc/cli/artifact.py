@@ -9,17 +9,9 @@ from typing import Any
 
 import rich_click as click
 
+from llmc.config.human import human_bytes
+
 ARTIFACT = click.argument("artifact", type=click.Path(path_type=Path))
-
-
-def human_bytes(count: int) -> str:
-    """1536 -> "1.5 kB"."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    raise AssertionError
 
 
 @click.command("inspect")

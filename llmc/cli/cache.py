@@ -7,7 +7,7 @@ import time
 import rich_click as click
 
 from llmc.cli.differences import difference_lines
-from llmc.config.human import human_int
+from llmc.config.human import human_bytes, human_int
 from llmc.errors import ConfigError
 
 
@@ -23,7 +23,6 @@ def list_entries() -> None:
     from rich.table import Table
 
     from llmc.artifacts.store import Store
-    from llmc.cli.artifact import human_bytes
 
     store = Store()
     entries = store.entries()
@@ -42,7 +41,6 @@ def list_entries() -> None:
 def collect(max_size: str) -> None:
     """Shrink the cache."""
     from llmc.artifacts.store import Store
-    from llmc.cli.artifact import human_bytes
 
     limit = human_int(max_size)
     if limit < 0:

@@ -16,6 +16,7 @@ import rich_click as click
 from llmc.cli.differences import difference_lines
 from llmc.cli.options import SettingsCommand, resolved, with_settings
 from llmc.config.compile import CompileConfig, compile_config
+from llmc.config.human import human_bytes
 from llmc.errors import ArtifactError, ConfigError, InternalError
 
 if TYPE_CHECKING:
@@ -130,8 +131,6 @@ def _show(result: CompileResult, config: CompileConfig) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from llmc.compiler.report import human_bytes
-
     console = Console()
     table = Table(title=f"{config.model} -O{result.level} for {result.target}", title_justify="left", show_edge=True)
     table.add_column("stage")
@@ -182,7 +181,6 @@ def _preview(config: CompileConfig, *, passes: bool) -> None:
     from rich.table import Table
 
     from llmc.compiler.preview import preview
-    from llmc.compiler.report import human_bytes
     from llmc.kernels.isa import resolve_target
 
     resolve_target(config.target)  # a target that a compile refuses has no preview either

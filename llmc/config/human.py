@@ -1,4 +1,4 @@
-"""Integers as people write them: 1k, 25.6k, 2M, -1, auto."""
+"""Integers as people write them (1k, 25.6k, 2M, -1, auto) and sizes as they read them (1.5 kB)."""
 
 from __future__ import annotations
 
@@ -43,3 +43,13 @@ def human_int_or_auto(text: str) -> int:
         ConfigError: no integer, nor `auto`.
     """
     return AUTO if text.strip() == "auto" else human_int(text)
+
+
+def human_bytes(count: float) -> str:
+    """1536 -> "1.5 kB"; decimal units, as disks and networks are sold."""
+    size = float(count)
+    for unit in ("B", "kB", "MB"):
+        if abs(size) < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"

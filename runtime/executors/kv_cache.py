@@ -19,12 +19,6 @@ def cache_input(name: str) -> tuple[str, int] | None:
     return (match[1], int(match[2])) if match else None
 
 
-def block_bytes(kv: KVFacts) -> int:
-    """Bytes one block takes, K and V of every layer together."""
-    itemsize = NUMPY[kv.dtype].itemsize
-    return sum(2 * heads * kv.block_size * dim * itemsize for heads, dim in zip(kv.num_kv_heads, kv.head_dim, strict=True))
-
-
 class KVCache:
     """K and V of every layer, [num_blocks, num_kv_heads, block_size, head_dim], zeroed. Pages appear when first written."""
 
