@@ -9,7 +9,7 @@ import re
 
 from llmc.artifacts.chunks import digest_of_chunks
 from llmc.artifacts.element_sizes import nbytes_of
-from llmc.artifacts.manifest import FileRecord, Manifest, TensorRecord, WeightFile
+from llmc.artifacts.manifest import Entry, FileRecord, Manifest, TensorRecord, WeightFile
 from llmc.artifacts.relative_paths import check_relative_path
 from llmc.errors import ArtifactError
 
@@ -140,9 +140,30 @@ def _check_entries(manifest: Manifest, files: dict[str, FileRecord], tensors: se
         _known(entry.program, files, where, f"entry {entry.name}")
         if entry.executor == "aoti" and entry.program not in images:
             raise ArtifactError(f"{where}: entry {entry.name} runs {entry.program}, which is not an image of role model")
+        _check_plans(entry, files, f"{where}: entry {entry.name}")
         missing = sorted(set(entry.constants.values()) - tensors)
         if missing:
             raise ArtifactError(f"{where}: entry {entry.name} uses tensor {missing[0][:200]!r}, which is not listed")
+
+
+def _check_plans(entry: Entry, files: dict[str, FileRecord], where: str) -> None:
+    """Paths, sizes and order of an entry's plans; what is in the files is judged by plan_check.py."""
+    if (entry.executor == "plans") != bool(entry.plans):
+        raise ArtifactError(f"{where}: executor {entry.executor!r} with {len(entry.plans)} plans")
+    for plan in entry.plans:
+        record = _known(plan.path, files, where, "plans")
+        if plan.path != f"plans/{record.sha256}.json":
+            raise ArtifactError(f"{where}: plan {plan.path} is not named plans/<its SHA-256>.json")
+        sizes = (plan.num_tokens, plan.num_seqs, plan.num_logits, plan.table_blocks)
+        if min(sizes) < 1 or (plan.decode and plan.num_tokens != plan.num_seqs):
+            raise ArtifactError(f"{where}: plan {plan.path} has sizes {sizes} of tokens, sequences, logits and table columns")
+    order = [(not plan.decode, plan.num_tokens) for plan in entry.plans]
+    if order != sorted(set(order)):
+        raise ArtifactError(f"{where}: its plans are not in order, decode plans first, from the smallest to the largest, no size twice")
+    if len({plan.table_blocks for plan in entry.plans}) > 1:
+        raise ArtifactError(f"{where}: its plans differ in the width of the block tables")
+    if entry.plans and entry.program != entry.plans[0].path:
+        raise ArtifactError(f"{where}: its program {entry.program[:200]!r} is not the first of its plans")
 
 
 def _known(path: str, files: dict[str, FileRecord], where: str, user: str) -> FileRecord:

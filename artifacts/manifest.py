@@ -39,7 +39,18 @@ class Image(_Record, frozen=True):
 
     sha256: str
     path: str
-    role: Literal["kernels", "aoti_shim", "model"]
+    role: Literal["kernels", "aoti_shim", "model", "cubin"]  # "cubin" since version 3
+
+
+class PlanRecord(_Record, frozen=True):
+    """One plan of an entry (docs/plan_format.md). A step runs on a plan with room for it, the rest filled up; see `Entry`."""
+
+    path: str  # plans/<SHA-256 of the file>.json
+    decode: bool  # every sequence has at most one token, so T == B; off: any mixture of prefill and decode
+    num_tokens: int  # T
+    num_seqs: int  # B
+    num_logits: int  # N
+    table_blocks: int  # M, columns of block_tables; the same in every plan of an entry
 
 
 class Entry(_Record, frozen=True):
@@ -47,14 +58,19 @@ class Entry(_Record, frozen=True):
 
     executor "nodes": `program` is a JSON node list (docs/node_list.md) run over torch.ops.
     executor "aoti":  `program` is the path of a model image with the AOTInductor C ABI.
+    executor "plans": `program` is the path of the first of `plans`, which go from the smallest step to the largest, decode plans
+        first. Every plan has the entry's inputs, constants and outputs under their names, each at its own sizes. What fills a step
+        up to a plan's sizes: tokens with slot -1 at the end, sequences with seq_lens 0 whose query_start_loc repeats the last value,
+        logits_indices 0, block ids 0.
     """
 
     name: str
-    executor: Literal["nodes", "aoti"]
+    executor: Literal["nodes", "aoti", "plans"]
     program: str
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
     constants: dict[str, str]  # the program's own name for a constant -> name in `Manifest.tensors`
+    plans: list[PlanRecord] = []  # since version 3
 
 
 class KVGroup(_Record, frozen=True):
@@ -96,6 +112,15 @@ class Limits(_Record, frozen=True):
     max_num_batched_tokens: int
 
 
+class CudaRequirements(_Record, frozen=True):
+    """What the GPU and its driver must be."""
+
+    compute_capability: str  # "9.0"; exactly this: machine code runs on no other
+    driver_version: int  # at least, as cuDriverGetVersion counts: 12000 for CUDA 12.0
+    shared_memory_per_block_bytes: int  # at least, opted in
+    num_sms: int  # what grids and parts of sums were made for; a GPU with another number runs them too, not as fast
+
+
 class Requirements(_Record, frozen=True):
     """Superset check before load: what the machine must have."""
 
@@ -103,12 +128,27 @@ class Requirements(_Record, frozen=True):
     cpu_features: list[str]  # names as in /proc/cpuinfo flags, sorted
     torch: str | None  # minor version whose AOTInductor C ABI the image was built against, e.g. "2.13"; None: no torch needed
     min_format: int
+    cuda: CudaRequirements | None = None  # since version 3; None: no GPU
+
+
+class Gpu(_Record, frozen=True):
+    """The description a CUDA target was compiled from; figures of the product, or of the architecture's typical one."""
+
+    device_name: str
+    num_sms: int
+    shared_memory_per_block_bytes: int
+    registers_per_sm: int
+    l2_bytes: int
+    memory_bytes: int
+    bandwidth_bytes_per_s: int
+    bf16_flops: int
 
 
 class Target(_Record, frozen=True):
-    name: str  # "cpu:x86-64-v4", or "cpu:native(<features>)" resolved
+    name: str  # "cpu:x86-64-v4", "cpu:native(<features>)" resolved, "cuda:sm_90", "cuda:h200"
     kind: Literal["cpu", "cuda"]
-    isa: str  # kernel level: "x86-64-v3" | "x86-64-v4" | "x86-64-v4+bf16" | "x86-64-v4+bf16+amx"
+    isa: str  # kernel level: "x86-64-v3" | "x86-64-v4" | "x86-64-v4+bf16" | "x86-64-v4+bf16+amx", or an architecture, "sm_90"
+    gpu: Gpu | None = None  # since version 3; for CUDA targets
 
 
 class WeightFile(_Record, frozen=True):

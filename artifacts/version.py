@@ -4,9 +4,11 @@ History, one dated line per version:
     1  2026-11  first format: manifest.json, images by hash, packed weights hashed per chunk, tokenizer files, detached signature.
     2  2026-11  recipe ops quantize and quantize_scales; manifest field quantization (absent in version 1, which reads as
                 null); a source may name its shape, for weights that are bound when served.
+    3  2026-11  programs for a GPU: executor "plans" and entries[].plans, images of role "cubin", target.gpu, requirements.cuda
+                (absent before, which reads as none).
 """
 
 from __future__ import annotations
 
-FORMAT_VERSION = 2  # what this llmc writes
+FORMAT_VERSION = 3  # what this llmc writes
 OLDEST_READABLE = 1  # what it still reads

@@ -164,7 +164,7 @@ class ArtifactWriter:
         self._files[path] = FileRecord(path=path, size_bytes=written, sha256=hasher.hexdigest())
         return self._files[path]
 
-    def add_image(self, content: bytes | Path, role: Literal["kernels", "aoti_shim", "model"], extension: str = "so") -> Image:
+    def add_image(self, content: bytes | Path, role: Literal["kernels", "aoti_shim", "model", "cubin"], extension: str = "so") -> Image:
         """Put a code object into the artifact under the name of its hash; the same bytes twice are one file."""
         data = content if isinstance(content, bytes) else _read_source(self._fs, content)
         digest = sha256_hex(data)

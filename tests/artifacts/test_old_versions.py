@@ -14,6 +14,7 @@ DATA = Path(__file__).parent.parent / "data"
 DIGESTS = {
     1: "f19c60433abf859714fde74594cd3aea90b3206e88ee681c88789a587c571c4e",
     2: "8b2aef142b69f81b5fcbc2380b8dc8f4213358086c17365acfbc08d20d4c0215",
+    3: "3e73ef5a94ea0360badd1634d068d2a7601eb69bb62e26cbda83b8ce65adce8b",
 }
 
 
