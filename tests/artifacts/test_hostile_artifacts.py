@@ -192,10 +192,10 @@ def test_names_that_lead_elsewhere(out: Path, name: str):
 
 def test_versions(out: Path):
     data = (out / "manifest.json").read_bytes()
-    for version, says in [(7, "format_version 7 is newer than this runtime reads (1 to 2); upgrade llmc"), (0, "is older than")]:
-        replace_bytes(out / "manifest.json", data.replace(b'"format_version":2', b'"format_version":%d' % version))
+    for version, says in [(7, "format_version 7 is newer than this runtime reads (1 to 3); upgrade llmc"), (0, "is older than")]:
+        replace_bytes(out / "manifest.json", data.replace(b'"format_version":3', b'"format_version":%d' % version))
         assert says in refusal(out)
-    future = b'{"format_version":3,"everything":{"else":["may","differ"]}}'
+    future = b'{"format_version":4,"everything":{"else":["may","differ"]}}'
     replace_bytes(out / "manifest.json", future)
     assert "newer than this runtime reads" in refusal(out)
 
