@@ -291,7 +291,7 @@ def test_requirements_say_what_is_missing_and_what_to_do():
         ),
         ({"torch": "2.11"}, "built against torch 2.11, here torch 2.13 is installed; install torch 2.11 or compile again"),
         ({"machine": "aarch64"}, "compiled for aarch64 processors, this machine is x86_64"),
-        ({"min_format": 3}, "needs a runtime that reads format 3"),
+        ({"min_format": 4}, "needs a runtime that reads format 4"),
     ]:
         plain: dict[str, object] = {"machine": "x86_64", "cpu_features": [], "torch": None, "min_format": 1}
         with pytest.raises(ArtifactError, match=says):
