@@ -7,6 +7,7 @@ the same from step to step and an executor may keep tensor handles to them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -62,6 +63,11 @@ class BatchBuilder:
         self._tables = np.zeros(num_groups * max_num_seqs * max_blocks, dtype=np.int32)
         self._seq_lens = np.zeros(max_num_seqs, dtype=np.int32)
         self._query_start_loc = np.zeros(max_num_seqs + 1, dtype=np.int32)
+        self._decode_rows = [LogitsRows(first=index, num_prompt=0, sample=index) for index in range(max_num_seqs)]
+        # Whose blocks the rows of the table hold since the last decode step, how many of them, and the table's width: most rows stay
+        # as they are from step to step, because a sequence's blocks only grow at their end.
+        self._table_rows: list[tuple[tuple[list[int], ...], int]] = []
+        self._table_width = 0
 
     def check(self, sequence: ScheduledSequence) -> None:
         """Refuse a sequence the kernels could not compute safely. Asks only.
@@ -83,8 +89,77 @@ class BatchBuilder:
         if min(tokens) < 0 or max(tokens) >= self._vocab_size:
             raise InternalError(f"sequence {sequence.request_id}: a token id lies outside the vocabulary of {self._vocab_size}")
 
+    def build_decode(self, sequences: list[ScheduledSequence]) -> BuiltBatch | None:
+        """Check and lay out a step in which every sequence decodes one token, as nearly all steps are: a few operations over all
+        sequences in place of some for each. None: another kind of step, or one that `check` would refuse somewhere; use `build`.
+        """
+        token_lists = [s.token_ids for s in sequences]
+        ends = [s.end for s in sequences]
+        if list(map(len, token_lists)) != ends or any(s.needs_prompt_logprobs for s in sequences):
+            return None
+        starts = [s.start for s in sequences]
+        if min(starts) < 0 or len(sequences) > len(self._decode_rows):
+            return None
+        block_ids = [s.block_ids for s in sequences]
+        if any(len(groups) != self._num_groups for groups in block_ids):
+            return None
+        ids = np.array([tokens[-1] for tokens in token_lists], dtype=np.int64)
+        positions = np.array(starts, dtype=np.int64)
+        last_blocks = positions // self._block_size
+        if int(ids.min()) < 0 or int(ids.max()) >= self._vocab_size or not np.array_equal(positions + 1, ends):
+            return None
+        num_seqs = len(sequences)
+        slots = self._slots[: self._num_groups * num_seqs].reshape(self._num_groups, num_seqs)
+        indices, offsets = last_blocks.tolist(), positions % self._block_size
+        for group in range(self._num_groups):
+            lists = [groups[group] for groups in block_ids]
+            if any(len(blocks) <= index for blocks, index in zip(lists, indices, strict=True)):
+                return None
+            own = np.array([blocks[index] for blocks, index in zip(lists, indices, strict=True)], dtype=np.int64)
+            if int(own.min()) < 0:
+                return None
+            slots[group] = own * self._block_size + offsets
+        self._ids[:num_seqs] = ids
+        self._positions[:num_seqs] = positions
+        self._seq_lens[:num_seqs] = ends
+        self._logits_indices[:num_seqs] = np.arange(num_seqs)
+        self._query_start_loc[: num_seqs + 1] = np.arange(num_seqs + 1)
+        batch = DeviceBatch(
+            input_ids=self._ids[:num_seqs],
+            positions=self._positions[:num_seqs],
+            logits_indices=self._logits_indices[:num_seqs],
+            slot_mapping=slots,
+            block_tables=self._decode_tables(block_ids, last_blocks + 1),
+            seq_lens=self._seq_lens[:num_seqs],
+            query_start_loc=self._query_start_loc[: num_seqs + 1],
+        )
+        return BuiltBatch(batch=batch, rows=self._decode_rows[:num_seqs])
+
+    def _decode_tables(self, block_ids: list[tuple[list[int], ...]], used: np.ndarray) -> np.ndarray:
+        """Block tables [G, B, M] of decoding sequences; rows are written again only where they changed."""
+        num_seqs, width = len(block_ids), int(used.max())
+        tables = self._tables[: self._num_groups * num_seqs * width].reshape(self._num_groups, num_seqs, width)
+        rows = list(zip(block_ids, used.tolist(), strict=True))
+        # Groups lie one behind the other, so another number of rows moves all but the first group.
+        kept = self._table_rows if width == self._table_width and (self._num_groups == 1 or num_seqs == len(self._table_rows)) else []
+        # The lists themselves are compared: a sequence that came back after a preemption has others, or its row was left out meanwhile.
+        stale = [i for i, (new, old) in enumerate(zip(rows, kept, strict=False)) if new[0] is not old[0] or new[1] != old[1]]
+        stale += range(len(kept), num_seqs)
+        self._table_rows, self._table_width = rows, width
+        if stale:
+            where, counts = np.array(stale), used[stale]
+            filled = np.arange(width) < counts[:, None]
+            for group in range(self._num_groups):
+                written = np.full((len(stale), width), -1, dtype=np.int32)
+                written[filled] = np.fromiter(
+                    chain.from_iterable(rows[i][0][group][: rows[i][1]] for i in stale), dtype=np.int32, count=int(counts.sum())
+                )
+                tables[group, where] = written
+        return tables
+
     def build(self, sequences: list[ScheduledSequence]) -> BuiltBatch:
         """Lay out checked sequences. At least one logits row is asked for, since compiled programs may not take none."""
+        self._table_rows = []  # the table is written over
         num_seqs = len(sequences)
         num_tokens = sum(s.end - s.start for s in sequences)
         num_table_blocks = max(-(-s.end // self._block_size) for s in sequences)

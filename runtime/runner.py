@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmc.errors import InternalError
-from llmc.runtime.batch import BatchBuilder, LogitsRows
+from llmc.runtime.batch import BatchBuilder, BuiltBatch, LogitsRows
 from llmc.runtime.messages import TokenLogprobs
 from llmc.runtime.sampler import Sampler
 from llmc.runtime.step import Executor, SampledToken, ScheduledSequence, StepOutput, StepPlan
@@ -16,7 +16,7 @@ from llmc.runtime.step import Executor, SampledToken, ScheduledSequence, StepOut
 if TYPE_CHECKING:
     from llmc.runtime.grammar.service import GrammarService
 
-_Result = tuple[ScheduledSequence, LogitsRows, np.ndarray]  # whose rows of which logits
+_Result = tuple[list[ScheduledSequence], list[LogitsRows], np.ndarray]  # whose rows of which logits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,17 +48,12 @@ class ModelRunner:
         if self._submitted is not None:
             raise InternalError(f"step {plan.step} was submitted before step {self._submitted.plan.step} was collected; please report this")
         failed: dict[str, SampledToken] = {}
-        accepted: list[ScheduledSequence] = []
-        for sequence in plan.sequences:
-            try:
-                self._builder.check(sequence)
-                accepted.append(sequence)
-            except Exception as error:
-                failed[sequence.request_id] = SampledToken(token_id=-1, error=str(error))
+        built = self._builder.build_decode(plan.sequences) if plan.sequences else None
+        accepted = plan.sequences if built is not None else self._checked(plan.sequences, failed)
         structured = [s for s in accepted if s.sampling.structured_outputs is not None and s.samples] if self.grammars is not None else []
         if self.grammars is not None and structured:
             self.grammars.begin(structured)  # masks are computed while the model runs
-        results = self._run(accepted, failed) if accepted else []
+        results = self._run(accepted, failed, built) if accepted else []
         self._submitted = _Submitted(plan=plan, failed=failed, results=results, structured=bool(structured))
 
     def collect(self) -> StepOutput:
@@ -69,17 +64,24 @@ class ModelRunner:
         tokens = submitted.failed
         prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
         masked: list[tuple[ScheduledSequence, np.ndarray]] = []
-        for sequence, rows, logits in submitted.results:
-            try:
-                row = self._finish(sequence, rows, logits, tokens, prompt_logprobs)
-                if row is None:
+        for sequences, all_rows, logits in submitted.results:
+            plain = self._sampler.plain(sequences, all_rows, logits)
+            tokens.update(plain)
+            if len(plain) == len(sequences):
+                continue
+            for sequence, rows in zip(sequences, all_rows, strict=True):
+                if sequence.request_id in plain:
                     continue
-                if sequence.sampling.structured_outputs is not None:
-                    masked.append((sequence, row))
-                else:
-                    tokens[sequence.request_id] = self._sampler.sample(row, sequence)
-            except Exception as error:
-                tokens[sequence.request_id] = SampledToken(token_id=-1, error=f"sampling failed: {error}")
+                try:
+                    row = self._finish(sequence, rows, logits, tokens, prompt_logprobs)
+                    if row is None:
+                        continue
+                    if sequence.sampling.structured_outputs is not None:
+                        masked.append((sequence, row))
+                    else:
+                        tokens[sequence.request_id] = self._sampler.sample(row, sequence)
+                except Exception as error:
+                    tokens[sequence.request_id] = SampledToken(token_id=-1, error=f"sampling failed: {error}")
         if self.grammars is not None and submitted.structured:
             try:
                 tokens.update(self.grammars.sample(masked, self._sampler))
@@ -92,12 +94,23 @@ class ModelRunner:
         """Forget a step that was submitted and will not be collected."""
         self._submitted = None
 
-    def _run(self, sequences: list[ScheduledSequence], failed: dict[str, SampledToken]) -> list[_Result]:
+    def _checked(self, sequences: list[ScheduledSequence], failed: dict[str, SampledToken]) -> list[ScheduledSequence]:
+        """Those that can be computed safely. Writes the others' errors to `failed`."""
+        accepted: list[ScheduledSequence] = []
+        for sequence in sequences:
+            try:
+                self._builder.check(sequence)
+                accepted.append(sequence)
+            except Exception as error:
+                failed[sequence.request_id] = SampledToken(token_id=-1, error=str(error))
+        return accepted
+
+    def _run(self, sequences: list[ScheduledSequence], failed: dict[str, SampledToken], built: BuiltBatch | None = None) -> list[_Result]:
         """Run all at once; when that fails, each alone, so that only the one at fault ends. Writes errors to `failed`."""
         try:
-            built = self._builder.build(sequences)
+            built = built if built is not None else self._builder.build(sequences)
             logits = self._executor.run(built.batch)
-            return [(sequence, rows, logits) for sequence, rows in zip(sequences, built.rows, strict=True)]
+            return [(sequences, built.rows, logits)]
         except Exception as error:
             if len(sequences) == 1:
                 failed[sequences[0].request_id] = SampledToken(token_id=-1, error=f"the step failed: {error}")
@@ -105,7 +118,7 @@ class ModelRunner:
         results: list[_Result] = []
         for sequence in sequences:  # writing the same K and V again changes nothing
             # copied: an executor's logits are valid until its next run
-            results += [(one, rows, logits.copy()) for one, rows, logits in self._run([sequence], failed)]
+            results += [(ones, rows, logits.copy()) for ones, rows, logits in self._run([sequence], failed)]
         return results
 
     def _finish(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -29,6 +31,15 @@ class _SequenceState:
     bias: np.ndarray | None
     allowed: np.ndarray | None
     held_back: np.ndarray | None  # eos and stop ids, masked before min_tokens
+
+
+class _Rows(Protocol):
+    """Of `batch.LogitsRows` what is needed here."""
+
+    @property
+    def num_prompt(self) -> int: ...
+    @property
+    def sample(self) -> int | None: ...
 
 
 class Sampler:
@@ -72,6 +83,30 @@ class Sampler:
         token = best if state.greedy else self._draw(logits, state, sequence)
         logprobs = None if params.logprobs is None else token_logprobs(raw, token, params.logprobs)
         return SampledToken(token_id=token, logprobs=logprobs)
+
+    def plain(self, sequences: Sequence[ScheduledSequence], rows: Sequence[_Rows], logits: np.ndarray) -> dict[str, SampledToken]:
+        """The tokens of those that want the argmax and nothing else, found in one pass; everyone else is left to `sample`.
+
+        Args:
+            rows: of each sequence. When one has none to sample from, or rows of its prompt, nobody is plain.
+            logits: float32 [N, V], one row per sequence in their order.
+
+        Returns:
+            request id -> the very token `sample` would choose.
+        """
+        states = self._states
+        found = [states.get(s.request_id) for s in sequences]
+        if len(logits) != len(sequences) or not any(state is not None and state.plain_greedy for state in found):
+            return {}
+        if any(place.sample != index or place.num_prompt for index, place in enumerate(rows)):
+            return {}
+        best = logits.argmax(axis=1)  # of each row the first of equals; the first NaN if there is one
+        usable = np.isfinite(logits[np.arange(len(best)), best]).tolist()
+        return {
+            sequence.request_id: SampledToken(token_id=token)
+            for sequence, state, token, good in zip(sequences, found, best.tolist(), usable, strict=True)
+            if state is not None and state.plain_greedy and good and sequence.sampling.structured_outputs is None
+        }
 
     def prompt_logprobs(self, rows: np.ndarray, next_token_ids: list[int], num_top: int) -> list[TokenLogprobs]:
         """Log-probabilities of the prompt tokens that follow each of `rows` (float32 [R, V], raw)."""
