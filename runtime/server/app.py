@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from llmc.errors import RequestRejected
+from llmc.runtime.server.anthropic_messages import messages_router
 from llmc.runtime.server.auth import AuthMiddleware, KeyCheck
 from llmc.runtime.server.context import ContextMiddleware
 from llmc.runtime.server.errors import error_response, rejection_response
@@ -42,8 +43,8 @@ def build_app(front: Front) -> Any:
         redirect_slashes=False,  # a redirect would be built from the Host header
         root_path=settings.root_path,
     )
-    for router in (chat_router(front), completions_router(front), responses_router(front), tokenize_router(front), operator_router(front)):
-        app.include_router(router)
+    for make_router in (chat_router, completions_router, responses_router, messages_router, tokenize_router, operator_router):
+        app.include_router(make_router(front))
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     _add_error_answers(app)
     layers: Any = BodyMiddleware(app, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)

@@ -63,8 +63,11 @@ class AuthMiddleware:
 
 
 def _presented_key(headers: list[tuple[bytes, bytes]]) -> bytes | None:
-    """The bearer token, if exactly one Authorization header holds one."""
+    """The bearer token, if exactly one Authorization header holds one; without that header Anthropic's `x-api-key`, if there is one."""
     values = [value for name, value in headers if name == b"authorization"]
+    if not values:
+        keys = [value for name, value in headers if name == b"x-api-key"]
+        return keys[0].strip() or None if len(keys) == 1 else None
     if len(values) != 1:
         return None
     scheme, _, token = values[0].partition(b" ")

@@ -43,10 +43,17 @@ def check_options(body: SamplingFields) -> None:
         raise RequestRejected("prompt_logprobs cannot be streamed; leave stream out", param="prompt_logprobs")
 
 
+Failure = Callable[[str, int, str | None, str | None], bytes]  # (message, status, param, code) -> the stream's last bytes
+
+
+def _failure_event(message: str, status: int, param: str | None, code: str | None) -> bytes:
+    return event(error_object(message, status=status, param=param, code=code)) + DONE
+
+
 class EventStream(Response):
     """An answer that sends what `events` yields. An error after the first byte becomes an error event."""
 
-    def __init__(self, first: bytes, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
+    def __init__(self, first: bytes, events: AsyncIterator[bytes], close: Callable[[], None], failure: Failure) -> None:
         self.status_code = 200
         self.media_type = "text/event-stream"
         self.background = None
@@ -54,6 +61,7 @@ class EventStream(Response):
         self._first = first
         self._events = events
         self._close = close
+        self._failure = failure
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
@@ -64,25 +72,25 @@ class EventStream(Response):
         except ClientGone:
             return
         except RequestRejected as error:
-            failure = error_object(str(error), status=error.status, param=error.param, code=error.code)
-            await send({"type": "http.response.body", "body": event(failure) + DONE, "more_body": True})
+            failure = self._failure(str(error), error.status, error.param, error.code)
+            await send({"type": "http.response.body", "body": failure, "more_body": True})
         except Exception as error:
             log_exception("stream_failed", error, request=scope["llmc.request_id"])
-            failure = error_object("the server failed on this request; its log has the reason", status=500)
-            await send({"type": "http.response.body", "body": event(failure) + DONE, "more_body": True})
+            failure = self._failure("the server failed on this request; its log has the reason", 500, None, None)
+            await send({"type": "http.response.body", "body": failure, "more_body": True})
         finally:
             self._close()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def start(events: AsyncIterator[bytes], close: Callable[[], None]) -> EventStream:
+async def start(events: AsyncIterator[bytes], close: Callable[[], None], *, failure: Failure = _failure_event) -> EventStream:
     """Wait for the first event, so that an early error still has its own HTTP status, then answer with the stream.
 
-    `close` ends the generation behind `events`; it is called however the stream ends.
+    `close` ends the generation behind `events`; it is called however the stream ends. `failure` shapes an error that comes later.
     """
     try:
         first = await anext(events)
     except BaseException:
         close()
         raise
-    return EventStream(first, events, close)
+    return EventStream(first, events, close, failure)
