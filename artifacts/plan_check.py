@@ -32,17 +32,19 @@ _HEX = re.compile(r"(?:[0-9a-f]{2})+", re.ASCII)
 _GRID = (2**31 - 1, 65535, 65535)
 
 
-def check_plan(plan: Plan, images: Mapping[str, bytes], where: str) -> None:
+def check_plan(plan: Plan, images: Mapping[str, bytes], where: str, seen: dict[str, Cubin] | None = None) -> None:
     """Check a plan against itself and against its images.
 
     Args:
         plan: as `decode_plan` gives it.
         images: SHA-256 -> the bytes that will be loaded.
         where: how messages call the plan.
+        seen: images that were hashed and read already, by SHA-256; added to. One dict serves the plans that share `images`.
 
     Raises:
         ArtifactError: one sentence about the first thing that is wrong.
     """
+    seen = {} if seen is None else seen
     target = _TARGET.fullmatch(plan.target)
     if target is None:
         raise ArtifactError(f"{where}: target {plan.target[:50]!r}, expected an architecture as sm_90")
@@ -53,7 +55,7 @@ def check_plan(plan: Plan, images: Mapping[str, bytes], where: str) -> None:
     if any(size < 1 for size in plan.sizes.values()):
         raise ArtifactError(f"{where}: sizes {dict(list(plan.sizes.items())[:20])}, expected 1 or more each")
     _check_regions(plan.regions, where)
-    cubins = _check_images(plan, images, int(target.group(1)), where)
+    cubins = _check_images(plan, images, int(target.group(1)), where, seen)
     for index, kernel in enumerate(plan.kernels):
         _check_kernel(kernel, cubins, f"{where}: kernel {index}")
     for index, launch in enumerate(plan.launches):
@@ -75,7 +77,7 @@ def _check_regions(regions: list[Region], where: str) -> None:
             raise ArtifactError(f"{where}: region {region.name[:200]!r} has {region.size_bytes} bytes, expected 0 to {MAX_BYTES}")
 
 
-def _check_images(plan: Plan, images: Mapping[str, bytes], architecture: int, where: str) -> list[Cubin]:
+def _check_images(plan: Plan, images: Mapping[str, bytes], architecture: int, where: str, seen: dict[str, Cubin]) -> list[Cubin]:
     if len({image.sha256 for image in plan.images}) != len(plan.images):
         raise ArtifactError(f"{where}: lists an image twice")
     cubins = []
@@ -85,13 +87,15 @@ def _check_images(plan: Plan, images: Mapping[str, bytes], architecture: int, wh
         if image.sha256 not in images:
             raise ArtifactError(f"{where}: image {image.sha256} is not there; fetch the artifact again or compile again")
         data = images[image.sha256]
-        found = hashlib.sha256(data).hexdigest()
+        found = image.sha256 if image.sha256 in seen else hashlib.sha256(data).hexdigest()
         if len(data) != image.size_bytes or found != image.sha256:
             raise ArtifactError(
                 f"{where}: image {image.sha256} of {image.size_bytes} bytes is damaged: {len(data)} bytes that hash to {found}; "
                 "fetch the artifact again or compile again"
             )
-        cubin = read_cubin(data, f"{where}: image {image.sha256}")
+        if image.sha256 not in seen:
+            seen[image.sha256] = read_cubin(data, f"{where}: image {image.sha256}")
+        cubin = seen[image.sha256]
         if cubin.architecture != architecture:
             raise ArtifactError(f"{where}: image {image.sha256} is for sm_{cubin.architecture}, the plan for {plan.target}")
         cubins.append(cubin)

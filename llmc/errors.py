@@ -50,5 +50,9 @@ class InternalError(LlmcError):
     exit_code = 70
 
 
+class DeviceLost(InternalError):
+    """A GPU kernel failed. Nothing can run there in this process any more: the engine ends, and the front starts another."""
+
+
 class PassError(InternalError):
     """A pass failed; names it, the passes before it and where the graph was dumped."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmc.errors import RequestRejected
+from llmc.errors import DeviceLost, RequestRejected
 from llmc.runtime.engine_config import EngineConfig
 from llmc.runtime.load import LoadedModel, load_model
 from llmc.runtime.messages import EngineReady, EngineStats, FinishReason, GenerateRequest, TokenEvent
@@ -87,6 +87,9 @@ class Engine:
 
         What fails for one sequence ends that sequence alone. What fails for the step as a whole, which only a bug of ours can cause,
         ends every sequence with an error, and the engine goes on.
+
+        Raises:
+            DeviceLost: a GPU kernel failed; this engine is at its end, and only `close` may follow.
         """
         admitted = self._admit_compiled() if self._grammars is not None else []
         if self._grammars is not None and not self._scheduler.has_work():
@@ -94,6 +97,8 @@ class Engine:
         try:
             self._runner.submit(self._scheduler.plan())  # who runs, how many tokens each, in which blocks
             events = self._scheduler.commit(self._runner.collect())  # their tokens
+        except DeviceLost:
+            raise
         except Exception as error:
             self._runner.reset()
             events = self._scheduler.fail_all(f"the engine's step failed: {error}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmc.artifacts.manifest import Manifest
+from llmc.artifacts.manifest import Manifest, TensorRecord
 from llmc.artifacts.verify import OpenArtifact, open_artifact
 from llmc.errors import ConfigError
 from llmc.runtime.batch import BatchBuilder
@@ -59,11 +59,9 @@ def load_model(config: EngineConfig, artifact: OpenArtifact | None = None) -> Lo
 def _load(artifact: OpenArtifact, config: EngineConfig, timer: StageTimer) -> LoadedModel:
     keep_freed_memory()
     manifest = artifact.manifest
-    code, weights = _load_files(artifact, config, timer)
-    with timer.stage("bind"):
-        executor = code.bind(weights)
+    executor, free_bytes = _load_executor(artifact, config, timer)
     with timer.stage("kv"):
-        limits = resolve(config, manifest, available_bytes=available_bytes())
+        limits = resolve(config, manifest, available_bytes=free_bytes())
         executor.allocate_kv(limits.num_blocks)
         builder = make_builder(manifest, limits)
     compared = 0
@@ -79,6 +77,31 @@ def _load(artifact: OpenArtifact, config: EngineConfig, timer: StageTimer) -> Lo
         startup_ms=timer.milliseconds,
         tokenizer=_tokenizer(artifact),
     )
+
+
+def _load_executor(artifact: OpenArtifact, config: EngineConfig, timer: StageTimer) -> tuple[Executor, Callable[[], int]]:
+    """The executor the artifact names, with its weights, and what tells how much memory is left where its KV cache will be."""
+    if step_entry(artifact.manifest).executor == "plans":
+        return _load_plans(artifact, config, timer)
+    code, weights = _load_files(artifact, config, timer)
+    with timer.stage("bind"):
+        return code.bind(weights), available_bytes
+
+
+def _load_plans(artifact: OpenArtifact, config: EngineConfig, timer: StageTimer) -> tuple[Executor, Callable[[], int]]:
+    """Plans, for a GPU; weights go there without a copy in the host's memory, but for those of a checkpoint."""
+    from llmc.runtime.cuda.load import load_executor  # an artifact for a CPU pays nothing for it
+
+    if config.weights_mmap:
+        raise ConfigError(f"{config.artifact}: was compiled for a GPU, where weights cannot be mapped; leave --weights-mmap out")
+    manifest = artifact.manifest
+    descriptors = {record.path: artifact.fd(record.path) for record in manifest.files}
+    external = _external(artifact, config)
+    sources = artifact.weights(verify=config.verify_weights)
+    threads = num_threads(config)
+    bound = _bind_checkpoint(external, config, threads) if external else None
+    executor = load_executor(manifest, step_entry(manifest), descriptors, sources, bound, timer, num_threads=threads)
+    return executor, executor.available_bytes
 
 
 def _tokenizer(artifact: OpenArtifact) -> KeptFile | None:
@@ -117,15 +140,28 @@ def _load_weights(artifact: OpenArtifact, config: EngineConfig, threads: int) ->
     """Packed weights from the artifact, and where it carries recipes instead, from the checkpoint."""
     readers = max(2, threads)  # reading and hashing overlap even on one processor
     packed = [tensor for tensor in artifact.manifest.tensors if tensor.file is not None]
+    external = _external(artifact, config)
+    sources = artifact.weights(verify=config.verify_weights)
+    weights = load_weights(sources, packed, num_threads=readers, map_files=config.weights_mmap)
+    return merge_weights(weights, _bind_checkpoint(external, config, readers)) if external else weights
+
+
+def _external(artifact: OpenArtifact, config: EngineConfig) -> list[TensorRecord]:
+    """Tensors the artifact leaves to a checkpoint.
+
+    Raises:
+        ConfigError: there are some and no checkpoint is named, or the other way round.
+    """
     external = [tensor for tensor in artifact.manifest.tensors if tensor.file is None]
     if external and config.checkpoint is None:
         raise ConfigError(f"{config.artifact}: was compiled with --weights external; name the checkpoint with --checkpoint DIR")
     if config.checkpoint is not None and not external:
         raise ConfigError(f"{config.artifact}: carries its weights; leave --checkpoint out")
-    sources = artifact.weights(verify=config.verify_weights)
-    weights = load_weights(sources, packed, num_threads=readers, map_files=config.weights_mmap)
-    if not external or config.checkpoint is None:
-        return weights
+    return external
+
+
+def _bind_checkpoint(external: list[TensorRecord], config: EngineConfig, readers: int) -> Weights:
     from llmc.runtime.external_weights import bind_checkpoint  # most artifacts carry their weights
 
-    return merge_weights(weights, bind_checkpoint(external, Path(config.checkpoint), num_threads=readers))
+    assert config.checkpoint is not None
+    return bind_checkpoint(external, Path(config.checkpoint), num_threads=readers)

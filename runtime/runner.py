@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmc.errors import InternalError
+from llmc.errors import DeviceLost, InternalError
 from llmc.runtime.batch import BatchBuilder, BuiltBatch, LogitsRows
 from llmc.runtime.messages import TokenLogprobs
 from llmc.runtime.sampler import Sampler
@@ -111,6 +111,8 @@ class ModelRunner:
             built = built if built is not None else self._builder.build(sequences)
             logits = self._executor.run(built.batch)
             return [(sequences, built.rows, logits)]
+        except DeviceLost:
+            raise  # no sequence can run any more
         except Exception as error:
             if len(sequences) == 1:
                 failed[sequences[0].request_id] = SampledToken(token_id=-1, error=f"the step failed: {error}")

@@ -32,7 +32,7 @@ def step_entry(manifest: Manifest) -> Entry:
 
 
 def load_code(manifest: Manifest, entry: Entry, descriptors: Mapping[str, int], *, num_threads: int) -> LoadedCode:
-    """Map the entry's code. May run in another thread than the one that will run the program.
+    """Map the entry's code, for entries that run on a CPU. May run in another thread than the one that will run the program.
 
     Args:
         descriptors: open descriptor of each verified file, by its path in the artifact.

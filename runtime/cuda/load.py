@@ -1,0 +1,157 @@
+"""An open artifact of plans -> an executor. Everything is read and checked before the driver is touched."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from llmc.artifacts.cubin import Cubin
+from llmc.artifacts.manifest import Entry, Manifest
+from llmc.artifacts.plan import MAX_PLAN_BYTES, Plan, decode_plan
+from llmc.artifacts.plan_check import check_plan
+from llmc.artifacts.weight_source import WeightSource
+from llmc.errors import ArtifactError
+from llmc.runtime.cuda.api import LIBRARY, OLDEST_DRIVER
+from llmc.runtime.cuda.device import Device
+from llmc.runtime.cuda.driver import Driver
+from llmc.runtime.cuda.executor import PlanExecutor
+from llmc.runtime.cuda.modules import Modules
+from llmc.runtime.cuda.weights import load_weights
+from llmc.runtime.stage_timer import StageTimer
+from llmc.runtime.weights import Weights
+
+MAX_IMAGE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedPlans:
+    """The plans of an entry, in its order, and the images they name by SHA-256."""
+
+    plans: Sequence[Plan]
+    images: Mapping[str, bytes]
+
+
+def read_plans(manifest: Manifest, entry: Entry, descriptors: Mapping[str, int]) -> CheckedPlans:
+    """Read and check all plans of an entry and their images.
+
+    Args:
+        descriptors: open descriptor of each verified file, by its path in the artifact.
+
+    Raises:
+        ArtifactError: one sentence about the first thing that is wrong.
+    """
+    images: dict[str, bytes] = {}
+    for image in manifest.images:
+        if image.role == "cubin":
+            images[image.sha256] = _read(descriptors[image.path], image.path, MAX_IMAGE_BYTES)
+    cubins: dict[str, Cubin] = {}
+    plans: list[Plan] = []
+    for record in entry.plans:
+        plan = decode_plan(_read(descriptors[record.path], record.path, MAX_PLAN_BYTES), record.path)
+        check_plan(plan, images, record.path, cubins)
+        stated = {"T": record.num_tokens, "B": record.num_seqs, "N": record.num_logits, "M": record.table_blocks}
+        found = {name: plan.sizes.get(name) for name in stated}
+        if found != stated:
+            raise ArtifactError(f"{record.path}: made for sizes {found}, the manifest says {stated}; compile again")
+        if plan.target != manifest.target.isa:
+            raise ArtifactError(f"{record.path}: made for {plan.target}, the manifest says {manifest.target.isa}; compile again")
+        plans.append(plan)
+    if not plans:
+        raise ArtifactError(f"manifest.json: entry {entry.name} has no plans; compile again")
+    _check_limits(manifest, entry)
+    return CheckedPlans(plans=plans, images=images)
+
+
+def open_device(manifest: Manifest, library: str = LIBRARY) -> Device:
+    """The GPU, if it is what the artifact needs.
+
+    Raises:
+        ConfigError: no driver, one too old, or no GPU.
+        ArtifactError: the artifact was compiled for another GPU.
+    """
+    needs = manifest.requirements.cuda
+    device = Device(Driver(library, needed=needs.driver_version if needs is not None else OLDEST_DRIVER))
+    major, minor = device.capability
+    here = f"sm_{major}{minor}"
+    problem = None
+    if here != manifest.target.isa or (needs is not None and needs.compute_capability != f"{major}.{minor}"):
+        problem = f"compiled for {manifest.target.isa}, this GPU ({device.name}) is {here}; compile again with --target cuda:{here}"
+    elif needs is not None and device.shared_bytes < needs.shared_memory_per_block_bytes:
+        problem = (
+            f"needs {needs.shared_memory_per_block_bytes} bytes of shared memory per block, this GPU ({device.name}) has "
+            f"{device.shared_bytes}; compile again for it"
+        )
+    if problem is not None:
+        device.close()
+        raise ArtifactError(f"manifest.json: {problem}")
+    return device
+
+
+def load_executor(
+    manifest: Manifest,
+    entry: Entry,
+    descriptors: Mapping[str, int],
+    sources: Sequence[WeightSource],
+    bound: Weights | None,
+    timer: StageTimer,
+    *,
+    num_threads: int,
+    library: str = LIBRARY,
+) -> PlanExecutor:
+    """Everything up to the KV cache: plans checked, the device opened, code and weights on it.
+
+    Args:
+        sources: the artifact's weight files.
+        bound: tensors that lie in no file, from a checkpoint.
+        num_threads: that read and hash weights.
+        library: libcuda; tests give a stand-in.
+
+    Raises:
+        ArtifactError, ConfigError: as `read_plans`, `open_device`, `load_weights` and `PlanExecutor` say.
+    """
+    checked = timer.timed("plans", lambda: read_plans(manifest, entry, descriptors))
+    device = timer.timed("device", lambda: open_device(manifest, library))
+    try:
+        with timer.stage("load"), ThreadPoolExecutor(1, thread_name_prefix="llmc-code") as pool:
+            loading = pool.submit(timer.timed, "load.code", lambda: _modules(device, checked))
+            weights = timer.timed(
+                "load.weights", lambda: load_weights(device, sources, manifest.tensors, bound, num_threads=max(2, num_threads))
+            )
+            modules = loading.result()
+        return PlanExecutor(device=device, entry=entry, kv=manifest.kv, plans=checked.plans, modules=modules, weights=weights)
+    except BaseException:
+        device.close()
+        raise
+
+
+def _modules(device: Device, checked: CheckedPlans) -> Modules:
+    device.enter()
+    return Modules(device, checked.plans, checked.images)
+
+
+def _read(fd: int, path: str, most: int) -> bytes:
+    """A whole verified file."""
+    size = os.fstat(fd).st_size
+    if size > most:
+        raise ArtifactError(f"{path}: {size} bytes, at most {most} are expected; compile again")
+    data = os.pread(fd, size, 0)
+    if len(data) != size:
+        raise ArtifactError(f"{path}: ends at byte {len(data)}, expected {size}; fetch the artifact again")
+    return data
+
+
+def _check_limits(manifest: Manifest, entry: Entry) -> None:
+    """Whether the largest step of the manifest's limits has a plan."""
+    limits, block_size = manifest.limits, manifest.kv.block_size
+    columns = -(-limits.max_model_len // block_size)
+    sequences = min(limits.max_num_seqs, limits.max_num_batched_tokens)
+    for record in entry.plans:
+        large = record.num_tokens >= limits.max_num_batched_tokens and record.num_seqs >= sequences
+        if large and not record.decode and record.table_blocks >= columns:
+            return
+    raise ArtifactError(
+        f"manifest.json: entry {entry.name} has no plan for a step of {limits.max_num_batched_tokens} tokens of {sequences} sequences "
+        f"of up to {columns} blocks, which its limits allow; compile again"
+    )
