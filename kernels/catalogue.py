@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .launch import Launch
+from .moe.reference import most_tiles
 from .registry import choose
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -74,5 +75,18 @@ def _cases(empty: Callable[..., Tensor]) -> dict[str, tuple[str, tuple[Any, ...]
             )
     cases["plain_linear one part 2048"] = ("plain_linear", (t(2048, 4096), t(28672, 4096), None))
     cases["plain_linear uneven 2048"] = ("plain_linear", (t(2048, 2872), t(201, 2896)[:, :2872], None))
+    for kind, bits in ((torch.int8, 8), (torch.uint8, 4), (torch.float8_e4m3fn, 8)):
+        for tokens in (1, 64, 256, 2048):
+            weight, scales = t(6144, 4096 * bits // 8, dtype=kind), t(6144, 32)
+            name = f"plain_quantized_linear {str(kind)[6:]} {tokens}"
+            cases[name] = ("plain_quantized_linear", (t(tokens, 4096), weight, scales, None, 128))
+    cases["moe_route qwen3"] = ("moe_route", (t(64, 128), 8, True, True, False))
+    cases["moe_route gpt-oss"] = ("moe_route", (t(64, 32), 4, False, False, False))
+    for tokens, tile in ((1, 16), (64, 16), (1024, 64), (8192, 128)):
+        rows, num_tiles = tokens * 8, most_tiles(tokens * 8, 128, tile)
+        cases[f"moe_sort {tokens}"] = ("moe_sort", (t(tokens, 8, dtype=torch.int64), 128, tile))
+        order = (t(num_tiles * tile, dtype=torch.int32), t(num_tiles, dtype=torch.int32))
+        cases[f"moe_linear {tokens}"] = ("moe_linear", (t(tokens, 2048), t(128, 1536, 2048), *order, None, rows, 8))
+    cases["moe_combine"] = ("moe_combine", (t(512, 2048), t(64, 8)))
     cases["argmax"] = ("argmax", (t(256, 151936),))
     return cases

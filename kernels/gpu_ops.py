@@ -8,7 +8,18 @@ from __future__ import annotations
 
 from types import ModuleType, SimpleNamespace
 
-from . import argmax, gelu_mul, paged_attention, plain_grouped_linear, plain_linear, rms_norm, rope_kv_write, silu_mul
+from . import (
+    argmax,
+    gelu_mul,
+    moe,
+    paged_attention,
+    plain_grouped_linear,
+    plain_linear,
+    plain_quantized_linear,
+    rms_norm,
+    rope_kv_write,
+    silu_mul,
+)
 
 GPU_OPS: dict[str, ModuleType | SimpleNamespace] = {
     "rms_norm": rms_norm,
@@ -19,5 +30,10 @@ GPU_OPS: dict[str, ModuleType | SimpleNamespace] = {
     "paged_attend": paged_attention.attend,
     "plain_linear": plain_linear,
     "plain_grouped_linear": plain_grouped_linear,
+    "plain_quantized_linear": plain_quantized_linear,
+    "moe_route": moe.route,
+    "moe_sort": moe.sort,
+    "moe_linear": moe.linear,
+    "moe_combine": moe.combine,
     "argmax": argmax,
 }

@@ -112,19 +112,25 @@ def add_kernel(partial, bias, out, num_tokens, n, PARTS: tl.constexpr, HAS_BIAS:
 
 
 @triton.jit
+def place_tile(tile, num_tokens, n, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, ABREAST: tl.constexpr):
+    """The tokens and the weight's rows of a tile; neighbouring tiles are ABREAST runs of tokens by one run of rows."""
+    runs_T, runs_N = tl.cdiv(num_tokens, BLOCK_T), tl.cdiv(n, BLOCK_N)
+    band = tile // (ABREAST * runs_N)
+    width = tl.minimum(runs_T - band * ABREAST, ABREAST)
+    inside = tile % (ABREAST * runs_N)
+    token = (band * ABREAST + inside % width) * BLOCK_T + tl.arange(0, BLOCK_T)
+    return token, (inside // width) * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
 def prefill_kernel(
     x, weight, bias, out, num_tokens, n, k, x_stride, weight_stride, length, num_tiles,
     HAS_BIAS: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
     ABREAST: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """Grid (PROGRAMS): every program takes each PROGRAMS-th tile. ABREAST runs of tokens share the weight's rows in the L2 cache."""
-    runs_T, runs_N = tl.cdiv(num_tokens, BLOCK_T), tl.cdiv(n, BLOCK_N)
     for tile in range(tl.program_id(0), num_tiles, PROGRAMS):
-        band = tile // (ABREAST * runs_N)
-        width = tl.minimum(runs_T - band * ABREAST, ABREAST)
-        inside = tile % (ABREAST * runs_N)
-        token = (band * ABREAST + inside % width) * BLOCK_T + tl.arange(0, BLOCK_T)
-        row = (inside // width) * BLOCK_N + tl.arange(0, BLOCK_N)
+        token, row = place_tile(tile, num_tokens, n, BLOCK_N, BLOCK_T, ABREAST)
         has_N, has_T = row < n, token < num_tokens
         token_T, row_N = token.to(tl.int64) * x_stride, row.to(tl.int64) * weight_stride
         if PARTS == 1:
@@ -184,16 +190,19 @@ def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, launch: Laun
         )
     )
     if parts > 1:
-        block = min(1024, next_power_of_2(n))
-        launch(
-            Launch(
-                kernel=add_kernel,
-                grid=(num_tokens, cdiv(n, block), 1),
-                args={"partial": partial, "bias": bias_or_any, "out": out, "num_tokens": num_tokens, "n": n},
-                constants={"PARTS": parts, "HAS_BIAS": bias is not None, "BLOCK": block},
-            )
-        )
+        launch(add_parts(partial, bias, out, num_tokens, n, parts))
     return out
+
+
+def add_parts(partial: Tensor, bias: Tensor | None, out: Tensor, num_tokens: int, n: int, parts: int) -> Launch:
+    """Sum `partial` [parts, num_tokens, n] fp32 into `out`."""
+    block = min(1024, next_power_of_2(n))
+    return Launch(
+        kernel=add_kernel,
+        grid=(num_tokens, cdiv(n, block), 1),
+        args={"partial": partial, "bias": partial if bias is None else bias, "out": out, "num_tokens": num_tokens, "n": n},
+        constants={"PARTS": parts, "HAS_BIAS": bias is not None, "BLOCK": block},
+    )
 
 
 def plain_linear_reason(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmc.errors import ConfigError, UnsupportedModel
-from llmc.kernels import gpu_ops, ops, registry
+from llmc.kernels import gpu_ops, moe, ops, registry
 
 ROW, ROWS = torch.randn(6), torch.randn(3, 6)
 Q, CACHE = torch.randn(3, 4, 8), torch.randn(4, 2, 16, 8)
@@ -17,6 +17,7 @@ TABLES = torch.tensor([[[0, 1], [2, 3]]], dtype=torch.int32)
 LENGTHS, STARTS = torch.tensor([20, 3], dtype=torch.int32), torch.tensor([0, 1, 3], dtype=torch.int32)
 K, ROW8, TABLE = torch.randn(3, 2, 8), torch.randn(8), torch.randn(30, 4)
 POSITIONS, SLOTS = torch.tensor([3, 19, 2]), torch.tensor([[0, 40, -1]])
+SORTED = moe.sort.reference(torch.tensor([[1, 0], [1, 0], [0, 1]]), 2, 16)
 SAMPLES: dict[str, tuple[Any, ...]] = {
     "rms_norm": (ROWS, ROW, 1e-6, 1.0, False),
     "add_rms_norm": (ROWS, ROWS, ROW, 1e-6, 0.0, True),
@@ -26,6 +27,11 @@ SAMPLES: dict[str, tuple[Any, ...]] = {
     "paged_attend": (Q, CACHE, CACHE, TABLES, LENGTHS, STARTS, 0, 0, 0.5, 0, 0.0, None),
     "plain_linear": (ROWS, torch.randn(5, 6), torch.randn(5)),
     "plain_grouped_linear": (ROWS, torch.randn(4, 5, 6), torch.tensor([3, 0, 3]), None),
+    "plain_quantized_linear": (ROWS, torch.ones(5, 6, dtype=torch.int8), torch.rand(5, 1), torch.randn(5), 32),
+    "moe_route": (ROWS, 2, True, True, False),
+    "moe_sort": (torch.tensor([[3, 0], [0, 1]]), 4, 16),
+    "moe_linear": (ROWS, torch.randn(2, 5, 6), *SORTED, torch.randn(2, 5), 6, 2),
+    "moe_combine": (torch.randn(6, 5), torch.rand(3, 2)),
     "argmax": (ROWS,),
 }
 

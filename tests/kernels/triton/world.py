@@ -31,7 +31,7 @@ def poisoned() -> Iterator[None]:
     make, make_new = torch.empty, Tensor.new_empty
 
     def poison(x: Tensor) -> Tensor:
-        return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(-(2**30))
+        return x.fill_(float("nan") if x.is_floating_point() else max(-(2**30), torch.iinfo(x.dtype).min))
 
     with (
         mock.patch.object(torch, "empty", lambda *a, **k: poison(make(*a, **k))),
