@@ -36,6 +36,7 @@ from llmc.runtime.messages import (
     Shutdown,
     TokenEvent,
 )
+from llmc.runtime.stream_interval import StreamInterval
 
 QUEUE_MESSAGES = 4096  # per direction, before the sender waits
 _MAX_MESSAGE_BYTES = 1 << 30
@@ -52,6 +53,7 @@ class ProcessOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     parent_pid: int
     spawned_at: float  # time.monotonic() of the spawn, the same clock in both processes
     engine: dict[str, Any]  # fields of runtime.engine.EngineConfig
+    stream_interval: int = 1  # tokens of a sequence per message
 
 
 class EngineLike(Protocol):
@@ -149,13 +151,13 @@ def _serve(channel: _Channel, options: ProcessOptions, make_engine: Callable[[di
     try:
         stages = {"interpreter": round(interpreter_ms, 3), **engine.ready.startup_ms}
         channel.send([msgspec.structs.replace(engine.ready, startup_ms=stages)])
-        _loop(engine, channel)
+        _loop(engine, channel, StreamInterval(options.stream_interval))
     finally:
         engine.close()
     return 0
 
 
-def _loop(engine: EngineLike, channel: _Channel) -> None:
+def _loop(engine: EngineLike, channel: _Channel, interval: StreamInterval) -> None:
     """Step until told to shut down. Any exception but a request's own ends the process, and the front restarts it."""
     sent_stats_at = 0.0
     sent_step = -1
@@ -166,8 +168,11 @@ def _loop(engine: EngineLike, channel: _Channel) -> None:
             if isinstance(request, Shutdown):
                 return
             events += _take_in(engine, request)
+            if isinstance(request, GenerateRequest):
+                interval.begin(request)
         if engine.has_work():
             events += engine.step()
+        events = interval.pass_on(events)
         now = time.monotonic()
         stats = engine.stats()
         idle = not engine.has_work()

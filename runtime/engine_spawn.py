@@ -34,11 +34,12 @@ class EngineHandle:
             self._removed = True
 
 
-def spawn_engine(engine: dict[str, Any], *, command: tuple[str, ...] = DEFAULT_COMMAND) -> EngineHandle:
+def spawn_engine(engine: dict[str, Any], *, command: tuple[str, ...] = DEFAULT_COMMAND, stream_interval: int = 1) -> EngineHandle:
     """Start the engine process and return at once.
 
     Args:
         engine: fields of `runtime.engine.EngineConfig`, plain JSON values.
+        stream_interval: tokens of a sequence the engine sends together.
         command: the program to run; it reads `engine_process.ProcessOptions` as JSON from stdin.
 
     Raises:
@@ -53,7 +54,13 @@ def spawn_engine(engine: dict[str, Any], *, command: tuple[str, ...] = DEFAULT_C
         shutil.rmtree(directory, ignore_errors=True)
         raise
     assert process.stdin is not None
-    options = {"endpoint": endpoint, "parent_pid": os.getpid(), "spawned_at": spawned_at, "engine": engine}
+    options = {
+        "endpoint": endpoint,
+        "parent_pid": os.getpid(),
+        "spawned_at": spawned_at,
+        "engine": engine,
+        "stream_interval": stream_interval,
+    }
     try:
         process.stdin.write(json.dumps(options).encode())
         process.stdin.close()

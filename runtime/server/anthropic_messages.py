@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from typing import Any
 
 import orjson
-from fastapi import APIRouter, Request
-from fastapi.routing import APIRoute
+from starlette.requests import Request
 from starlette.responses import Response
 
 from llmc.errors import RequestRejected
@@ -20,6 +19,7 @@ from llmc.runtime.server.front import Front
 from llmc.runtime.server.generation import Delta
 from llmc.runtime.server.message_blocks import MessageBlocks
 from llmc.runtime.server.parse import parse_body, validated
+from llmc.runtime.server.routes import Handler, Router
 from llmc.runtime.server.schemas import ChatCompletionRequest
 from llmc.runtime.server.schemas_messages import (
     CountTokensRequest,
@@ -37,9 +37,9 @@ _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _ERROR_TYPES = {500: "api_error", 503: "overloaded_error"}
 
 
-def messages_router(front: Front) -> APIRouter:
+def messages_router(front: Front) -> Router:
     """The routes, bound to this server's parts."""
-    router = APIRouter(route_class=_Route)
+    router = Router(around=_in_their_frame)
 
     @router.post("/v1/messages")
     async def messages(request: Request) -> Any:
@@ -74,22 +74,19 @@ def messages_router(front: Front) -> APIRouter:
     return router
 
 
-class _Route(APIRoute):
+def _in_their_frame(handle: Handler) -> Handler:
     """Refusals in the frame Anthropic's clients read; the error within is as everywhere."""
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
+    async def handled(request: Request) -> Response:
+        try:
+            return await handle(request)
+        except RequestRejected as error:
+            answer = error_response(str(error), status=error.status, param=error.param, code=error.code)
+            answer.body = orjson.dumps(_framed(orjson.loads(answer.body), error.status))
+            answer.headers["content-length"] = str(len(answer.body))
+            return answer
 
-        async def handled(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except RequestRejected as error:
-                answer = error_response(str(error), status=error.status, param=error.param, code=error.code)
-                answer.body = orjson.dumps(_framed(orjson.loads(answer.body), error.status))
-                answer.headers["content-length"] = str(len(answer.body))
-                return answer
-
-        return handled
+    return handled
 
 
 def _framed(error: dict[str, Any], status: int) -> dict[str, Any]:

@@ -1,18 +1,21 @@
 """The HTTP application: routes, error answers, and the layers every request passes.
 
-From the outside in: context (id, log, last word), CORS if allowed, keys, body limits, then FastAPI's routes.
+From the outside in: context (id, log, last word), CORS if allowed, keys, body limits, then the routes.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.middleware.cors import CORSMiddleware
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from llmc.errors import RequestRejected
+from llmc.runtime.server.answers import json_answer
 from llmc.runtime.server.anthropic_messages import messages_router
 from llmc.runtime.server.auth import AuthMiddleware, KeyCheck
 from llmc.runtime.server.context import ContextMiddleware
@@ -24,9 +27,8 @@ from llmc.runtime.server.limits import BodyMiddleware
 from llmc.runtime.server.openai_chat import chat_router
 from llmc.runtime.server.openai_completions import completions_router
 from llmc.runtime.server.openai_responses import responses_router
-from llmc.runtime.server.openapi import describe
+from llmc.runtime.server.routes import Router
 from llmc.runtime.server.tokenize import tokenize_router
-from llmc.runtime.server.version import VERSION
 
 _MESSAGES = {404: "there is nothing at this path; GET /v1/models lists what is served", 405: "this path does not take this method"}
 
@@ -34,18 +36,12 @@ _MESSAGES = {404: "there is nothing at this path; GET /v1/models lists what is s
 def build_app(front: Front) -> Any:
     """The whole ASGI application of a server."""
     settings = front.settings
-    app = FastAPI(
-        title="llmc",
-        version=VERSION,
-        docs_url=None,  # the interactive pages load scripts from elsewhere
-        redoc_url=None,
-        openapi_url=None if settings.disable_docs else "/openapi.json",
-        redirect_slashes=False,  # a redirect would be built from the Host header
-        root_path=settings.root_path,
-    )
+    app = _Application(settings.root_path)
+    app.router.redirect_slashes = False  # a redirect would be built from the Host header
     for make_router in (chat_router, completions_router, responses_router, messages_router, tokenize_router, operator_router):
-        app.include_router(make_router(front))
-    app.openapi = lambda: describe(app)  # type: ignore[method-assign]
+        app.router.routes += make_router(front).routes
+    if not settings.disable_docs:
+        app.router.routes += _description_router(app, settings.root_path).routes
     _add_error_answers(app)
     layers: Any = BodyMiddleware(app, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
     layers = AuthMiddleware(layers, KeyCheck(settings.api_keys), settings.root_path)
@@ -61,7 +57,35 @@ def build_app(front: Front) -> Any:
     return ContextMiddleware(layers, front.metrics, access_log=not settings.disable_access_log)
 
 
-def _add_error_answers(app: FastAPI) -> None:
+class _Application(Starlette):
+    """Answers under its own paths and under `root_path` followed by them, for a proxy that adds it or leaves it."""
+
+    def __init__(self, root_path: str) -> None:
+        super().__init__()
+        self._root_path = root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._root_path:
+            scope["root_path"] = self._root_path
+        await super().__call__(scope, receive, send)
+
+
+def _description_router(app: Starlette, root_path: str) -> Router:
+    """GET /openapi.json, made when it is first asked for."""
+    router, made = Router(), []
+
+    @router.get("/openapi.json")
+    async def openapi(_request: Request) -> Response:
+        if not made:
+            from llmc.runtime.server.openapi import describe  # most servers are never asked
+
+            made.append(describe(app.router.routes, root_path))
+        return json_answer(made[0])
+
+    return router
+
+
+def _add_error_answers(app: Starlette) -> None:
     async def rejected(_request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestRejected)
         return rejection_response(error)

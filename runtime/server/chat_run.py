@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import msgspec
-from fastapi import Request
+from starlette.requests import Request
 
 from llmc.errors import RequestRejected
 from llmc.runtime.server import sse

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import prometheus_client
-from fastapi import APIRouter
+from starlette.requests import Request
 from starlette.responses import Response
 
 from llmc.errors import RequestRejected
@@ -13,6 +13,7 @@ from llmc.runtime.engine_client import EngineState
 from llmc.runtime.server.answers import json_answer
 from llmc.runtime.server.errors import error_response
 from llmc.runtime.server.front import Front
+from llmc.runtime.server.routes import Router
 from llmc.runtime.server.version import VERSION
 
 _WHY_NOT = {
@@ -24,29 +25,29 @@ _WHY_NOT = {
 }
 
 
-def operator_router(front: Front) -> APIRouter:
+def operator_router(front: Front) -> Router:
     """The routes that run no model."""
-    router = APIRouter()
+    router = Router()
 
     @router.get("/health/live")
-    async def live() -> Any:
+    async def live(_request: Request) -> Any:
         """This process answers."""
         return json_answer({"status": "live"})
 
     @router.get("/health/ready")
     @router.get("/health")
-    async def ready() -> Any:
+    async def ready(_request: Request) -> Any:
         """A request sent now would be worked on: the engine made progress lately, or is idle and answering."""
         if front.client.is_ready(front.settings.stall_timeout_s):
             return json_answer({"status": "ready"})
         return error_response(_WHY_NOT[front.client.state], status=503, code=f"not_ready_{front.client.state.value}")
 
     @router.get("/metrics")
-    async def metrics() -> Any:
+    async def metrics(_request: Request) -> Any:
         return Response(front.metrics.text(), headers={"content-type": prometheus_client.CONTENT_TYPE_LATEST})
 
     @router.get("/load")
-    async def load() -> Any:
+    async def load(_request: Request) -> Any:
         """How busy the server is. `server_load` counts open sequences, as vLLM's clients read it."""
         stats = front.client.stats
         return json_answer(
@@ -60,15 +61,16 @@ def operator_router(front: Front) -> APIRouter:
         )
 
     @router.get("/version")
-    async def version() -> Any:
+    async def version(_request: Request) -> Any:
         return json_answer({"version": VERSION})
 
     @router.get("/v1/models")
-    async def models() -> Any:
+    async def models(_request: Request) -> Any:
         return json_answer({"object": "list", "data": [_model_card(front, name) for name in front.model.names]})
 
     @router.get("/v1/models/{model:path}")
-    async def model(model: str) -> Any:
+    async def model(request: Request) -> Any:
+        model = request.path_params["model"]
         if model not in front.model.names:
             raise RequestRejected("the model does not exist here; GET /v1/models lists what does", status=404, code="model_not_found")
         return json_answer(_model_card(front, model))

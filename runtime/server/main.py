@@ -40,7 +40,7 @@ def serve(settings: ServerSettings, *, load_model: Callable[[ServerSettings], Se
     listener = _bind(settings)
     handle: EngineHandle | None = None
     try:
-        handle = spawn_engine(settings.engine, command=settings.engine_command)
+        handle = spawn_engine(settings.engine, command=settings.engine_command, stream_interval=settings.stream_interval)
         # Imported after the spawn: 0.3 s of imports run beside the engine's start.
         from llmc.runtime.server.run import run
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 
 from llmc.runtime.server import sse
 from llmc.runtime.server.answers import json_answer
@@ -15,14 +15,15 @@ from llmc.runtime.server.front import Front
 from llmc.runtime.server.generation import Delta
 from llmc.runtime.server.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from llmc.runtime.server.parse import parse_body
+from llmc.runtime.server.routes import Router
 from llmc.runtime.server.schemas import ChatCompletionRequest
 
 _ROLE = "assistant"
 
 
-def chat_router(front: Front) -> APIRouter:
+def chat_router(front: Front) -> Router:
     """The route, bound to this server's parts."""
-    router = APIRouter()
+    router = Router()
 
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Any:

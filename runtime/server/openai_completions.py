@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 
 from llmc.errors import RequestRejected
 from llmc.runtime.messages import TokenLogprobs
@@ -16,15 +16,16 @@ from llmc.runtime.server.front import Front
 from llmc.runtime.server.generation import Delta, Generation
 from llmc.runtime.server.logprobs import TokenNames, completion_logprobs, prompt_logprobs
 from llmc.runtime.server.parse import parse_body
+from llmc.runtime.server.routes import Router
 from llmc.runtime.server.sampling import bad_word_ids, sampling_params, truncated
 from llmc.runtime.server.schemas import CompletionRequest
 
 _DEFAULT_MAX_TOKENS = 16  # as OpenAI has it
 
 
-def completions_router(front: Front) -> APIRouter:
+def completions_router(front: Front) -> Router:
     """The route, bound to this server's parts."""
-    router = APIRouter()
+    router = Router()
 
     @router.post("/v1/completions")
     async def completions(request: Request) -> Any:

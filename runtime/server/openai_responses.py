@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 
 from llmc.errors import RequestRejected
 from llmc.runtime.server import sse
@@ -14,6 +14,7 @@ from llmc.runtime.server.chat_run import ChatRun, start_chat
 from llmc.runtime.server.front import Front
 from llmc.runtime.server.parse import parse_body, validated
 from llmc.runtime.server.response_items import ResponseItems
+from llmc.runtime.server.routes import Router
 from llmc.runtime.server.schemas import ChatCompletionRequest
 from llmc.runtime.server.schemas_responses import (
     CallItem,
@@ -26,9 +27,9 @@ from llmc.runtime.server.schemas_responses import (
 )
 
 
-def responses_router(front: Front) -> APIRouter:
+def responses_router(front: Front) -> Router:
     """The route, bound to this server's parts."""
-    router = APIRouter()
+    router = Router()
 
     @router.post("/v1/responses")
     async def responses(request: Request) -> Any:

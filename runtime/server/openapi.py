@@ -1,16 +1,19 @@
-"""The server's own OpenAPI description, made when first asked for: bodies are parsed by us, so FastAPI cannot know them."""
+"""The server's own OpenAPI description, made when first asked for: from the routes and the models their bodies are checked against."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
-from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
+from starlette.routing import BaseRoute
 
+from llmc.runtime.server.routes import DescribedRoute
 from llmc.runtime.server.schemas import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from llmc.runtime.server.schemas_messages import CountTokensRequest, MessagesRequest
 from llmc.runtime.server.schemas_responses import ResponsesRequest
+from llmc.runtime.server.version import VERSION
 
 _BODIES = {
     "/v1/chat/completions": ChatCompletionRequest,
@@ -24,11 +27,14 @@ _BODIES = {
 _ERROR_STATUSES = ("400", "401", "404", "413", "429", "500", "503")
 
 
-def describe(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document of `app`, with request bodies and error answers."""
-    if app.openapi_schema is not None:
-        return app.openapi_schema
-    document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+def describe(routes: Iterable[BaseRoute], root_path: str) -> dict[str, Any]:
+    """The OpenAPI document of a server's routes, with request bodies and error answers."""
+    document: dict[str, Any] = {"openapi": "3.1.0", "info": {"title": "llmc", "version": VERSION}, "paths": {}}
+    if root_path:
+        document["servers"] = [{"url": root_path}, {"url": "/"}]
+    for route in routes:
+        if isinstance(route, DescribedRoute) and route.include_in_schema:
+            document["paths"].setdefault(re.sub(r"\{(\w+):\w+\}", r"{\1}", route.path), {}).update(_operations(route))
     bodies: list[Any] = [(model, "validation") for model in _BODIES.values()]  # pydantic's own type for this is not exported
     _, definitions = models_json_schema(bodies, ref_template="#/components/schemas/{model}")
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
@@ -52,10 +58,23 @@ def describe(app: FastAPI) -> dict[str, Any]:
     error = {"description": "An error.", "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
     for path, operations in document["paths"].items():
         for operation in operations.values():
-            operation["responses"].pop("422", None)
             operation["responses"] |= dict.fromkeys(_ERROR_STATUSES, error)
             if path in _BODIES:
                 reference = {"$ref": f"#/components/schemas/{_BODIES[path].__name__}"}
                 operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": reference}}}
-    app.openapi_schema = document
     return document
+
+
+def _operations(route: DescribedRoute) -> dict[str, Any]:
+    """One operation per method; HEAD goes without saying."""
+    parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in route.param_convertors]
+    return {
+        method.lower(): {
+            "operationId": f"{route.name}_{method.lower()}",
+            "summary": route.name.replace("_", " "),
+            **({"description": route.about} if route.about else {}),
+            **({"parameters": parameters} if parameters else {}),
+            "responses": {"200": {"description": "Success."}},
+        }
+        for method in sorted((route.methods or set()) - {"HEAD"})
+    }

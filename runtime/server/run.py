@@ -65,7 +65,7 @@ async def _run(
     entered_at: float,
 ) -> int:
     client = EngineClient(
-        lambda: spawn_engine(settings.engine, command=settings.engine_command),
+        lambda: spawn_engine(settings.engine, command=settings.engine_command, stream_interval=settings.stream_interval),
         max_waiting=settings.max_queue,
         hang_s=settings.hang_timeout_s,
         log=logs.log,

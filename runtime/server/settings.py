@@ -35,6 +35,7 @@ class ServerSettings:
     max_body_bytes: int = 8 << 20
     max_queue: int = 1024  # sequences that may wait beside the running ones; one more gets 429
     max_sequences_per_request: int = 256  # n x prompts
+    stream_interval: int = 1  # tokens of a sequence that are sent together, after its first
     header_timeout_s: float = 10.0
     body_timeout_s: float = 30.0
     keep_alive_timeout_s: float = 75.0
@@ -60,7 +61,7 @@ class ServerSettings:
             raise ConfigError("an API key must be ASCII text of at least one character")
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
             raise ConfigError(f"root_path={self.root_path!r} must start with / and not end with it, as in /llm")
-        for name in ("max_body_bytes", "max_queue", "max_sequences_per_request"):
+        for name in ("max_body_bytes", "max_queue", "max_sequences_per_request", "stream_interval"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("header_timeout_s", "body_timeout_s", "keep_alive_timeout_s", "stall_timeout_s", "hang_timeout_s"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 
 from llmc.errors import RequestRejected
 from llmc.runtime.sampling_params import check_token_ids
@@ -12,12 +12,13 @@ from llmc.runtime.server.answers import json_answer
 from llmc.runtime.server.chat_prompt import chat_prompt
 from llmc.runtime.server.front import Front
 from llmc.runtime.server.parse import parse_body
+from llmc.runtime.server.routes import Router
 from llmc.runtime.server.schemas import DetokenizeRequest, TokenizeRequest
 
 
-def tokenize_router(front: Front) -> APIRouter:
+def tokenize_router(front: Front) -> Router:
     """The routes, bound to this server's parts."""
-    router = APIRouter()
+    router = Router()
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Any:
@@ -57,7 +58,7 @@ def tokenize_router(front: Front) -> APIRouter:
     if front.settings.enable_tokenizer_info_endpoint:
 
         @router.get("/tokenizer_info")
-        async def tokenizer_info() -> Any:
+        async def tokenizer_info(_request: Request) -> Any:
             """What a tokenizer_config.json holds of this tokenizer, in its names."""
             model = front.model
             added = model.tokenizer.added_tokens()
