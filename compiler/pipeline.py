@@ -1,4 +1,7 @@
-"""Which passes run at which level, in which order. Choices are made here, when the list is built, not inside the runner."""
+"""Which passes run at which level for which kind of target, in which order.
+
+Choices are made here, when the list is built, not inside the runner.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,15 @@ from llmc.errors import ConfigError
 from llmc.passes.base import Pass
 from llmc.passes.common_subexpressions import CommonSubexpressions
 from llmc.passes.constant_fold_rope import ConstantFoldRope
+from llmc.passes.fuse_add_rms_norm import FuseAddRmsNorm
+from llmc.passes.fuse_gelu_mul import FuseGeluMul
+from llmc.passes.fuse_rms_norm import FuseRmsNorm
+from llmc.passes.fuse_rope_kv_write import FuseRopeKVWrite
+from llmc.passes.fuse_silu_mul import FuseSiluMul
 from llmc.passes.lower_experts import LowerExperts
 from llmc.passes.lower_linear import LowerLinear
+from llmc.passes.lower_plain_experts import LowerPlainExperts
+from llmc.passes.lower_plain_linear import LowerPlainLinear
 from llmc.passes.merge_gate_up import MergeGateUp
 from llmc.passes.merge_qkv import MergeQKV
 from llmc.passes.no_op_elimination import NoOpElimination
@@ -15,27 +25,33 @@ from llmc.passes.prune_to_needed_rows import PruneToNeededRows
 from llmc.passes.quantize_linear import QuantizeLinear
 
 LEVELS = (0, 1, 2)
+KINDS = ("cpu", "cuda")
 QUANTIZATIONS = {"int8": QuantizeLinear(bits=8), "int4": QuantizeLinear(bits=4)}
 
 
-def pipeline(level: int, quantization: str | None = None) -> list[Pass]:
+def pipeline(level: int, quantization: str | None = None, *, kind: str = "cpu") -> list[Pass]:
     """The passes of an optimisation level, in order.
 
     Args:
         level: 0 gives no pass at all: the captured graph is the oracle the other levels are held to.
         quantization: a key of QUANTIZATIONS, or None.
+        kind: of the target, one of KINDS.
 
     Raises:
-        ConfigError: a level that does not exist, or quantised weights without passes.
+        ConfigError: a level that does not exist, or quantised weights without passes or kernels.
     """
+    assert kind in KINDS
     if level not in LEVELS:
         raise ConfigError(f"optimisation level {level}: expected one of {', '.join(map(str, LEVELS))}; choose -O2 if in doubt")
     if level == 0:
         if quantization is not None:
             raise ConfigError(f"--quantization {quantization} is a pass, and -O0 runs none: it is the oracle; use -O1 or -O2")
         return []
-    # -O2 has no pass of its own yet: the inexact fusions (norm with residual, QK-norm with rope) will be appended for level 2.
-    # What -O2 adds today is decided in lowering, not here.
+    if kind == "cuda":
+        if quantization is not None:
+            raise ConfigError(f"--quantization {quantization}: only CPU targets have kernels for quantised weights; leave it out")
+        return _exact() + (_gpu_fusions() if level >= 2 else []) + _gpu_lowering()
+    # For a CPU, -O2 has no pass of its own yet. What it adds today is decided in lowering, not here.
     return _exact() + _lowering() + ([QUANTIZATIONS[quantization]] if quantization is not None else [])
 
 
@@ -49,6 +65,22 @@ def _exact() -> list[Pass]:
         MergeGateUp(),
         ConstantFoldRope(),  # anywhere after no-op-elimination; late, since its tables are the only bytes a pass holds
     ]
+
+
+def _gpu_fusions() -> list[Pass]:
+    """Ops that have a kernel of their own on a GPU. Inexact: they round once where the captured ops round two or three times."""
+    return [
+        FuseRmsNorm(),  # before the two that look for its result
+        FuseRopeKVWrite(),  # takes the norms of q and k with it
+        FuseAddRmsNorm(),  # after fuse-rope-kv-write: what norms are left stand on the residual stream
+        FuseSiluMul(),
+        FuseGeluMul(),
+    ]
+
+
+def _gpu_lowering() -> list[Pass]:
+    """At every level: a row's bits must not depend on its batch."""
+    return [LowerPlainLinear(), LowerPlainExperts()]
 
 
 def _lowering() -> list[Pass]:

@@ -1,6 +1,6 @@
 """Graph changes: what a pass is, the runner, one file per pass. See README.md."""
 
-from llmc.passes.base import FusionPass, Numerics, Pass, PassContext, PassResult, Reject
+from llmc.passes.base import FusionPass, NodePass, Numerics, Pass, PassContext, PassResult, Reject
 from llmc.passes.runner import PassReport, dump_directory, run_passes
 from llmc.passes.text import graph_text
 from llmc.passes.tolerances import TOLERANCES, Tolerance
@@ -10,6 +10,7 @@ __all__ = [
     "TOLERANCES",
     "Constant",
     "FusionPass",
+    "NodePass",
     "Numerics",
     "Pass",
     "PassContext",

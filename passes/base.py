@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from torch.fx import GraphModule, Node
 
@@ -14,6 +14,8 @@ from llmc.passes import graph as G
 from llmc.passes import patterns
 from llmc.passes.tolerances import TOLERANCES
 from llmc.passes.weights import WeightTable
+
+Match = TypeVar("Match")
 
 
 class Numerics(Enum):
@@ -116,6 +118,36 @@ class FusionPass(Pass):
                 new = patterns.instantiate(gm, written, found)
             G.substitute(gm, node, new)
             matches += 1
+        if matches:
+            G.erase_dead(gm)
+        return PassResult(changed=matches > 0, matches=matches, refusals=refusals)
+
+
+@dataclass(frozen=True)
+class NodePass(Pass, Generic[Match]):
+    """A pass that looks at each node once: what it is the root of, whether that may be rewritten, and the rewriting.
+
+    For matches that have no fixed pattern: optional casts, chains of views, operands in either order.
+    """
+
+    @abstractmethod
+    def find(self, node: Node, ctx: PassContext) -> Match | Reject | None:
+        """What `node` is the root of; None if nothing this pass looks for; a Reject if that may not be rewritten."""
+
+    @abstractmethod
+    def rewrite(self, gm: GraphModule, ctx: PassContext, match: Match) -> None:
+        """Replace a match. Dead code is erased after the last one."""
+
+    def run(self, gm: GraphModule, ctx: PassContext) -> PassResult:
+        refusals: Counter[str] = Counter()
+        matches = 0
+        for node in [n for n in gm.graph.nodes if n.op == "call_function"]:
+            found = self.find(node, ctx)
+            if isinstance(found, Reject):
+                refusals[found.reason] += 1
+            elif found is not None:
+                self.rewrite(gm, ctx, found)
+                matches += 1
         if matches:
             G.erase_dead(gm)
         return PassResult(changed=matches > 0, matches=matches, refusals=refusals)

@@ -19,6 +19,8 @@ from torch.fx.node import map_arg
 from llmc.passes.weights import WeightTable
 
 ATTENTION = "llmc.paged_attention.default"  # by name: matching it needs no kernel to be loaded
+ROPE_KV_WRITE = "llmc.rope_kv_write.default"
+CACHE_WRITERS = (ATTENTION, ROPE_KV_WRITE)
 
 
 def is_op(node: Any, *targets: Any) -> bool:

@@ -24,9 +24,11 @@ from llmc.passes.weights import pack, transpose
 
 aten = torch.ops.aten
 
+_LOWERED = ("llmc.grouped_linear.default", "llmc.plain_grouped_linear.default")
+
 
 @dataclass(frozen=True)
-class _Product:
+class ExpertProduct:
     """One batched matmul with gathered weights. x: [R, K]; ids: int64 [R]; result: the node that is [R, N]."""
 
     gather: Node
@@ -50,13 +52,13 @@ class LowerExperts(Pass):
             if isinstance(product, Reject):
                 refusals[product.reason] += 1
                 continue
-            _lower(gm, ctx, product)
+            self.lower(gm, ctx, product)
             matches += 1
         if matches:
             G.erase_dead(gm)
         return PassResult(changed=matches > 0, matches=matches, refusals=refusals)
 
-    def applies(self, bmm: Node) -> _Product | Reject:
+    def applies(self, bmm: Node) -> ExpertProduct | Reject:
         """What a batched matmul with gathered weights computes, or why llmc.grouped_linear cannot take it."""
         product = _product(bmm)
         if product is None:
@@ -67,13 +69,17 @@ class LowerExperts(Pass):
         if len(product.gather.users) > 1:
             return Reject("something else reads the gathered weights", product.gather.name)
         reads = [n for n in bmm.graph.nodes if n.op == "get_attr" and n.target == product.weights.target]
-        if any(not _is_gather(user) for read in reads for user in read.users if not G.is_op(user, "llmc.grouped_linear.default")):
+        if any(not _is_gather(user) for read in reads for user in read.users if not G.is_op(user, *_LOWERED)):
             return Reject("something else than an expert matmul reads the weights", product.weights.target)
         return product
 
+    def lower(self, gm: GraphModule, ctx: PassContext, product: ExpertProduct) -> None:
+        """Replace a product that `applies` allows."""
+        _lower(gm, ctx, product)
+
     def ensures(self, gm: GraphModule) -> str | None:
         for node in gm.graph.nodes:
-            if G.is_op(node, aten.bmm.default) and _gathers(node) and isinstance(self.applies(node), _Product):
+            if G.is_op(node, aten.bmm.default) and _gathers(node) and isinstance(self.applies(node), ExpertProduct):
                 return f"{node.name} still gathers whole expert matrices"
         return None
 
@@ -87,7 +93,7 @@ def _gathers(bmm: Node) -> bool:
     return any(_is_gather(a) and len(G.val(G.args_of(a)[0]).shape) == 3 for a in G.args_of(bmm))
 
 
-def _product(bmm: Node) -> _Product | None:
+def _product(bmm: Node) -> ExpertProduct | None:
     left, right = G.args_of(bmm)
     gather, vector, axis = (left, right, 2) if _is_gather(left) else (right, left, 1)
     if not G.is_op(vector, aten.unsqueeze.default) or G.args_of(vector)[1] not in (axis, axis - 3) or len(bmm.users) != 1:
@@ -98,10 +104,10 @@ def _product(bmm: Node) -> _Product | None:
     ids = G.args_of(gather)[1][0]
     if len(G.val(ids).shape) != 1 or G.val(ids).dtype != torch.int64:
         return None
-    return _Product(gather=gather, weights=G.args_of(gather)[0], ids=ids, x=G.args_of(vector)[0], result=result, transposed=axis == 1)
+    return ExpertProduct(gather=gather, weights=G.args_of(gather)[0], ids=ids, x=G.args_of(vector)[0], result=result, transposed=axis == 1)
 
 
-def _lower(gm: GraphModule, ctx: PassContext, product: _Product) -> None:
+def _lower(gm: GraphModule, ctx: PassContext, product: ExpertProduct) -> None:
     name = str(product.weights.target)
     entry = transpose(ctx.weights[name], (0, 2, 1)) if product.transposed else ctx.weights[name]
     packed = packed_name(name, product.transposed)

@@ -25,8 +25,8 @@ aten = torch.ops.aten
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default)
-_EXPERTS = (aten.bmm.default, aten._grouped_mm.default)
-_MATMULS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, *_EXPERTS)
+EXPERTS = (aten.bmm.default, aten._grouped_mm.default)
+MATMULS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, *EXPERTS)
 
 
 @dataclass(frozen=True)
@@ -45,24 +45,24 @@ class LowerLinear(Pass):
     def run(self, gm: GraphModule, ctx: PassContext) -> PassResult:
         matches = 0
         refusals: Counter[str] = Counter()
-        for node in [n for n in gm.graph.nodes if G.is_op(n, *_MATMULS)]:
-            if not _weights_read(node):
+        for node in [n for n in gm.graph.nodes if G.is_op(n, *MATMULS)]:
+            if not weights_read(node):
                 continue
             reject = self.applies(node)
             if reject is not None:
                 refusals[reject.reason] += 1
                 continue
-            _lower(gm, ctx, node)
+            self.lower(gm, ctx, node)
             matches += 1
         G.erase_dead(gm)
-        matches += _lower_tied_embeddings(gm, ctx)
+        matches += self.lower_embeddings(gm, ctx)
         return PassResult(changed=matches > 0, matches=matches, refusals=refusals)
 
     def applies(self, node: Node) -> Reject | None:
         """Whether llmc.linear can take a matmul that reads a weight."""
-        if G.is_op(node, *_EXPERTS):
+        if G.is_op(node, *EXPERTS):
             return Reject("a matmul per expert", node.name)
-        x, weight, bias = _operands(node)
+        x, weight, bias = operands(node)
         if weight is None or len(G.val(weight.read).shape) != 2:
             return Reject("the weight is not the right operand, or not a matrix", node.name)
         dtypes = [G.val(v).dtype for v in (x, weight.read, bias) if v is not None]
@@ -76,14 +76,22 @@ class LowerLinear(Pass):
             return Reject("something else than a linear or an embedding reads the weight", weight.read.target)
         return None
 
+    def lower(self, gm: GraphModule, ctx: PassContext, node: Node) -> None:
+        """Replace a matmul that `applies` allows."""
+        _lower(gm, ctx, node)
+
+    def lower_embeddings(self, gm: GraphModule, ctx: PassContext) -> int:
+        """Replace the lookups in weights that matmuls read. Returns how many."""
+        return _lower_tied_embeddings(gm, ctx)
+
     def ensures(self, gm: GraphModule) -> str | None:
         for node in gm.graph.nodes:
-            if G.is_op(node, *_MATMULS) and _weights_read(node) and self.applies(node) is None:
+            if G.is_op(node, *MATMULS) and weights_read(node) and self.applies(node) is None:
                 return f"{node.name} ({node.target}) still multiplies with a plain weight"
         return None
 
 
-def _weights_read(node: Node) -> list[Node]:
+def weights_read(node: Node) -> list[Node]:
     """The matrices (or stacks of them) among a matmul's operands that are constants, transposed in the graph or not."""
     return [w.read for a in node.args if (w := _weight(a)) is not None and len(G.val(w.read).shape) >= 2]
 
@@ -97,7 +105,7 @@ def _weight(value: Any) -> Weight | None:
     return Weight(value, transposed=flips % 2 == 0) if G.is_constant(value) else None
 
 
-def _operands(node: Node) -> tuple[Any, Weight | None, Any]:
+def operands(node: Node) -> tuple[Any, Weight | None, Any]:
     """x, the weight and the bias of a matmul."""
     if node.target is aten.linear.default:
         weight = _weight(G.args_of(node)[1])
@@ -118,7 +126,7 @@ def _other_use(read: Node) -> bool:
         if G.is_op(user, *_TRANSPOSES):
             if _other_use(user):
                 return True
-        elif not G.is_op(user, *_MATMULS, aten.embedding.default, "llmc.linear.default"):
+        elif not G.is_op(user, *MATMULS, aten.embedding.default, "llmc.linear.default", "llmc.plain_linear.default"):
             return True
     return False
 
@@ -130,7 +138,7 @@ def packed_name(name: str, transposed: bool) -> str:
 
 
 def _lower(gm: GraphModule, ctx: PassContext, node: Node) -> None:
-    x, weight, bias = _operands(node)
+    x, weight, bias = operands(node)
     assert weight is not None
     name = str(weight.read.target)
     entry = transpose(ctx.weights[name], (1, 0)) if weight.transposed else ctx.weights[name]

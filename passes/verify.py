@@ -148,8 +148,8 @@ def _forbidden_mutations(gm: GraphModule, before: Snapshot) -> str | None:
     for node, base in _mutations(gm):
         if base.op == "call_function":
             local += 1
-        elif not G.is_op(node, G.ATTENTION) or base.op != "placeholder":
-            return f"{node.target} writes to {base.target}; only {G.ATTENTION} may write, and only to its caches"
+        elif not G.is_op(node, *G.CACHE_WRITERS) or base.op != "placeholder":
+            return f"{node.target} writes to {base.target}; only {' and '.join(G.CACHE_WRITERS)} may write, and only to caches"
     if local > before.local_mutations:
         return f"the graph writes to its own values {local} times, {before.local_mutations} times before the pass; passes add no mutation"
     return None
