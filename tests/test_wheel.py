@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("artifacts", "compiler", "kernels", "passes", "runtime")
-SHIPPED = (".py", ".cpp", ".h", ".toml", ".html")
+SHIPPED = (".py", ".cpp", ".h", ".toml", ".html", ".css", ".js")
 
 
 @pytest.fixture(scope="module")
