@@ -180,8 +180,8 @@ def tokenizer_json() -> bytes:
     return tokenizer.to_str().encode()
 
 
-def serve_canned(argument: str) -> int:
-    """The server process: the real front over the canned engine."""
+def serve_canned(argument: str, program: str = __file__) -> int:
+    """The server process: the real front over the engine that `program --engine` is."""
     from llmc.runtime.server.main import serve
     from llmc.runtime.server.settings import ServerSettings
 
@@ -196,7 +196,7 @@ def serve_canned(argument: str) -> int:
             generation_defaults={}, fingerprint="fp_canned",
         )  # fmt: skip
 
-    command = (sys.executable, str(Path(__file__).resolve()), "--engine")
+    command = (sys.executable, str(Path(program).resolve()), "--engine")
     settings = ServerSettings(artifact="none", port=0, engine=options["engine"], engine_command=command, **options["settings"])
     return serve(settings, load_model=load_model)
 
@@ -204,12 +204,14 @@ def serve_canned(argument: str) -> int:
 class Served:
     """A server process over the canned engine."""
 
-    def __init__(self, tokenizer: Path, engine: dict[str, Any], settings: dict[str, Any], core: int | None) -> None:
+    def __init__(
+        self, tokenizer: Path, engine: dict[str, Any], settings: dict[str, Any], core: int | None, *, program: str = __file__
+    ) -> None:
         argument = json.dumps({"engine": engine, "settings": settings, "tokenizer": str(tokenizer)})
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop
         self.started = time.monotonic()
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), "--serve", argument], stdout=subprocess.DEVNULL, stderr=self.log, cwd=ROOT
+            [sys.executable, str(Path(program).resolve()), "--serve", argument], stdout=subprocess.DEVNULL, stderr=self.log, cwd=ROOT
         )
         if core is not None:
             os.sched_setaffinity(self.process.pid, {core})
