@@ -29,10 +29,8 @@ def main(artifact: str) -> None:
                 for name, dark in (("light", False), ("dark", True)):
                     browser.open(found[1] + "/", dark=dark, height=640)
                     browser.wait("document.querySelectorAll('#model option').length > 0")
-                    browser.value(
-                        "document.getElementById('max_tokens').value = '64'; document.getElementById('temperature').value = '0.8'"
-                    )
-                    browser.value("document.getElementById('seed').value = '1'; document.getElementById('input').focus()")
+                    browser.value("max_tokens.value = '64'; temperature.value = '0.8'")
+                    browser.value("seed.value = '1'; input.focus()")
                     browser.type(QUESTION)
                     browser.wait(DONE)
                     browser.hover(".message.assistant .token:nth-child(6)")

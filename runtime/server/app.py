@@ -27,6 +27,7 @@ from llmc.runtime.server.limits import BodyMiddleware
 from llmc.runtime.server.openai_chat import chat_router
 from llmc.runtime.server.openai_completions import completions_router
 from llmc.runtime.server.openai_responses import responses_router
+from llmc.runtime.server.playground_page import playground_router
 from llmc.runtime.server.routes import Router
 from llmc.runtime.server.tokenize import tokenize_router
 
@@ -41,7 +42,7 @@ def build_app(front: Front) -> Any:
     for make_router in (chat_router, completions_router, responses_router, messages_router, tokenize_router, operator_router):
         app.router.routes += make_router(front).routes
     if not settings.disable_docs:
-        app.router.routes += _description_router(app, settings.root_path).routes
+        app.router.routes += playground_router(front).routes + _description_router(app, settings.root_path).routes
     _add_error_answers(app)
     layers: Any = BodyMiddleware(app, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
     layers = AuthMiddleware(layers, KeyCheck(settings.api_keys), settings.root_path)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from llmc.runtime.server.front import Front
-from llmc.runtime.server.routes import Router
+from llmc.runtime.server.routes import Handler, Router
 
 _FOLDER = Path(__file__).parent / "playground"
 _FILES = {
