@@ -60,14 +60,18 @@ def _load(artifact: OpenArtifact, config: EngineConfig, timer: StageTimer) -> Lo
     keep_freed_memory()
     manifest = artifact.manifest
     executor, free_bytes = _load_executor(artifact, config, timer)
-    with timer.stage("kv"):
-        limits = resolve(config, manifest, available_bytes=free_bytes())
-        executor.allocate_kv(limits.num_blocks)
-        builder = make_builder(manifest, limits)
     compared = 0
-    if config.canary:
-        with timer.stage("canary"):
-            compared = run_canaries(manifest, executor, builder, max_tokens=limits.max_num_batched_tokens, num_blocks=limits.num_blocks)
+    try:
+        with timer.stage("kv"):
+            limits = resolve(config, manifest, available_bytes=free_bytes())
+            executor.allocate_kv(limits.num_blocks)
+            builder = make_builder(manifest, limits)
+        if config.canary:
+            with timer.stage("canary"):
+                compared = run_canaries(manifest, executor, builder, max_tokens=limits.max_num_batched_tokens, num_blocks=limits.num_blocks)
+    except BaseException:
+        executor.close()  # a GPU's memory does not go with the object
+        raise
     return LoadedModel(
         manifest=manifest,
         executor=executor,

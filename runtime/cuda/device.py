@@ -84,11 +84,11 @@ class Device:
             )
         if status:
             raise self.driver.failure("cuMemAlloc_v2", status)
-        if not address.value or address.value % REGION_ALIGNMENT:
+        self._memory.append(address.value)
+        if address.value % REGION_ALIGNMENT:
             raise InternalError(
                 f"the driver gave address {address.value:#x} for {what}, expected a multiple of {REGION_ALIGNMENT}; please report this"
             )
-        self._memory.append(address.value)
         return address.value
 
     def pinned(self, nbytes: int, *, what: str) -> np.ndarray:

@@ -18,19 +18,18 @@ _HINTS = {
 
 
 class Driver:
-    """libcuda, initialised.
+    """libcuda, found where the system's loader finds it, and initialised.
 
     Args:
-        library: what to open. Tests give a stand-in; nothing an artifact or a request holds reaches this.
         needed: the oldest driver that will do, as `cuDriverGetVersion` counts (12040 is CUDA 12.4).
 
     Raises:
         ConfigError: no driver, one that is too old, or no GPU.
     """
 
-    def __init__(self, library: str = LIBRARY, *, needed: int = OLDEST_DRIVER) -> None:
+    def __init__(self, *, needed: int = OLDEST_DRIVER) -> None:
         try:
-            self._library = ctypes.CDLL(library)
+            self._library = ctypes.CDLL(LIBRARY)
         except OSError as error:
             raise ConfigError(
                 f"{LIBRARY} cannot be opened ({error}): this artifact runs on an NVIDIA GPU and needs its driver, "

@@ -13,7 +13,7 @@ from llmc.artifacts.plan import MAX_PLAN_BYTES, Plan, decode_plan
 from llmc.artifacts.plan_check import check_plan
 from llmc.artifacts.weight_source import WeightSource
 from llmc.errors import ArtifactError
-from llmc.runtime.cuda.api import LIBRARY, OLDEST_DRIVER
+from llmc.runtime.cuda.api import OLDEST_DRIVER
 from llmc.runtime.cuda.device import Device
 from llmc.runtime.cuda.driver import Driver
 from llmc.runtime.cuda.executor import PlanExecutor
@@ -64,7 +64,7 @@ def read_plans(manifest: Manifest, entry: Entry, descriptors: Mapping[str, int])
     return CheckedPlans(plans=plans, images=images)
 
 
-def open_device(manifest: Manifest, library: str = LIBRARY) -> Device:
+def open_device(manifest: Manifest) -> Device:
     """The GPU, if it is what the artifact needs.
 
     Raises:
@@ -72,7 +72,7 @@ def open_device(manifest: Manifest, library: str = LIBRARY) -> Device:
         ArtifactError: the artifact was compiled for another GPU.
     """
     needs = manifest.requirements.cuda
-    device = Device(Driver(library, needed=needs.driver_version if needs is not None else OLDEST_DRIVER))
+    device = Device(Driver(needed=needs.driver_version if needs is not None else OLDEST_DRIVER))
     major, minor = device.capability
     here = f"sm_{major}{minor}"
     problem = None
@@ -98,7 +98,6 @@ def load_executor(
     timer: StageTimer,
     *,
     num_threads: int,
-    library: str = LIBRARY,
 ) -> PlanExecutor:
     """Everything up to the KV cache: plans checked, the device opened, code and weights on it.
 
@@ -106,13 +105,12 @@ def load_executor(
         sources: the artifact's weight files.
         bound: tensors that lie in no file, from a checkpoint.
         num_threads: that read and hash weights.
-        library: libcuda; tests give a stand-in.
 
     Raises:
         ArtifactError, ConfigError: as `read_plans`, `open_device`, `load_weights` and `PlanExecutor` say.
     """
     checked = timer.timed("plans", lambda: read_plans(manifest, entry, descriptors))
-    device = timer.timed("device", lambda: open_device(manifest, library))
+    device = timer.timed("device", lambda: open_device(manifest))
     try:
         with timer.stage("load"), ThreadPoolExecutor(1, thread_name_prefix="llmc-code") as pool:
             loading = pool.submit(timer.timed, "load.code", lambda: _modules(device, checked))
