@@ -1,0 +1,115 @@
+"""Two charts as inline SVG: horizontal bars with their intervals, and a scatter plot. Colours come from the page's style."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import markupsafe
+
+from llmc.bench.figure import Figure
+from llmc.bench.result import Chart, Column, Table
+
+_WIDTH, _ROW = 640, 26
+_LEFT, _RIGHT = 150, 84
+
+
+def bars(table: Table, column: Column) -> markupsafe.Markup:
+    """One bar per row that has the figure, from zero, with a line for its interval."""
+    rows = [(str(row.get(table.columns[0].key, "")), cell) for row in table.rows if isinstance(cell := row.get(column.key), Figure)]
+    top = max(cell.interval[1] for _, cell in rows) or 1.0
+    scale = (_WIDTH - _LEFT - _RIGHT) / top
+    parts = []
+    for index, (name, cell) in enumerate(rows):
+        y = index * _ROW
+        low, high, _ = cell.interval
+        width, x_low, x_high = (round(scale * max(0.0, value), 1) for value in (cell.median, low, high))
+        parts.append(f'<text x="{_LEFT - 8}" y="{y + 17}" text-anchor="end">{markupsafe.escape(_short(name))}</text>')
+        parts.append(f'<rect class="bar" x="{_LEFT}" y="{y + 5}" width="{max(1.0, width)}" height="16" rx="3"/>')
+        if len(cell.samples) > 1:
+            parts.append(f'<path class="ci" d="M{_LEFT + x_low} {y + 13}H{_LEFT + x_high}"/>')
+        text = f"{cell.median:.4g} {column.unit}".strip()
+        parts.append(f'<text class="soft" x="{_LEFT + max(width, x_high) + 6}" y="{y + 17}">{markupsafe.escape(text)}</text>')
+    return _svg(_WIDTH, _ROW * len(rows), parts, f"{column.title} per {table.columns[0].title}")
+
+
+def scatter(chart: Chart) -> markupsafe.Markup:
+    """Points with labels on linear or logarithmic axes, and a line."""
+    width, height, left, bottom, top, right = 640, 380, 64, 46, 16, 24
+    xs = [p.x for p in chart.points] + [x for x, _ in chart.line]
+    ys = [p.y for p in chart.points] + [y for _, y in chart.line]
+    x_axis, y_axis = _Axis.over(xs, chart.logarithmic), _Axis.over(ys, chart.logarithmic)
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return (
+            round(left + x_axis.share(x) * (width - left - right), 1),
+            round(height - bottom - y_axis.share(y) * (height - bottom - top), 1),
+        )
+
+    parts = []
+    for tick in x_axis.ticks():
+        x, _ = at(tick, y_axis.low)
+        parts.append(f'<path class="grid" d="M{x} {top}V{height - bottom}"/>')
+        parts.append(f'<text class="soft" x="{x}" y="{height - bottom + 16}" text-anchor="middle">{tick:g}</text>')
+    for tick in y_axis.ticks():
+        _, y = at(x_axis.low, tick)
+        parts.append(f'<path class="grid" d="M{left} {y}H{width - right}"/>')
+        parts.append(f'<text class="soft" x="{left - 6}" y="{y + 4}" text-anchor="end">{tick:g}</text>')
+    if chart.line:
+        path = "L".join(f"{x} {y}" for x, y in (at(*one) for one in chart.line))
+        parts.append(f'<path class="front" d="M{path}"/>')
+    for point in chart.points:
+        x, y = at(point.x, point.y)
+        parts.append(f'<circle class="{"dot best" if point.marked else "dot"}" cx="{x}" cy="{y}" r="5"/>')
+        end = x > 0.72 * width
+        place = f'x="{x + (-9 if end else 9)}" y="{y - 7}" text-anchor="{"end" if end else "start"}"'
+        parts.append(f'<text class="soft" {place}>{markupsafe.escape(point.label)}</text>')
+    x_name, y_name = markupsafe.escape(chart.x_title), markupsafe.escape(chart.y_title)
+    parts.append(f'<text x="{(left + width - right) / 2}" y="{height - 8}" text-anchor="middle">{x_name}</text>')
+    middle = (height - bottom + top) / 2
+    parts.append(f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{y_name}</text>')
+    return _svg(width, height, parts, chart.title)
+
+
+class _Axis:
+    """A range of values on [0, 1]."""
+
+    def __init__(self, low: float, high: float, logarithmic: bool) -> None:
+        self.low, self.high, self.logarithmic = low, high, logarithmic
+
+    @classmethod
+    def over(cls, values: Sequence[float], logarithmic: bool) -> _Axis:
+        if logarithmic:
+            low = 10.0 ** math.floor(math.log10(min(values)))
+            return cls(low, max(10.0 ** math.ceil(math.log10(max(values))), 10 * low), True)
+        step = _step(max(values))
+        return cls(0.0, step * max(1, math.ceil(max(values) / step)), False)
+
+    def share(self, value: float) -> float:
+        if self.logarithmic:
+            return (math.log10(value) - math.log10(self.low)) / (math.log10(self.high) - math.log10(self.low))
+        return (value - self.low) / (self.high - self.low)
+
+    def ticks(self) -> list[float]:
+        if self.logarithmic:
+            return [10.0**power for power in range(round(math.log10(self.low)), round(math.log10(self.high)) + 1)]
+        step = _step(self.high)
+        return [step * i for i in range(round(self.high / step) + 1)]
+
+
+def _step(top: float) -> float:
+    """1, 2 or 5 times a power of ten: about five steps up to `top`."""
+    if top <= 0:
+        return 1.0
+    raw = top / 5
+    power = 10.0 ** math.floor(math.log10(raw))
+    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 22 else name[:21] + "…"
+
+
+def _svg(width: float, height: float, parts: Sequence[str], title: str) -> markupsafe.Markup:
+    label = markupsafe.escape(title)
+    return markupsafe.Markup(f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">' + "".join(parts) + "</svg>")

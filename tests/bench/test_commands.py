@@ -1,0 +1,77 @@
+"""`llmc bench` on an artifact that is compiled in a second, by the commands a user types."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmc.bench.levels import LevelsConfig, bench_levels
+from llmc.bench.result import GATE_FAILED
+from llmc.cli import main
+from tests.runtime.conftest import toy_folder, toy_weights  # noqa: F401
+from tests.runtime.toy_artifact import write_toy_artifact
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def artifact(toy_folder: Path, toy_weights: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    return write_toy_artifact(tmp_path_factory.mktemp("bench") / "toy", toy_folder / "toy.so", toy_weights, text=True)
+
+
+def rows(path: Path, table: int = 0) -> list[dict[str, object]]:
+    found: list[dict[str, object]] = json.loads(path.read_text())["tables"][table]["rows"]
+    return found
+
+
+def test_latency_and_throughput(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    sizes = ["--input-len", "4", "--output-len", "3", "--rounds", "2", "--threads", "1", "--json", str(out)]
+    assert main(["bench", "latency", str(artifact), *sizes]) == 0
+    assert "first token (ms)" in capsys.readouterr().out
+    (row,) = rows(out)
+    assert row["engine"] == "llmc" and len(row["total"]["samples"]) == 2 and row["total"]["low"] > 0  # type: ignore[index, arg-type]
+    assert main(["bench", "throughput", str(artifact), "--batch", "5", *sizes]) == 0
+    (row,) = rows(out)
+    assert row["total"]["median"] > row["output"]["median"] > 0  # type: ignore[index]
+    assert json.loads(out.read_text())["workload"]["batch"] == 5
+
+
+def test_startup_has_stages_and_a_gate(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    command = ["bench", "startup", str(artifact), "--rounds", "1", "--threads", "1", "--json", str(out)]
+    assert main([*command, "--max-cold-start", "0"]) == GATE_FAILED
+    assert "gate --max-cold-start 0: FAILED" in capsys.readouterr().out
+    stages = {str(row["stage"]) for row in rows(out, 1)}
+    assert {"total", "imports", "engine.load.weights", "engine.canary"} <= stages
+    assert rows(out)[0]["pss"]["median"] > 1  # type: ignore[index]
+
+
+def test_what_cannot_be_measured_is_one_sentence(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, status, message in (
+        (["latency", str(artifact), "--input-len", "100000"], 2, "are above the artifact's"),
+        (["latency", str(artifact), "--baseline", "hf"], 2, "give both, or neither"),
+        (["latency", str(artifact), "--min-speedup", "2"], 2, "add --baseline hf"),
+        (["latency", str(tmp_path / "nothing")], 4, "there is no such artifact"),
+        (["levels", str(tmp_path), "--levels", "2,1"], 2, "in rising order"),
+        (["levels", str(tmp_path), "--levels", "two"], 2, "integers with commas"),
+        (["levels", str(tmp_path), "--no-startup", "--max-cold-start", "1"], 2, "leave one of them out"),
+        (["levels", str(tmp_path), "--levels", "0"], 2, "-O0 does not compile"),
+    ):
+        assert main(["bench", *arguments]) == status
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_levels_of_the_demo_model() -> None:
+    config = LevelsConfig(
+        model=ROOT / "examples" / "demo_model", levels=(0, 2), baseline_hf=True, rounds=1, startup=False, max_kl=0.01, min_speedup=0.01
+    )
+    result = bench_levels(config, lambda text: None)
+    oracle, best, theirs = result.tables[0].rows
+    assert (oracle["level"], best["level"], theirs["level"]) == ("-O0", "-O2", "transformers")
+    assert isinstance(best["kl"], float) and best["kl"] < 0.01 and isinstance(best["same_top"], float) and best["same_top"] > 90
+    assert result.exit_code == 0 and len(result.gates) == 2
