@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from llmc.artifacts.chunks import sha256_hex
@@ -29,7 +30,7 @@ from llmc.artifacts.weight_file import WeightTensor
 from llmc.artifacts.writer import ArtifactWriter
 from tests.cuda.stand_in_server import KernelLaunch
 from tests.cuda.toy_cubin import parameters, toy_cubin
-from tests.runtime.toy_artifact import toy_entry, toy_greedy, toy_manifest
+from tests.runtime.toy_artifact import toy_entry, toy_greedy, toy_manifest, toy_tokenizer_json
 from tests.runtime.toy_program import BLOCK, DIM, INPUTS, VOCAB
 
 FLOAT = 4
@@ -165,7 +166,7 @@ def write_toy_plans(
     image: bytes = IMAGE,
     canary: bool = True,
 ) -> Path:
-    """An artifact of the toy program for sm_90."""
+    """An artifact of the toy program for sm_90, which takes prompts of words: "w2 w3" is [2, 3]."""
     plans = plans if plans is not None else [(decode, toy_plan(decode, t, b, n)) for decode, t, b, n in SIZES]
     entry = plans_entry(plans)
     expected, margins = toy_greedy(weights, [3, 4, 5], 6)
@@ -178,6 +179,7 @@ def write_toy_plans(
             WeightTensor(name=name, dtype="float32", shape=array.shape, recipe={}, blocks=lambda array=array: [array])  # type: ignore[misc]
             for name, array in sorted(weights.items())
         ]
+        writer.add_file("tokenizer/tokenizer.json", toy_tokenizer_json())
         weight_file, records = writer.add_weights("weights/model.safetensors", tensors)
         writer.finish(
             toy_manifest(
@@ -188,6 +190,7 @@ def write_toy_plans(
                 images=[cubin],
                 weights=[weight_file],
                 tensors=records,
+                tokenizer=msgspec.structs.replace(toy_manifest().tokenizer, tokenizer_json="tokenizer/tokenizer.json"),
                 canaries=[Canary(prompt_token_ids=[3, 4, 5], expected_token_ids=expected, margins=margins)] if canary else [],
             )
         )
