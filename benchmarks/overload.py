@@ -47,6 +47,7 @@ def paced_engine(options: dict[str, Any]) -> Any:
     from llmc.runtime.scheduler import Scheduler, SchedulerConfig
 
     step_s: float = options["step_s"]
+    vocab: int = options.get("vocab", VOCAB)
 
     class PacedExecutor:
         def allocate_kv(self, num_blocks: int) -> None:
@@ -54,7 +55,7 @@ def paced_engine(options: dict[str, Any]) -> Any:
 
         def run(self, batch: Any) -> np.ndarray:
             time.sleep(step_s)
-            logits = np.zeros((len(batch.logits_indices), VOCAB), dtype=np.float32)
+            logits = np.zeros((len(batch.logits_indices), vocab), dtype=np.float32)
             logits[:, 7] = 1.0
             return logits
 
@@ -66,7 +67,7 @@ def paced_engine(options: dict[str, Any]) -> Any:
     )
     facts = KVFacts(block_size=16, dtype="bfloat16", num_kv_heads=[8], head_dim=[128], groups=[KVGroup(layers=[0], window=0)])
     builder = BatchBuilder(
-        block_size=16, num_groups=1, vocab_size=VOCAB, max_num_batched_tokens=2048, max_num_seqs=NUM_SEQS, max_model_len=256
+        block_size=16, num_groups=1, vocab_size=vocab, max_num_batched_tokens=2048, max_num_seqs=NUM_SEQS, max_model_len=256
     )
 
     class Engine:

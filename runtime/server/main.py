@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -59,6 +60,7 @@ def _bind(settings: ServerSettings) -> socket.socket:
     try:
         if settings.uds is not None:
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            _remove_stale(settings.uds)
             previous = os.umask(0o177)  # this user alone
             try:
                 listener.bind(settings.uds)
@@ -74,6 +76,17 @@ def _bind(settings: ServerSettings) -> socket.socket:
         where = settings.uds or f"{settings.host}:{settings.port}"
         raise ConfigError(f"cannot listen on {where}: {error.strerror or error}; choose another --host, --port (0: a free one)") from error
     return listener
+
+
+def _remove_stale(path: str) -> None:
+    """Remove the socket of a server that was killed; one that somebody listens on stays, and so does any other file."""
+    if not os.path.exists(path) or not stat.S_ISSOCK(os.stat(path).st_mode):
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
 
 
 def _stop(handle: EngineHandle) -> None:

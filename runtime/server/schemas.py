@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, MaxLen, MinLen
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, GetCoreSchemaHandler, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, Tag, model_validator
+from pydantic.json_schema import JsonSchemaValue
 from pydantic.types import FailFast as _FailFast
 from pydantic_core import PydanticCustomError, core_schema
 
@@ -91,6 +92,9 @@ class BoundedJson:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {**handler(schema), "x-max-values": self.max_values}
 
     def _check(self, value: Any) -> Any:
         level, count = [value], 0
@@ -339,6 +343,7 @@ RESPONSE_FORMATS = "only the types text, json_object and json_schema are accepte
 _GUIDED = "vLLM replaced it; use structured_outputs"
 NOT_BUILT: dict[str, str] = {
     "best_of": "only `n` samples are drawn; use n",
+    "dimensions": "vectors have the model's own size; leave it out",
     "suffix": "inserting text between a prompt and a suffix is not built yet",
     "functions": "OpenAI replaced it by tools; use tools",
     "function_call": "OpenAI replaced it by tool_choice and tool_calls; use those",
