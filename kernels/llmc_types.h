@@ -15,6 +15,8 @@ enum {
   LLMC_FLOAT32 = 0,
   LLMC_FLOAT16 = 1,
   LLMC_BFLOAT16 = 2,
+  LLMC_INT8 = 3,     /* KV caches only: with a float32 scale per token and head */
+  LLMC_FP8_E4M3 = 4, /* KV caches only: the "fn" variant, no infinity, largest value 448; the scale is 1 */
 };
 
 /* What an entry point returns. Anything but LLMC_OK means that nothing was written. */

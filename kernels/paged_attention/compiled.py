@@ -11,6 +11,7 @@ from torch import Tensor
 from llmc.errors import InternalError
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # llmc_types.h
+_KV_DTYPES = {**_DTYPES, torch.int8: 3, torch.uint8: 4}
 
 _INT64_FIELDS = ("window", "num_tokens", "num_seqs", "num_heads", "num_kv_heads", "head_dim", "num_blocks", "block_size", "max_blocks")
 _POINTER_FIELDS = ("q", "k", "v", "k_cache", "v_cache", "slot_mapping", "block_tables", "seq_lens", "query_start_loc", "sinks", "out")
@@ -131,7 +132,7 @@ class CompiledPagedAttention:
             struct_size=ctypes.sizeof(PagedAttentionArgs),
             num_threads=self.num_threads,
             dtype=_DTYPES[q.dtype],
-            kv_dtype=_DTYPES[k_cache.dtype],
+            kv_dtype=_KV_DTYPES[k_cache.dtype],
             sinks_dtype=0 if sinks is None else _DTYPES[sinks.dtype],
             scale=scale,
             softcap=softcap,

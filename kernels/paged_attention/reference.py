@@ -53,6 +53,8 @@ def paged_attention_reference(
         q: [T, H, D]. k, v: [T, J, D], the step's new keys and values; H is a multiple of J.
         k_cache, v_cache: [N, J, S, D], same dtype; **written**: token t goes to slot `slot_mapping[group, t]`. This reference
             keeps the plain order inside a block; other implementations may not, so their caches are not interchangeable.
+            On a CPU they may also hold eight bits: int8 [N, J, S, D + 4], integers and a float32 scale per token and head
+            (`quantize_kv`), or uint8 [N, J, S, D], the bytes of fp8 e4m3 with scale 1, values held to [-448, 448].
         slot_mapping: int64 [G, T], block_id * S + offset; negative: the token is not written.
         block_tables: int32 [G, B, M]; entries that no query of the sequence sees may hold anything.
         seq_lens: int32 [B], keys of each sequence, this step's included.
@@ -145,8 +147,33 @@ def _write(k_TJD: Tensor, v_TJD: Tensor, k_cache: Tensor, v_cache: Tensor, slots
     written = slots_T >= 0
     slots = slots_T[written]
     blocks, offsets = slots // k_cache.shape[2], slots % k_cache.shape[2]
-    k_cache[blocks, :, offsets] = k_TJD[written].to(k_cache.dtype)
-    v_cache[blocks, :, offsets] = v_TJD[written].to(v_cache.dtype)
+    k_cache[blocks, :, offsets] = quantize_kv(k_TJD[written], k_cache.dtype)
+    v_cache[blocks, :, offsets] = quantize_kv(v_TJD[written], v_cache.dtype)
+
+
+def quantize_kv(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """K or V [..., D] as a cache of `dtype` holds them: [..., D], or int8 [..., D + 4] with the scale's four bytes last.
+
+    int8: scale = max |x| / 127 in float32, integer = x / scale to the nearest, ties to even; NaN for a scale where x is not finite.
+    """
+    if dtype == torch.uint8:
+        return x.float().clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8)
+    if dtype != torch.int8:
+        return x.to(dtype)
+    wide = x.float()
+    finite = wide.isfinite().all(dim=-1, keepdim=True)
+    scale = torch.where(finite, wide.abs().amax(dim=-1, keepdim=True) / 127, float("nan"))
+    quants = torch.where(finite, (wide / torch.where(scale == 0, float("inf"), scale)).round().clamp(-127, 127), 1.0).to(torch.int8)
+    return torch.cat([quants, scale.view(torch.int8)], dim=-1)
+
+
+def dequantize_kv(cache: Tensor) -> Tensor:
+    """The reverse of `quantize_kv`, float32 [..., D]."""
+    if cache.dtype == torch.uint8:
+        return cache.view(torch.float8_e4m3fn).float()
+    if cache.dtype != torch.int8:
+        return cache.float()
+    return cache[..., :-4].float() * cache[..., -4:].contiguous().view(torch.float32)
 
 
 def _attend(
@@ -188,5 +215,5 @@ def _attend(
 
 def _gather(cache: Tensor, blocks: Tensor, num_keys: int, num_heads: int) -> Tensor:
     """fp32 [L, H, D] from a paged cache, kv heads repeated for the heads that share them."""
-    tiles_LJD = cache[blocks].transpose(1, 2).flatten(0, 1)[:num_keys].float()
+    tiles_LJD = dequantize_kv(cache[blocks].transpose(1, 2).flatten(0, 1)[:num_keys])
     return tiles_LJD.repeat_interleave(num_heads // tiles_LJD.shape[1], dim=1)

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from llmc.errors import ArtifactError, InternalError
 
-KERNEL_DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
+KERNEL_DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "uint8": 4}  # the last two: of KV caches, uint8 being fp8 e4m3
 
 _SIZES = ("window", "num_tokens", "num_seqs", "num_heads", "num_kv_heads", "head_dim", "num_blocks", "block_size", "max_blocks")
 _INPUTS = ("q", "k", "v", "k_cache", "v_cache", "slot_mapping", "block_tables", "seq_lens", "query_start_loc", "sinks")

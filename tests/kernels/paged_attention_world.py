@@ -45,6 +45,7 @@ class Shape:
     head_dim: int = 64
     block_size: int = 16
     dtype: torch.dtype = torch.bfloat16
+    kv_dtype: torch.dtype | None = None  # None: dtype
     window: int = 0
     softcap: float = 0.0
     sinks_dtype: torch.dtype | None = None
@@ -108,7 +109,9 @@ class World:
     def caches(self) -> list[Tensor]:
         """Zeroed K and V caches."""
         s = self.shape
-        return [torch.zeros(self.num_blocks, s.num_kv_heads, s.block_size, s.head_dim, dtype=s.dtype) for _ in range(2)]
+        dtype = s.kv_dtype or s.dtype
+        width = s.head_dim + (4 if dtype == torch.int8 else 0)  # an int8 tile holds its scales
+        return [torch.zeros(self.num_blocks, s.num_kv_heads, s.block_size, width, dtype=dtype) for _ in range(2)]
 
     def _qkv(self, name: str, begin: int, end: int) -> Tensor:
         """[tokens, H + 2 Hkv, D] of a sequence's positions [begin, end)."""

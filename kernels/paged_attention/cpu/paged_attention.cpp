@@ -16,9 +16,11 @@
 #include <algorithm>
 #include <cstdlib>
 #include <new>
+#include <type_traits>
 #include <vector>
 
 #include "paged_attention_check.h"
+#include "paged_attention_quantized.h"
 #include "paged_attention_tile.h"
 
 namespace llmc_pa {
@@ -72,8 +74,11 @@ struct Plan {
   Buffer parts;    // per row of a split item: maximum, denominator, padding, sums
 };
 
-template <class T>
+// T: of q, k, v and the result. C: of the caches, T itself or eight bits.
+template <class T, class C = T>
 class Call {
+  using Read = std::conditional_t<kQuantized<C>, float, T>;  // what attention reads
+
  public:
   Call(const Args& args, Plan& plan) : a_(args), plan_(plan) {
     n_.D = static_cast<int>(a_.head_dim);
@@ -86,6 +91,8 @@ class Call {
     part_stride_ = n_.padded + 16;
     // q, one segment's sums, all segments' sums; then a maximum and a denominator per row for both
     scratch_stride_ = static_cast<int64_t>(kItemRows) * (3 * n_.padded + 4);
+    // then, of a quantised cache, one chunk's K and V; a last V group of a row may be read past its end
+    if (kQuantized<C>) scratch_stride_ += 2LL * kChunk * n_.D + kGroup;
   }
 
   void run() {
@@ -174,10 +181,20 @@ class Call {
       if (slot < 0) continue;
       const int64_t block = slot / a_.block_size, offset = slot % a_.block_size;
       for (int64_t h = 0; h < a_.num_kv_heads; ++h) {
-        T* k_tile = static_cast<T*>(a_.k_cache) + block * a_.k_cache_block_stride + h * a_.k_cache_head_stride;
-        T* v_tile = static_cast<T*>(a_.v_cache) + block * a_.v_cache_block_stride + h * a_.v_cache_head_stride;
-        write_k(k_tile, static_cast<int>(offset), static_cast<const T*>(a_.k) + t * a_.k_token_stride + h * a_.k_head_stride, n_.D, n_.lanes);
-        memcpy(v_tile + offset * n_.D, static_cast<const T*>(a_.v) + t * a_.v_token_stride + h * a_.v_head_stride, n_.D * sizeof(T));
+        C* k_tile = static_cast<C*>(a_.k_cache) + block * a_.k_cache_block_stride + h * a_.k_cache_head_stride;
+        C* v_tile = static_cast<C*>(a_.v_cache) + block * a_.v_cache_block_stride + h * a_.v_cache_head_stride;
+        const T* k = static_cast<const T*>(a_.k) + t * a_.k_token_stride + h * a_.k_head_stride;
+        const T* v = static_cast<const T*>(a_.v) + t * a_.v_token_stride + h * a_.v_head_stride;
+        if constexpr (kQuantized<C>) {
+          float wide[kMaxHeadDim];
+          widen(k, n_.D, wide);
+          write_quantized(k_tile, true, static_cast<int>(offset), wide, n_.D, n_.lanes, a_.block_size);
+          widen(v, n_.D, wide);
+          write_quantized(v_tile, false, static_cast<int>(offset), wide, n_.D, n_.lanes, a_.block_size);
+        } else {
+          write_k(k_tile, static_cast<int>(offset), k, n_.D, n_.lanes);
+          memcpy(v_tile + offset * n_.D, v, n_.D * sizeof(T));
+        }
       }
     }
   }
@@ -186,37 +203,49 @@ class Call {
     return visible(a_.seq_lens[item.seq] - query_rows(a_, item.seq) + row / group_, a_.window);
   }
 
-  // Find the sub-tiles that hold keys [from, to) of the chunk at `chunk`.
-  void locate(const Item& item, int chunk, int from, int to, ChunkPointers<T>* at) const {
+  // Find the sub-tiles that hold keys [from, to) of the chunk at `chunk`; of a quantised cache, make them into fp32 in `expanded`.
+  void locate(const Item& item, int chunk, int from, int to, float* expanded, ChunkPointers<Read>* at) const {
     const int32_t* table = a_.block_tables + item.seq * a_.block_table_stride;
     const int64_t k_head = item.kv_head * a_.k_cache_head_stride, v_head = item.kv_head * a_.v_cache_head_stride;
     const auto size = static_cast<uint32_t>(a_.block_size);
     for (int i = from >> n_.lanes_log2; i << n_.lanes_log2 < to; ++i) {
       const auto key = static_cast<uint32_t>(chunk + (i << n_.lanes_log2));
-      const int64_t block = table[key / size], inside = static_cast<int64_t>(key % size) * n_.D;
-      at->k[i] = static_cast<const T*>(a_.k_cache) + block * a_.k_cache_block_stride + k_head + inside;
-      at->v[i] = static_cast<const T*>(a_.v_cache) + block * a_.v_cache_block_stride + v_head + inside;
+      const int64_t block = table[key / size];
+      const C* k_tile = static_cast<const C*>(a_.k_cache) + block * a_.k_cache_block_stride + k_head;
+      const C* v_tile = static_cast<const C*>(a_.v_cache) + block * a_.v_cache_block_stride + v_head;
+      if constexpr (kQuantized<C>) {
+        float* k = expanded + static_cast<int64_t>(i << n_.lanes_log2) * n_.D;
+        float* v = k + static_cast<int64_t>(kChunk) * n_.D;
+        expand_k(k_tile, a_.block_size, n_.D, static_cast<int>(key % size), n_.lanes, k);
+        expand_v(v_tile, a_.block_size, n_.D, static_cast<int>(key % size), n_.lanes, v);
+        at->k[i] = k;
+        at->v[i] = v;
+      } else {
+        const int64_t inside = static_cast<int64_t>(key % size) * n_.D;
+        at->k[i] = k_tile + inside;
+        at->v[i] = v_tile + inside;
+      }
       at->next_k[i] = at->v[i];  // nothing to fetch, unless there is a chunk after
     }
   }
 
-  void attend(int rows, const ChunkPointers<T>& at, const float* q, const int* lo, const int* hi, RowState state) const {
+  void attend(int rows, const ChunkPointers<Read>& at, const float* q, const int* lo, const int* hi, RowState state) const {
     switch (rows) {
-      case 1: return attend_tile<T, 1>(n_, at, q, lo, hi, state);
-      case 2: return attend_tile<T, 2>(n_, at, q, lo, hi, state);
-      case 3: return attend_tile<T, 3>(n_, at, q, lo, hi, state);
-      case 4: return attend_tile<T, 4>(n_, at, q, lo, hi, state);
+      case 1: return attend_tile<Read, 1>(n_, at, q, lo, hi, state);
+      case 2: return attend_tile<Read, 2>(n_, at, q, lo, hi, state);
+      case 3: return attend_tile<Read, 3>(n_, at, q, lo, hi, state);
+      case 4: return attend_tile<Read, 4>(n_, at, q, lo, hi, state);
 #if LLMC_PA_AVX512
-      case 5: return attend_tile<T, 5>(n_, at, q, lo, hi, state);
-      case 6: return attend_tile<T, 6>(n_, at, q, lo, hi, state);
-      case 7: return attend_tile<T, 7>(n_, at, q, lo, hi, state);
-      case 8: return attend_tile<T, 8>(n_, at, q, lo, hi, state);
+      case 5: return attend_tile<Read, 5>(n_, at, q, lo, hi, state);
+      case 6: return attend_tile<Read, 6>(n_, at, q, lo, hi, state);
+      case 7: return attend_tile<Read, 7>(n_, at, q, lo, hi, state);
+      case 8: return attend_tile<Read, 8>(n_, at, q, lo, hi, state);
 #endif
     }
   }
 
-  // All of an item's rows over one segment, from nothing into `state`.
-  void run_segment(const Item& item, int segment, const Visible* see, const float* q, RowState state) const {
+  // All of an item's rows over one segment, from nothing into `state`. expanded: room for a chunk of a quantised cache.
+  void run_segment(const Item& item, int segment, const Visible* see, const float* q, float* expanded, RowState state) const {
     const int rows = item.row1 - item.row0;
     for (int r = 0; r < rows; ++r) {
       state.max[r] = -kInf;
@@ -226,18 +255,23 @@ class Call {
     // Rows are in order of position, so the first sees furthest back and the last furthest on.
     const int begin = std::max(segment * kSegment, see[0].lo / kChunk * kChunk), end = std::min((segment + 1) * kSegment, see[rows - 1].hi);
     int lo[kItemRows], hi[kItemRows];
-    ChunkPointers<T> at, next;
-    if (begin < end) locate(item, begin, std::max(0, see[0].lo - begin), std::min(kChunk, see[rows - 1].hi - begin), &next);
+    ChunkPointers<Read> at, next;
+    const int first = std::max(0, see[0].lo - begin);
+    if (begin < end && !kQuantized<C>) locate(item, begin, first, std::min(kChunk, see[rows - 1].hi - begin), expanded, &next);
     for (int chunk = begin; chunk < end; chunk += kChunk) {
       for (int r = 0; r < rows; ++r) {
         lo[r] = std::max(0, see[r].lo - chunk);
         hi[r] = std::min(kChunk, see[r].hi - chunk);
       }
-      at = next;
-      const int after = std::min(kChunk, see[rows - 1].hi - chunk - kChunk);
-      if (after > 0) {
-        locate(item, chunk + kChunk, 0, after, &next);
-        std::copy(next.k, next.k + ((after + n_.lanes - 1) >> n_.lanes_log2), at.next_k);
+      if constexpr (kQuantized<C>) {
+        locate(item, chunk, chunk == begin ? first : 0, std::min(kChunk, see[rows - 1].hi - chunk), expanded, &at);
+      } else {
+        at = next;
+        const int after = std::min(kChunk, see[rows - 1].hi - chunk - kChunk);
+        if (after > 0) {
+          locate(item, chunk + kChunk, 0, after, expanded, &next);
+          std::copy(next.k, next.k + ((after + n_.lanes - 1) >> n_.lanes_log2), at.next_k);
+        }
       }
       for (int r = 0; r < rows; r += kMaxRows) {
         const int64_t shift = static_cast<int64_t>(r) * n_.padded;
@@ -273,7 +307,7 @@ class Call {
       if (a_.sinks_dtype == LLMC_BFLOAT16) sink = to_float(static_cast<const Bf16*>(a_.sinks)[head]);
     }
     T* out = static_cast<T*>(a_.out) + (token * a_.num_heads + head) * a_.head_dim;
-    finish_row(n_, a_.sinks != nullptr ? &sink : nullptr, max, denominator, sums, out);
+    finish_row<T, Read>(n_, a_.sinks != nullptr ? &sink : nullptr, max, denominator, sums, out);
   }
 
   void run_item(const Item& item, float* scratch) const {
@@ -282,6 +316,7 @@ class Call {
     RowState part{q + 3LL * kItemRows * n_.padded, nullptr, q + 1LL * kItemRows * n_.padded};
     part.denominator = part.max + kItemRows;
     RowState total{part.max + 2 * kItemRows, part.max + 3 * kItemRows, q + 2LL * kItemRows * n_.padded};
+    float* expanded = part.max + 4 * kItemRows;
     Visible see[kItemRows] = {};
     for (int r = 0; r < rows; ++r) {
       const int row = item.row0 + r;
@@ -291,7 +326,7 @@ class Call {
       widen(from, n_.D, q + static_cast<int64_t>(r) * n_.padded);
     }
     if (item.segment >= 0) {
-      run_segment(item, item.segment, see, q, part);
+      run_segment(item, item.segment, see, q, expanded, part);
       for (int r = 0; r < rows; ++r) {
         float* to = plan_.parts.data() + (item.part + r) * part_stride_;
         to[0] = part.max[r];
@@ -303,7 +338,7 @@ class Call {
     start_total(rows, total);
     memset(total.sums, 0, static_cast<size_t>(rows) * n_.padded * sizeof(float));
     for (int s = see[0].lo / kSegment; s * kSegment < see[rows - 1].hi; ++s) {
-      run_segment(item, s, see, q, part);
+      run_segment(item, s, see, q, expanded, part);
       for (int r = 0; r < rows; ++r) {
         const int64_t shift = static_cast<int64_t>(r) * n_.padded;
         join_row(see[r], s, part.max[r], part.denominator[r], part.sums + shift, total.max + r, total.denominator + r, total.sums + shift);
@@ -333,6 +368,15 @@ class Call {
   int64_t part_stride_, scratch_stride_;
 };
 
+template <class T>
+void run(const Args& args, Plan& plan) {
+  switch (args.kv_dtype) {
+    case LLMC_INT8: return Call<T, Int8>(args, plan).run();
+    case LLMC_FP8_E4M3: return Call<T, Fp8>(args, plan).run();
+    default: return Call<T>(args, plan).run();
+  }
+}
+
 }  // namespace
 }  // namespace llmc_pa
 
@@ -345,9 +389,9 @@ extern "C" int llmc_paged_attention(const llmc_paged_attention_args* args) {
   static thread_local Plan plan;  // keeps its memory from call to call; every field is rewritten
   try {
     switch (args->dtype) {
-      case LLMC_FLOAT32: Call<float>(*args, plan).run(); break;
-      case LLMC_FLOAT16: Call<Fp16>(*args, plan).run(); break;
-      default: Call<Bf16>(*args, plan).run(); break;
+      case LLMC_FLOAT32: run<float>(*args, plan); break;
+      case LLMC_FLOAT16: run<Fp16>(*args, plan); break;
+      default: run<Bf16>(*args, plan); break;
     }
   } catch (const std::bad_alloc&) {
     return LLMC_PA_NO_MEMORY;
@@ -359,7 +403,7 @@ extern "C" const char* llmc_paged_attention_message(int status) {
   switch (status) {
     case LLMC_PA_OK: return "ok";
     case LLMC_PA_BAD_STRUCT_SIZE: return "paged_attention: the argument struct has another size; caller and kernels come from different versions";
-    case LLMC_PA_BAD_DTYPE: return "paged_attention: q, k, v, caches must share one of float32, float16, bfloat16";
+    case LLMC_PA_BAD_DTYPE: return "paged_attention: q, k, v must share one of float32, float16, bfloat16; caches are of that type, int8 or fp8 e4m3";
     case LLMC_PA_BAD_SHAPE: return "paged_attention: head_dim and block_size must be multiples of 8 and heads a multiple of kv heads";
     case LLMC_PA_BAD_POINTER: return "paged_attention: a tensor that the sizes need is missing";
     case LLMC_PA_BAD_QUERY_START: return "paged_attention: query_start_loc must start at 0, not fall, and stay within the tokens";

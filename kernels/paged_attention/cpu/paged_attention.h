@@ -1,7 +1,8 @@
 // C entry point of llmc::paged_attention on a CPU. No torch, usable from C, C++ and ctypes.
 //
-// Cache tensors are [num_blocks, num_kv_heads, block_size, head_dim]. The order inside one [block_size, head_dim] tile is
-// private to this kernel (paged_attention_tile.h); zeroed memory is a valid empty cache.
+// Cache tensors are [num_blocks, num_kv_heads, block_size, head_dim], for LLMC_INT8 head_dim + 4: the scales take four bytes per
+// token. The order inside one tile is private to this kernel (paged_attention_layout.h, paged_attention_quantized.h); zeroed
+// memory is a valid empty cache.
 #pragma once
 #include "llmc_types.h"
 
@@ -9,7 +10,7 @@
 enum llmc_pa_status {
   LLMC_PA_OK = 0,
   LLMC_PA_BAD_STRUCT_SIZE = 1,    // struct_size is not that of this header
-  LLMC_PA_BAD_DTYPE = 2,          // dtype unknown, or kv_dtype differs from dtype
+  LLMC_PA_BAD_DTYPE = 2,          // dtype unknown, or kv_dtype none that goes with it
   LLMC_PA_BAD_SHAPE = 3,          // negative size, head_dim or block_size no multiple of 8, heads no multiple of kv heads
   LLMC_PA_BAD_POINTER = 4,        // a pointer that the sizes need is null
   LLMC_PA_BAD_QUERY_START = 5,    // query_start_loc does not start at 0, falls, or ends past num_tokens
@@ -25,7 +26,7 @@ typedef struct llmc_paged_attention_args {
   uint32_t struct_size;           // sizeof(llmc_paged_attention_args)
   int32_t num_threads;            // 0: what OpenMP would use
   int32_t dtype;                  // of q, k, v and out (LLMC_FLOAT32, ...)
-  int32_t kv_dtype;               // of the caches; today the same as dtype
+  int32_t kv_dtype;               // of the caches: dtype, LLMC_INT8 or LLMC_FP8_E4M3
   int32_t sinks_dtype;            // of sinks; ignored without sinks
   float scale;                    // times q.k
   float softcap;                  // 0: none; else scores become softcap * tanh(score / softcap)
@@ -42,8 +43,8 @@ typedef struct llmc_paged_attention_args {
   const void* q;                  // [T, H, D]
   const void* k;                  // [T, Hkv, D]
   const void* v;                  // [T, Hkv, D]
-  void* k_cache;                  // [NB, Hkv, block_size, D], written
-  void* v_cache;                  // [NB, Hkv, block_size, D], written
+  void* k_cache;                  // [NB, Hkv, block_size, D (+ 4)], written
+  void* v_cache;                  // [NB, Hkv, block_size, D (+ 4)], written
   const int64_t* slot_mapping;    // [T], negative: not written
   const int32_t* block_tables;    // [B, M]
   const int32_t* seq_lens;        // [B]

@@ -25,8 +25,10 @@ static inline int first_visible(const Args& a, int64_t seq) { return visible(std
 
 static inline bool known_dtype(int32_t dtype) { return dtype == LLMC_FLOAT32 || dtype == LLMC_FLOAT16 || dtype == LLMC_BFLOAT16; }
 
+static inline bool known_kv_dtype(const Args& a) { return a.kv_dtype == a.dtype || a.kv_dtype == LLMC_INT8 || a.kv_dtype == LLMC_FP8_E4M3; }
+
 static inline int check(const Args& a) {
-  if (!known_dtype(a.dtype) || a.kv_dtype != a.dtype || (a.sinks != nullptr && !known_dtype(a.sinks_dtype))) return LLMC_PA_BAD_DTYPE;
+  if (!known_dtype(a.dtype) || !known_kv_dtype(a) || (a.sinks != nullptr && !known_dtype(a.sinks_dtype))) return LLMC_PA_BAD_DTYPE;
   if (a.num_tokens < 0 || a.num_seqs < 0 || a.num_blocks < 0 || a.max_blocks < 0 || a.num_heads < 1 || a.num_kv_heads < 1) return LLMC_PA_BAD_SHAPE;
   if (a.num_tokens > INT32_MAX || a.num_seqs >= INT32_MAX || a.num_heads > 65536 || a.num_heads % a.num_kv_heads != 0) return LLMC_PA_BAD_SHAPE;
   if (a.head_dim < 8 || a.head_dim > 4096 || a.head_dim % 8 != 0 || a.block_size < 8 || a.block_size > 65536 || a.block_size % 8 != 0)

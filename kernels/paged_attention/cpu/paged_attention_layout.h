@@ -122,6 +122,15 @@ static inline void store_whole_group(Bf16* out, const float* sums) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 2 * i), _mm256_or_si256(even, odd));
   }
 }
+// A group of sums in plain order into that of bf16: even dimensions, then odd ones.
+static inline void into_bf16_order(float* sums) {
+  float plain[kGroup];
+  memcpy(plain, sums, sizeof(plain));
+  for (int i = 0; i < W; ++i) {
+    sums[i] = plain[2 * i];
+    sums[W + i] = plain[2 * i + 1];
+  }
+}
 template <class T>
 static inline void store_group(T* out, const float* sums, int n) {
   if (n >= kGroup) return store_whole_group(out, sums);

@@ -35,6 +35,13 @@ int32_t code_of(int32_t torch_dtype) {
   return -1;
 }
 
+// Of a cache: also eight bits, int8 with scales or the bytes of fp8 e4m3.
+int32_t kv_code_of(int32_t torch_dtype) {
+  if (torch_dtype == aoti_torch_dtype_int8()) return LLMC_INT8;
+  if (torch_dtype == aoti_torch_dtype_uint8()) return LLMC_FP8_E4M3;
+  return code_of(torch_dtype);
+}
+
 AOTITorchError refuse(int64_t layer, const char* why) {
   // Generated code turns the failure into an exception without a text; this line is the text.
   std::fprintf(stderr, "llmc: paged_attention of layer %lld: %s\n", static_cast<long long>(layer), why);
@@ -57,14 +64,15 @@ extern "C" __attribute__((visibility("default"))) AOTITorchError aoti_torch_cpu_
     return refuse(layer, "a tensor is missing, not readable or not on the CPU");
   if (code_of(q.dtype) < 0) return refuse(layer, "q is none of float32, float16, bfloat16");
   if (!q.is(3, q.dtype) || !k.is(3, q.dtype) || !v.is(3, q.dtype)) return refuse(layer, "q, k, v must be [T, heads, head_dim] of one dtype, rows dense");
-  if (k_cache.dim != 4 || v_cache.dim != 4 || code_of(k_cache.dtype) < 0 || v_cache.dtype != k_cache.dtype || !k_cache.dense_rows() || !v_cache.dense_rows())
-    return refuse(layer, "caches must be [blocks, kv heads, block size, head_dim] of one floating dtype");
+  if (k_cache.dim != 4 || v_cache.dim != 4 || kv_code_of(k_cache.dtype) < 0 || v_cache.dtype != k_cache.dtype || !k_cache.dense_rows() || !v_cache.dense_rows())
+    return refuse(layer, "caches must be [blocks, kv heads, block size, head_dim] of one floating dtype, int8 or uint8");
   const int64_t T = q.sizes[0], H = q.sizes[1], D = q.sizes[2], Hkv = k.sizes[1];
   if (k.sizes[0] != T || v.sizes[0] != T || v.sizes[1] != Hkv || k.sizes[2] != D || v.sizes[2] != D) return refuse(layer, "q, k, v disagree in shape");
   for (int i = 0; i < 4; ++i)
     if (k_cache.sizes[i] != v_cache.sizes[i]) return refuse(layer, "the two caches disagree in shape");
-  if (k_cache.sizes[1] != Hkv || k_cache.sizes[3] != D) return refuse(layer, "the caches do not fit k and v");
-  if (k_cache.strides[2] != D || v_cache.strides[2] != D) return refuse(layer, "a cache block's [block size, head_dim] must be contiguous");
+  const int64_t width = D + (kv_code_of(k_cache.dtype) == LLMC_INT8 ? 4 : 0);  // of a token in a tile, its scale included
+  if (k_cache.sizes[1] != Hkv || k_cache.sizes[3] != width) return refuse(layer, "the caches do not fit k and v");
+  if (k_cache.strides[2] != width || v_cache.strides[2] != width) return refuse(layer, "a cache block's [block size, head_dim] must be contiguous");
   const int32_t i64 = aoti_torch_dtype_int64(), i32 = aoti_torch_dtype_int32();
   if (!slots.is(2, i64) || slots.sizes[1] != T) return refuse(layer, "slot_mapping must be int64 [groups, T]");
   if (!seq_lens.is(1, i32)) return refuse(layer, "seq_lens must be int32 [B]");
@@ -84,7 +92,7 @@ extern "C" __attribute__((visibility("default"))) AOTITorchError aoti_torch_cpu_
     llmc_paged_attention_args args = {};
     args.struct_size = sizeof(args);
     args.dtype = code_of(q.dtype);
-    args.kv_dtype = code_of(k_cache.dtype);
+    args.kv_dtype = kv_code_of(k_cache.dtype);
     args.scale = static_cast<float>(scale);
     args.softcap = static_cast<float>(softcap);
     args.window = window;

@@ -5,6 +5,8 @@
 // with the same operations for every number of rows R: a row's bits depend on its own keys alone. Keys that a row may not see
 // never enter its sums, not even times zero, since a NaN there would come through.
 #pragma once
+#include <type_traits>
+
 #include "paged_attention_layout.h"
 
 namespace llmc_pa {
@@ -203,7 +205,8 @@ static inline void merge_segment(const Numbers& n, float part_max, float part_de
 }
 
 // Divide, add the sink (an extra logit that takes weight and gives nothing), round, store. No visible key: zeros.
-template <class T>
+// Read: the type that V was read as, whose order the sums are in.
+template <class T, class Read>
 static inline void finish_row(const Numbers& n, const float* sink, float max, float denominator, float* sums, T* out) {
   float factor = 1.0f;
   if (sink != nullptr) {
@@ -214,7 +217,10 @@ static inline void finish_row(const Numbers& n, const float* sink, float max, fl
   factor = denominator == 0.0f ? 0.0f : factor / denominator;
   const Vec times = v_set(factor);
   for (int d = 0; d < n.padded; d += W) v_store(sums + d, v_mul(v_load(sums + d), times));
-  for (int d = 0; d < n.D; d += kGroup) store_group(out + d, sums + d, n.D - d);
+  for (int d = 0; d < n.D; d += kGroup) {
+    if constexpr (std::is_same_v<T, Bf16> && std::is_same_v<Read, float>) into_bf16_order(sums + d);
+    store_group(out + d, sums + d, n.D - d);
+  }
 }
 
 }  // namespace llmc_pa
