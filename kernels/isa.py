@@ -16,7 +16,6 @@ from typing import Any
 from llmc.errors import ConfigError
 
 from .cuda_targets import PREFIX as CUDA_PREFIX
-from .cuda_targets import refuse_cuda
 
 _V3 = frozenset(  # names as in /proc/cpuinfo
     [
@@ -54,7 +53,6 @@ class IsaLevel:
         name: what the manifest calls it (`Target.isa`).
         gcc_flags: flags for g++ or clang++; complete, nothing else decides on instructions.
         cpu_features: /proc/cpuinfo flag names a machine must have to run code of this level.
-        march: value of Inductor's `cpp.march`.
         simdlen: value of Inductor's `cpp.simdlen`, bits.
         vec_isa: name of Inductor's vector class of that width ("avx2", "avx512").
         vec_flags: the arch flags that class may add, no more than the level has.
@@ -63,7 +61,6 @@ class IsaLevel:
     name: str
     gcc_flags: tuple[str, ...]
     cpu_features: frozenset[str]
-    march: str
     simdlen: int
     vec_isa: str
     vec_flags: str
@@ -76,7 +73,6 @@ LEVELS: dict[str, IsaLevel] = {
             name="x86-64-v3",
             gcc_flags=("-march=x86-64-v3",),
             cpu_features=_V3,
-            march="x86-64-v3",
             simdlen=256,
             vec_isa="avx2",
             vec_flags="-mavx2 -mfma -mf16c",
@@ -85,7 +81,6 @@ LEVELS: dict[str, IsaLevel] = {
             name="x86-64-v4",
             gcc_flags=("-march=x86-64-v4",),
             cpu_features=_V4,
-            march="x86-64-v4",
             simdlen=512,
             vec_isa="avx512",
             vec_flags=_V4_INDUCTOR,
@@ -94,7 +89,6 @@ LEVELS: dict[str, IsaLevel] = {
             name="x86-64-v4+bf16",
             gcc_flags=("-march=x86-64-v4", "-mavx512bf16"),
             cpu_features=_V4_BF16,
-            march="x86-64-v4",
             simdlen=512,
             vec_isa="avx512",
             vec_flags=_V4_INDUCTOR + " -mavx512bf16",
@@ -104,7 +98,6 @@ LEVELS: dict[str, IsaLevel] = {
             name="x86-64-v4+bf16+amx",
             gcc_flags=("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
             cpu_features=_V4_AMX,
-            march="x86-64-v4",
             simdlen=512,
             vec_isa="avx512",
             vec_flags=_V4_INDUCTOR + " -mavx512bf16",
@@ -183,7 +176,7 @@ def resolve_target(name: str, features: frozenset[str] | None = None) -> TargetS
         ConfigError: the name is unknown, is a CUDA target, or native was asked on a machine below x86-64-v3.
     """
     if name.startswith(CUDA_PREFIX):
-        raise refuse_cuda(name)
+        raise ConfigError(f"target {name!r} is a GPU where one of a CPU is needed: {', '.join(TARGET_NAMES)}")
     if name not in TARGET_NAMES:
         raise ConfigError(f"target {name!r} is unknown; accepted: {', '.join(TARGET_NAMES)}; `llmc compile --target list` shows all")
     if name in ("cpu", "cpu:native"):
@@ -201,13 +194,14 @@ def resolve_target(name: str, features: frozenset[str] | None = None) -> TargetS
 
 def inductor_config(isa: str) -> dict[str, Any]:
     """Inductor options (for `torch._inductor.config.patch`) that pin the level. Use with `inductor_target`, which adds the rest."""
-    level = isa_level(isa)
-    return {"cpp.march": level.march, "cpp.simdlen": level.simdlen, "cpp.vec_isa_ok": True}
+    return {"cpp.simdlen": isa_level(isa).simdlen, "cpp.vec_isa_ok": True}
 
 
 @contextlib.contextmanager
 def inductor_target(isa: str) -> Iterator[None]:
-    """While open, Inductor generates and compiles code for `isa` and nothing above it. Mutates Inductor's module state.
+    """While open, Inductor generates code for `isa` and nothing above it. Mutates Inductor's module state.
+
+    What compiles that code (`compiler/image.py`) gives the level's `gcc_flags`; Inductor's own compiler command is never run.
 
     The config alone does not do it: with simdlen 512 Inductor takes the first class of that width the *builder* has, which
     on an AMX machine adds -mavx512vnni and -mamx-*; and where the builder lacks AVX-512 it would fall back to scalar code.

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
@@ -71,7 +73,8 @@ def fake_mode(gm: GraphModule) -> FakeTensorMode:
 def _fake(mode: FakeTensorMode) -> Iterator[None]:
     # backed_size_oblivious, as at capture: sizes 0 and 1 share the general graph
     oblivious = fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
-    with oblivious, mode, torch.no_grad():
+    # torch 2.11's composite ops (linear, matmul) know symbolic sizes in their Python form alone
+    with oblivious, mode, enable_python_dispatcher(), torch.no_grad():
         yield
 
 
@@ -160,6 +163,15 @@ def size_expr(size: Any) -> Any:
 def same_size(a: Any, b: Any) -> bool:
     """Whether two dimensions are the same number for every binding of the symbols."""
     return bool(size_expr(a) == size_expr(b))
+
+
+def even_rows(value: torch.Tensor) -> bool:
+    """Whether the leading dimensions of a tensor collapse into one: rows are contiguous and lie evenly, with or without gaps."""
+    sizes, strides = [size_expr(s) for s in value.shape], [size_expr(s) for s in value.stride()]
+    if strides[-1] != 1:
+        return False
+    outer = [(size, stride) for size, stride in zip(sizes[:-1], strides[:-1], strict=True) if size != 1]
+    return all(above == size * stride for (_, above), (size, stride) in pairwise(outer))
 
 
 def signature(value: Any) -> Any:
