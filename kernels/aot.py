@@ -31,8 +31,8 @@ from .launch import Argument, Launch
 
 SM_90 = GPUTarget("cuda", 90, 32)
 _POINTERS = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32",
-    torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8", torch.bool: "*i1",
+    torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
+    torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8", torch.bool: "*i1",
 }  # fmt: skip
 _LAYOUT = re.compile(r"nvidia_mma<\{.*?warpsPerCTA = \[\d+, (\d+)\], instrShape = \[([\d, ]+)\]")
 
@@ -138,7 +138,8 @@ def main() -> None:
     parser.add_argument("case", nargs="*", help="only these cases of the catalogue")
     chosen = parser.parse_args()
     for name, launches in catalogue().items():
-        for launch in launches if not chosen.case or name in chosen.case else ():
+        different = {signature_text(launch): launch for launch in launches}  # a search launches one kernel many times
+        for launch in different.values() if not chosen.case or name in chosen.case else ():
             images = [_build(launch) for _ in range(chosen.builds)]
             facts = {k: v for k, v in dataclasses.asdict(images[0]).items() if k not in ("cubin", "ptx")}
             sizes = {"cubin_bytes": len(images[0].cubin), "sha256": images[0].sha256, "images": len({i.sha256 for i in images})}

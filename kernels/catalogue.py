@@ -83,10 +83,17 @@ def _cases(empty: Callable[..., Tensor]) -> dict[str, tuple[str, tuple[Any, ...]
     cases["moe_route qwen3"] = ("moe_route", (t(64, 128), 8, True, True, False))
     cases["moe_route gpt-oss"] = ("moe_route", (t(64, 32), 4, False, False, False))
     for tokens, tile in ((1, 16), (64, 16), (1024, 64), (8192, 128)):
-        rows, num_tiles = tokens * 8, most_tiles(tokens * 8, 128, tile)
+        num_rows, num_tiles = tokens * 8, most_tiles(tokens * 8, 128, tile)
         cases[f"moe_sort {tokens}"] = ("moe_sort", (t(tokens, 8, dtype=torch.int64), 128, tile))
         order = (t(num_tiles * tile, dtype=torch.int32), t(num_tiles, dtype=torch.int32))
-        cases[f"moe_linear {tokens}"] = ("moe_linear", (t(tokens, 2048), t(128, 1536, 2048), *order, None, rows, 8))
+        cases[f"moe_linear {tokens}"] = ("moe_linear", (t(tokens, 2048), t(128, 1536, 2048), *order, None, num_rows, 8))
     cases["moe_combine"] = ("moe_combine", (t(512, 2048), t(64, 8)))
+    inverse, wide = t(256, dtype=F32), t(256, dtype=torch.float64)
+    for truncate in (False, True):
+        numbers = (inverse, t(256, dtype=torch.int32), wide, wide, t(256, dtype=torch.int64), t(256, dtype=torch.int64), truncate)
+        cases[f"sample{' truncated' if truncate else ''}"] = ("sample", (t(256, 151936), *numbers))
+    touched = (t(256, 512, dtype=torch.int32), t(256, 512, dtype=F32), t(256, 512, dtype=F32), t(256, 3, dtype=F32))
+    cases["adjust_logits"] = ("adjust_logits", (t(256, 151936), t(256, 4748, dtype=torch.int32), *touched))
+    cases["token_logprobs"] = ("token_logprobs", (t(256, 151936), t(256, dtype=torch.int64), 20))
     cases["argmax"] = ("argmax", (t(256, 151936),))
     return cases

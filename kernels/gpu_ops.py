@@ -1,7 +1,7 @@
 """The ops that graphs for a GPU are made of: SCHEMA, reference and fake of each.
 
-They have a reference for the CPU and no compiled CPU version, so no graph for a CPU should hold one. Their implementations are in
-`registry.py`.
+Their implementations for a GPU are in `registry.py`. Those with a C_SHIM have a compiled CPU version too (norms and gated activations);
+no graph for a CPU should hold one of the others.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from . import (
     plain_quantized_linear,
     rms_norm,
     rope_kv_write,
+    sample,
     silu_mul,
 )
 
@@ -36,4 +37,7 @@ GPU_OPS: dict[str, ModuleType | SimpleNamespace] = {
     "moe_linear": moe.linear,
     "moe_combine": moe.combine,
     "argmax": argmax,
+    "sample": sample.draw,
+    "adjust_logits": sample.adjust,
+    "token_logprobs": sample.logprobs,
 }

@@ -87,9 +87,9 @@ def place_runs_kernel(
     mine = tl.sum(tl.where(e == expert, total, 0), 0)
     begin = first * BLOCK_T
     for start in range(0, num_runs, AT_ONCE):
-        r = start + tl.arange(0, AT_ONCE)
-        found = tl.load(counts + r * num_experts + expert, mask=r < num_runs, other=0)
-        tl.store(starts + r * num_experts + expert, begin + tl.cumsum(found, 0) - found, mask=r < num_runs)
+        some = start + tl.arange(0, AT_ONCE)
+        found = tl.load(counts + some * num_experts + expert, mask=some < num_runs, other=0)
+        tl.store(starts + some * num_experts + expert, begin + tl.cumsum(found, 0) - found, mask=some < num_runs)
         begin += tl.sum(found, 0)
     rest = mine + tl.arange(0, BLOCK_T)
     tl.store(rows + first * BLOCK_T + rest, tl.full([BLOCK_T], -1, tl.int32), mask=rest < tiles * BLOCK_T)

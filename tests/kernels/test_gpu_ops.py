@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ TABLES = torch.tensor([[[0, 1], [2, 3]]], dtype=torch.int32)
 LENGTHS, STARTS = torch.tensor([20, 3], dtype=torch.int32), torch.tensor([0, 1, 3], dtype=torch.int32)
 K, ROW8, TABLE = torch.randn(3, 2, 8), torch.randn(8), torch.randn(30, 4)
 POSITIONS, SLOTS = torch.tensor([3, 19, 2]), torch.tensor([[0, 40, -1]])
+THREE = torch.ones(3)
 SORTED = moe.sort.reference(torch.tensor([[1, 0], [1, 0], [0, 1]]), 2, 16)
 SAMPLES: dict[str, tuple[Any, ...]] = {
     "rms_norm": (ROWS, ROW, 1e-6, 1.0, False),
@@ -33,6 +36,9 @@ SAMPLES: dict[str, tuple[Any, ...]] = {
     "moe_linear": (ROWS, torch.randn(2, 5, 6), *SORTED, torch.randn(2, 5), 6, 2),
     "moe_combine": (torch.randn(6, 5), torch.rand(3, 2)),
     "argmax": (ROWS,),
+    "sample": (ROWS, THREE, torch.zeros(3, dtype=torch.int32), THREE.double(), -THREE.double(), POSITIONS, POSITIONS, True),
+    "adjust_logits": (ROWS, None, POSITIONS[:, None].int() % 6, THREE[:, None], THREE[:, None], torch.ones(3, 3)),
+    "token_logprobs": (ROWS, torch.tensor([0, 5, 2]), 2),
 }
 
 
@@ -42,8 +48,9 @@ def test_op_is_well_made(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_no_compiled_cpu_version_is_promised(name: str) -> None:
-    assert ops.overload(name) not in ops.C_SHIMS
+def test_a_compiled_cpu_version_is_promised_where_there_is_one(name: str) -> None:
+    shims = "".join(path.read_text() for path in Path(gpu_ops.__file__).parent.glob("*/cpu/*.cpp"))
+    assert (ops.overload(name) in ops.C_SHIMS) is (re.search(rf"aoti_torch_cpu_llmc_{name}\b", shims) is not None)
 
 
 def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
