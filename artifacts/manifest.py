@@ -222,6 +222,16 @@ class QuantizationFacts(_Record, frozen=True):
     mean_kl: float | None  # nats per token, of the reference from the quantised
 
 
+PoolingKind = Literal["mean", "last", "cls"]
+
+
+class PoolingFacts(_Record, frozen=True):
+    """How a sequence's hidden states become one vector: their mean, the last token's, or the first's; then perhaps length 1."""
+
+    kind: PoolingKind
+    normalize: bool
+
+
 class Manifest(_Record, frozen=True):
     """See docs/artifact_format.md for the page a reader of this file can be written from."""
 
@@ -247,4 +257,5 @@ class Manifest(_Record, frozen=True):
     settings: dict[str, str | int | float | bool | None]  # resolved compile settings
     files: list[FileRecord]
     quantization: QuantizationFacts | None = None  # since version 2
+    pooling: PoolingFacts | None = None  # since version 3; the task is to embed, and the entry gives hidden states; null: to generate
     manifest_sha256: str = ""  # set when the manifest is encoded (manifest_json.py); finds damage, the signature finds malice

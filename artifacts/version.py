@@ -6,6 +6,7 @@ History, one dated line per version:
                 null); a source may name its shape, for weights that are bound when served.
     3  2026-11  programs for a GPU: executor "plans" and entries[].plans, images of role "cubin", target.gpu, requirements.cuda
                 (absent before, which reads as none).
+                manifest field pooling, for artifacts that embed (absent before, which reads as null: they generate).
 """
 
 from __future__ import annotations

@@ -79,10 +79,11 @@ class TracedModel:
 class _Step(nn.Module):
     """The function that is traced: flat tokens in, logits of the wanted rows out."""
 
-    def __init__(self, model: nn.Module, group_of_layer: tuple[int, ...]) -> None:
+    def __init__(self, model: nn.Module, group_of_layer: tuple[int, ...], hidden: bool) -> None:
         super().__init__()
         self.model = model
         self.group_of_layer = group_of_layer
+        self.hidden = hidden
 
     def forward(
         self,
@@ -105,7 +106,22 @@ class _Step(nn.Module):
             query_start_loc=query_start_loc,
             group_of_layer=self.group_of_layer,
         )
-        return _logits(self.model, input_ids, positions, logits_indices, attention)
+        run = _hidden if self.hidden else _logits
+        return run(self.model, input_ids, positions, logits_indices, attention)
+
+
+def _hidden(model: nn.Module, input_ids: Tensor, positions: Tensor, rows: Tensor, attention: PagedAttention | LayerProbe) -> Tensor:
+    """Hidden states of the wanted rows, as they come out of the decoder: behind its final norm, before any output projection."""
+    output = model.base_model(  # type: ignore[operator]
+        input_ids=input_ids.unsqueeze(0),
+        position_ids=positions.unsqueeze(0),
+        past_key_values=None,
+        use_cache=False,
+        return_dict=True,
+        llmc_paged=attention,
+    )
+    states: Tensor = output.last_hidden_state[:, rows, :][0]
+    return states
 
 
 def _logits(model: nn.Module, input_ids: Tensor, positions: Tensor, rows: Tensor, attention: PagedAttention | LayerProbe) -> Tensor:
@@ -122,7 +138,9 @@ def _logits(model: nn.Module, input_ids: Tensor, positions: Tensor, rows: Tensor
     return logits
 
 
-def capture(source: ModelSource, *, block_size: int = 16, kv_dtype: str | None = None, max_model_len: int | None = None) -> TracedModel:
+def capture(
+    source: ModelSource, *, block_size: int = 16, kv_dtype: str | None = None, max_model_len: int | None = None, hidden: bool = False
+) -> TracedModel:
     """Trace a model. Reads no weights and allocates none.
 
     Args:
@@ -130,6 +148,7 @@ def capture(source: ModelSource, *, block_size: int = 16, kv_dtype: str | None =
         block_size: tokens per KV block.
         kv_dtype: of the cache; None for the model's dtype.
         max_model_len: the longest sequence to serve; None for the model's maximum. Decides between longrope's two sets.
+        hidden: the output is the hidden states of the wanted rows in place of their logits.
 
     Raises:
         UnsupportedModel: the model does something that the graph cannot hold; names the module.
@@ -144,10 +163,12 @@ def capture(source: ModelSource, *, block_size: int = 16, kv_dtype: str | None =
     skeleton.fix_rope(model, length)
     mode = _fake_mode()
     skeleton.make_fake(model, mode)
-    program = _export(model, kv, mode)
+    program = _export(model, kv, mode, hidden)
     constants = _constants(program, _tensor_names(model))
     graph = canonical_graph(program.graph, _input_names(kv), constants)
-    return _traced(source, model, graph, kv, dict(constants.values()), length)
+    output = _hidden_spec(source, graph) if hidden else _output_spec(source, graph)
+    used = model.base_model if hidden else model
+    return _traced(source, model, used, graph, kv, dict(constants.values()), length, output)  # type: ignore[arg-type]
 
 
 def _fake_mode() -> FakeTensorMode:
@@ -185,9 +206,9 @@ def _group_of_layer(kv: KVFacts) -> tuple[int, ...]:
     return tuple(of[layer] for layer in range(len(kv.head_dim)))
 
 
-def _export(model: nn.Module, kv: KVFacts, mode: FakeTensorMode) -> ExportedProgram:
+def _export(model: nn.Module, kv: KVFacts, mode: FakeTensorMode, hidden: bool) -> ExportedProgram:
     arguments, shapes = _example(kv)
-    step = _Step(model, _group_of_layer(kv))
+    step = _Step(model, _group_of_layer(kv), hidden)
     oblivious = fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     with oblivious, torch.no_grad(), tracing(TracingContext(mode)):
         return torch.export.export(step, (), kwargs=arguments, dynamic_shapes=shapes, strict=False)
@@ -283,7 +304,14 @@ def _constants(program: ExportedProgram, names: dict[int, list[str]]) -> dict[st
 
 
 def _traced(
-    source: ModelSource, model: nn.Module, graph: GraphModule, kv: KVFacts, tensors: dict[str, Tensor], max_model_len: int
+    source: ModelSource,
+    model: nn.Module,
+    used: nn.Module,
+    graph: GraphModule,
+    kv: KVFacts,
+    tensors: dict[str, Tensor],
+    max_model_len: int,
+    output: TensorSpec,
 ) -> TracedModel:
     names = _tensor_names(model)
     constants: dict[str, Constant] = {}
@@ -295,13 +323,13 @@ def _traced(
             recipe = {"op": "computed", "key": name}
             constants[name] = Constant(recipe=recipe, dtype=tensor.dtype, shape=tuple(tensor.shape), value=tensor)
     parameters = tuple(name for name, constant in constants.items() if constant.value is None)
-    held = {id(parameter) for parameter in model.parameters()}
+    held = {id(parameter) for parameter in used.parameters()}
     if {id(tensors[name]) for name in parameters} != held:
         raise InternalError(f"the graph reads {len(parameters)} parameters, the model has {len(held)}; please report this model")
     return TracedModel(
         graph=graph,
         inputs=input_specs(kv),
-        outputs=(_output_spec(source, graph),),
+        outputs=(output,),
         kv=kv,
         constants=MappingProxyType(constants),
         parameters=parameters,
@@ -332,3 +360,10 @@ def _output_spec(source: ModelSource, graph: GraphModule) -> TensorSpec:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _hidden_spec(source: ModelSource, graph: GraphModule) -> TensorSpec:
+    states = graph.graph.output_node().args[0].meta["val"]  # type: ignore[union-attr]
+    if states.shape[1] != source.hidden_size:
+        raise UnsupportedModel(f"{source.path}: hidden states have width {states.shape[1]}, the configuration's is {source.hidden_size}")
+    return TensorSpec(name="hidden", dtype=_dtype_name(states.dtype), shape=["N", source.hidden_size])  # type: ignore[arg-type]

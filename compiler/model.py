@@ -67,12 +67,13 @@ class ModelSource:
     tokenizer_files: tuple[str, ...]  # those of TOKENIZER_FILES that exist
 
 
-def read_model(path: str | Path, *, dtype: str = "auto") -> ModelSource:
+def read_model(path: str | Path, *, dtype: str = "auto", embed: bool = False) -> ModelSource:
     """Read a model folder.
 
     Args:
         path: a folder with config.json and *.safetensors as Hugging Face writes them.
         dtype: one of DTYPES, or "auto" for the configuration's (else the checkpoint's) own.
+        embed: it is to embed, for which a decoder without its output projection will do.
 
     Raises:
         ConfigError: no such folder, or an unknown dtype.
@@ -85,7 +86,7 @@ def read_model(path: str | Path, *, dtype: str = "auto") -> ModelSource:
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; expected a Hugging Face model folder with config.json and *.safetensors")
     raw = read_json(folder / "config.json")
-    check_supported(raw, str(folder / "config.json"))
+    check_supported(raw, str(folder / "config.json"), embed=embed)
     for key in _MODULE_COUNTS:
         if isinstance(raw.get(key), int | float) and raw[key] > _MAX_MODULES:
             raise UnsupportedModel(f"{folder / 'config.json'}: {key} is {raw[key]}, more than the {_MAX_MODULES} that any model has")

@@ -35,7 +35,32 @@ _OWN_ATTENTION = "it attends through classes of its own, not through the attenti
 _ALIBI = "it puts ALiBi biases into the attention mask, which llmc's paged attention does not take yet"
 _RECURRENT = "it keeps a recurrent state besides (or instead of) keys and values, and llmc's cache holds keys and values only"
 
+_ENCODER = (
+    "it is an encoder: its tokens attend to those behind them, and llmc compiles decoders; "
+    "for embeddings take a decoder such as Qwen3-Embedding or E5-Mistral"
+)
+
 _REASONS: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "albert",
+            "bert",
+            "camembert",
+            "deberta",
+            "deberta-v2",
+            "distilbert",
+            "electra",
+            "eurobert",
+            "jina_bert",
+            "modernbert",
+            "mpnet",
+            "new",
+            "nomic_bert",
+            "roberta",
+            "xlm-roberta",
+        ),
+        _ENCODER,
+    ),
     **dict.fromkeys(("falcon", "RefinedWeb", "RefinedWebModel"), _OWN_ATTENTION),
     **dict.fromkeys(("bloom", "mpt"), _ALIBI),
     **dict.fromkeys(
@@ -67,12 +92,13 @@ _REASONS: dict[str, str] = {
 _OTHER_INPUTS = ("vision_config", "audio_config", "image_size", "patch_size", "num_mel_bins")
 
 
-def check_supported(config: Mapping[str, Any], where: str) -> None:
+def check_supported(config: Mapping[str, Any], where: str, *, embed: bool = False) -> None:
     """Refuse what llmc cannot compile, before anything is built.
 
     Args:
         config: the parsed config.json.
         where: the file it came from, for the message.
+        embed: it is to embed, for which a decoder without its output projection will do.
 
     Raises:
         UnsupportedModel: names the model type and the reason.
@@ -80,7 +106,7 @@ def check_supported(config: Mapping[str, Any], where: str) -> None:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise UnsupportedModel(f"{where}: no model_type; expected a Hugging Face config.json that names one")
-    reason = _reason(model_type, config)
+    reason = _reason(model_type, config, embed)
     if reason:
         raise UnsupportedModel(
             f"{where}: model type {model_type!r} cannot be compiled: {reason}. Supported: {', '.join(sorted(SUPPORTED))}"
@@ -94,7 +120,9 @@ def check_supported(config: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _reason(model_type: str, config: Mapping[str, Any]) -> str | None:
+def _reason(model_type: str, config: Mapping[str, Any], embed: bool) -> str | None:
+    if config.get("use_bidirectional_attention") or config.get("is_causal") is False:
+        return _ENCODER
     if model_type in _REASONS:
         return _REASONS[model_type]
     if config.get("is_encoder_decoder"):
@@ -106,7 +134,7 @@ def _reason(model_type: str, config: Mapping[str, Any]) -> str | None:
     if (
         isinstance(architectures, list)
         and architectures
-        and not any(str(a).endswith(("ForCausalLM", "LMHeadModel")) for a in architectures)
+        and not any(str(a).endswith(("ForCausalLM", "LMHeadModel", *(("Model",) if embed else ()))) for a in architectures)
     ):
         return f"its architecture is {', '.join(map(str, architectures))}, not a causal language model"
     if model_type in SUPPORTED:

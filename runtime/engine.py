@@ -8,6 +8,7 @@ from llmc.errors import DeviceLost, RequestRejected
 from llmc.runtime.engine_config import EngineConfig
 from llmc.runtime.load import LoadedModel, load_model
 from llmc.runtime.messages import EngineReady, EngineStats, FinishReason, GenerateRequest, TokenEvent
+from llmc.runtime.pooling_runner import PoolingRunner
 from llmc.runtime.runner import ModelRunner
 from llmc.runtime.sampler import Sampler
 from llmc.runtime.sampling_params import check, check_token_ids
@@ -44,7 +45,10 @@ class Engine:
         self._config = config
         self._executor = model.executor
         self._sampler = Sampler(eos_token_ids=model.manifest.tokenizer.eos_token_ids, seed=config.seed)
-        self._runner = ModelRunner(model.executor, self._sampler, model.builder)
+        pooling = model.manifest.pooling
+        self._pooling = PoolingRunner(model.executor, model.builder, pooling) if pooling is not None else None
+        self._generating = ModelRunner(model.executor, self._sampler, model.builder)
+        self._runner: ModelRunner | PoolingRunner = self._pooling or self._generating
         self._scheduler = Scheduler(limits, model.manifest.kv)
         self._tokenizer = model.tokenizer
         self._grammars: GrammarService | None = None
@@ -67,6 +71,9 @@ class Engine:
         """
         vocab_size = self.manifest.model.vocab_size
         sampling = request.sampling
+        if request.pool != (self._pooling is not None):
+            made_for = "embeddings (llmc compile --task embed)" if self._pooling is not None else "generating text (no --task embed)"
+            raise RequestRejected(f"this artifact was compiled for {made_for}", code="wrong_task")
         if sampling.n != 1:
             raise RequestRejected(f"n is {sampling.n} in one engine request; n sequences are n requests", param="n")
         check(sampling, vocab_size=vocab_size, max_logprobs=self._config.max_logprobs, max_model_len=self.ready.max_model_len)
@@ -139,7 +146,7 @@ class Engine:
                 raise RequestRejected(f"structured output needs {lacking}, and this artifact has none", param="structured_outputs")
             from llmc.runtime.grammar.service import GrammarService
 
-            self._grammars = self._runner.grammars = GrammarService(
+            self._grammars = self._generating.grammars = GrammarService(
                 self._tokenizer.read,
                 vocab_size=self.manifest.model.vocab_size,
                 eos_token_ids=eos_token_ids,
@@ -168,6 +175,8 @@ class Engine:
         for event in events:
             if event.finish_reason is not None:
                 self._sampler.forget(event.request_id)
+                if self._pooling is not None:
+                    self._pooling.forget(event.request_id)
                 if self._grammars is not None:
                     self._grammars.forget(event.request_id)
         return events

@@ -33,6 +33,8 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     scheduling_policy: Policy = "fcfs"
+    max_num_partial_prefills: int = 1
+    long_prefill_token_threshold: int = 0  # 0: a step's whole budget
     max_queue: int = 1024
     threads: int | None = None
     verify_weights: VerifyWeights = "always"
@@ -45,7 +47,7 @@ class EngineConfig:
     seed: int | None = None  # base for requests without a seed; None: from the operating system
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes", "threads", "max_queue"):
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes", "threads", "max_queue", "max_num_partial_prefills"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1")
@@ -89,8 +91,10 @@ def resolve(config: EngineConfig, manifest: Manifest, *, available_bytes: int) -
         block_size=manifest.kv.block_size,
         num_blocks=num_blocks,
         policy=config.scheduling_policy,
+        max_num_partial_prefills=config.max_num_partial_prefills,
+        long_prefill_token_threshold=config.long_prefill_token_threshold,
         enable_chunked_prefill=config.enable_chunked_prefill,
-        enable_prefix_caching=config.enable_prefix_caching,
+        enable_prefix_caching=config.enable_prefix_caching and manifest.pooling is None,  # a vector needs its every row computed
         reserve_blocks=min(8, num_blocks // 4),
         max_queue=config.max_queue,
         eos_token_ids=frozenset(manifest.tokenizer.eos_token_ids),

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import msgspec
+import numpy as np
 
 from llmc.artifacts.verify import OpenArtifact, open_artifact
 from llmc.errors import ConfigError, InternalError, RequestRejected
@@ -107,6 +108,32 @@ class LLM:
             for request_id in sequences:  # those left after an error or an interrupt; none otherwise
                 self.engine.abort(request_id)
         return [job.output(self.tokenizer) for job in jobs]
+
+    def embed(self, prompts: Prompt | Sequence[Prompt]) -> list[np.ndarray]:
+        """The vector of every prompt, batched: float32 [hidden_size]. For artifacts compiled with --task embed.
+
+        Raises:
+            RequestRejected: a prompt is too long, or the artifact is for generating.
+            InternalError: the engine failed on a prompt.
+        """
+        params = SamplingParams(max_tokens=1)
+        requests = [
+            GenerateRequest(request_id=self._next_id(), prompt_token_ids=self.encode_prompt(prompt), sampling=params, pool=True)
+            for prompt in _as_list(prompts)
+        ]
+        vectors: dict[str, np.ndarray] = {}
+        try:
+            for request in requests:
+                self.engine.add(request)
+            while len(vectors) < len(requests):
+                for event in self.engine.step():
+                    if event.embedding is None:
+                        raise InternalError(event.error or f"request {event.request_id} ended without a vector; please report this")
+                    vectors[event.request_id] = np.frombuffer(event.embedding, dtype="<f4")
+        finally:
+            for request in requests:  # those left after an error or an interrupt; none otherwise
+                self.engine.abort(request.request_id)
+        return [vectors[request.request_id] for request in requests]
 
     def chat(
         self,

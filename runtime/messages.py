@@ -66,6 +66,7 @@ class GenerateRequest(_Message, frozen=True):
     priority: int = 0  # lower runs earlier, policy "priority"
     arrival_time: float = 0.0  # time.monotonic() of acceptance
     cache_salt: str = ""  # tenant part of the prefix-cache key
+    pool: bool = False  # wants the prompt's vector and no token, from an artifact that embeds
 
 
 class AbortRequest(_Message, frozen=True):
@@ -101,6 +102,7 @@ class TokenEvent(_Message, frozen=True, gc=False):  # one per sequence and step;
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the eos or stop token that ended it
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    embedding: bytes | None = None  # float32, little-endian [hidden], of a request that pools
     error: str | None = None  # with finish_reason "error": one sentence for the client
     error_status: int = 500
 

@@ -64,6 +64,7 @@ class SampledToken(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     token_id: int
     logprobs: TokenLogprobs | None = None
+    embedding: bytes | None = None  # float32 [hidden], in place of a token: the sequence is done
     error: str | None = None
     error_status: int = 500  # 400 where the request itself left nothing to choose
 

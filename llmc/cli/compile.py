@@ -65,13 +65,26 @@ def compile_command(
         if not (dry_run or estimate or explain_cache):
             raise ConfigError("where to? Name the artifact's folder: -o OUT")
         out = Path("artifact")  # nothing is written; the name is in no key
-    config = compile_config(model, out, settings, force=force, use_cache=not no_cache)
+    config = compile_config(model, out, settings, force=force, use_cache=not no_cache, pooling=_pooling(model, settings))
     if explain_cache:
         _explain(config)
     elif dry_run or estimate:
         _preview(config, passes=dry_run)
     else:
         _compile(config, check=not no_check)
+
+
+def _pooling(model: Path, settings: Resolved) -> tuple[str, bool] | None:
+    """How the artifact pools, if it is to embed."""
+    if settings["task"] == "generate":
+        for name in ("pooling", "normalize"):
+            if settings.given(name):
+                raise ConfigError(f"--{name} is for --task embed; leave it out, or give both")
+        return None
+    from llmc.compiler.pooling import read_pooling
+
+    facts = read_pooling(model, pooling=settings["pooling"], normalize=settings["normalize"])
+    return facts.kind, facts.normalize
 
 
 def _compile(config: CompileConfig, *, check: bool) -> None:

@@ -31,6 +31,11 @@ class CompileConfig:
     kv_cache_dtype: str = "auto"
     quantization: str | None = None  # "int8", "int4"
     max_kl: float | None = None  # nats per token; more fails the compile
+    pooling: str | None = None  # "mean", "last", "cls": the artifact embeds; None: it generates
+    normalize: bool = True  # an embedding has length 1; says nothing of an artifact that generates
+    cudagraph_capture_sizes: tuple[int, ...] | None = None  # sequences of a decode step that gets a plan; CUDA targets
+    max_cudagraph_capture_size: int | None = None
+    compile_sizes: tuple[int, ...] | None = None  # tokens of the other steps that get one
     seed: int = 0
     out: Path
     report: Path | None = None  # None: OUT.report
@@ -43,13 +48,40 @@ class CompileConfig:
             raise ConfigError("-O3 is not built: it would be -O2 under another name until there is a search; use -O2")
         if self.quantization is not None and self.level == 0:
             raise ConfigError(f"--quantization {self.quantization}: -O0 is the oracle and holds the weights as they are; use -O1 or -O2")
-        if self.max_kl is not None and (self.quantization is None or self.weights == "external"):
-            raise ConfigError("--max-kl bounds what --quantization costs, measured on embedded weights; leave it out, or give both")
+        if self.max_kl is not None and ((self.quantization is None and self.quantized_kv is None) or self.weights == "external"):
+            raise ConfigError(
+                "--max-kl bounds what --quantization costs, or --kv-cache-dtype int8 or fp8, measured on embedded weights; "
+                "leave it out, or give both"
+            )
+        if self.quantized_kv is not None and not self.target.startswith("cpu"):
+            raise ConfigError(
+                f"--kv-cache-dtype {self.kv_cache_dtype}: only CPU targets have attention over caches of 8 bits, not {self.target}; use auto"
+            )
+        if self.quantized_kv is not None and self.embed:
+            raise ConfigError(
+                f"--kv-cache-dtype {self.kv_cache_dtype}: what it costs an embedding is not measured, so it is not built; use auto"
+            )
+        if self.embed and self.quantization is not None:
+            raise ConfigError(
+                f"--quantization {self.quantization}: what it costs an embedding is not measured, so it is not built; leave it out"
+            )
+        if self.embed and not self.target.startswith("cpu"):
+            raise ConfigError(f"--task embed: only CPU targets have a program for it, not {self.target}; compile for a CPU")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_num_seqs={self.max_num_seqs}: "
                 "a step could not give each sequence one token; raise the first or lower the second"
             )
+
+    @property
+    def embed(self) -> bool:
+        """Whether the artifact embeds; else it generates."""
+        return self.pooling is not None
+
+    @property
+    def quantized_kv(self) -> str | None:
+        """The scheme of a KV cache of eight bits; None where K and V stay in the model's dtype."""
+        return self.kv_cache_dtype if self.kv_cache_dtype in ("int8", "fp8") else None
 
     def key_fields(self) -> dict[str, object]:
         """Every field that decides the artifact's bytes; a new field is included unless it is named here."""
@@ -57,8 +89,10 @@ class CompileConfig:
         return {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in excluded}
 
 
-def compile_config(model: Path, out: Path, settings: Resolved, *, force: bool, use_cache: bool) -> CompileConfig:
-    """Build the configuration from resolved settings.
+def compile_config(
+    model: Path, out: Path, settings: Resolved, *, force: bool, use_cache: bool, pooling: tuple[str, bool] | None = None
+) -> CompileConfig:
+    """Build the configuration from resolved settings. `pooling`: for the task embed, its kind and whether vectors are normalised.
 
     Raises:
         ConfigError: settings that disagree, or one that the target does not take.
@@ -88,6 +122,8 @@ def compile_config(model: Path, out: Path, settings: Resolved, *, force: bool, u
         quantization=settings["quantization"],
         max_kl=settings["max_kl"],
         seed=settings["seed"],
+        pooling=pooling[0] if pooling is not None else None,
+        normalize=pooling[1] if pooling is not None else True,
         out=out,
         report=Path(settings["report"]) if settings["report"] else None,
         jobs=settings["jobs"] or len(os.sched_getaffinity(0)),

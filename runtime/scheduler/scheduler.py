@@ -206,6 +206,9 @@ class Scheduler:
                 self._kv.publish(sequence.blocks, token_ids, end)
             if not samples or sampled is None:
                 continue
+            if sampled.embedding is not None:
+                events.append(self._finish_pooled(sequence, sampled.embedding))
+                continue
             token = sampled.token_id
             token_ids.append(token)
             num_generated += 1
@@ -367,6 +370,12 @@ class Scheduler:
             stop_token_id=token if finish_reason == "stop" else None,
             num_cached_tokens=num_cached_tokens,
         )
+
+    def _finish_pooled(self, sequence: Sequence, embedding: bytes) -> TokenEvent:
+        """The only event of a sequence that wanted its prompt's vector."""
+        self._counters.prompt_tokens += sequence.num_prompt_tokens
+        self._remove(sequence)
+        return TokenEvent(request_id=sequence.request_id, token_ids=[], embedding=embedding, finish_reason="stop")
 
     def _finish_with_error(self, sequence: Sequence, message: str, status: int) -> TokenEvent:
         self._remove(sequence)

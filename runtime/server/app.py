@@ -19,6 +19,7 @@ from llmc.runtime.server.answers import json_answer
 from llmc.runtime.server.anthropic_messages import messages_router
 from llmc.runtime.server.auth import AuthMiddleware, KeyCheck
 from llmc.runtime.server.context import ContextMiddleware
+from llmc.runtime.server.embeddings import embeddings_router
 from llmc.runtime.server.errors import error_response, rejection_response
 from llmc.runtime.server.front import Front
 from llmc.runtime.server.generation import ClientGone
@@ -39,7 +40,8 @@ def build_app(front: Front) -> Any:
     settings = front.settings
     app = _Application(settings.root_path)
     app.router.redirect_slashes = False  # a redirect would be built from the Host header
-    for make_router in (chat_router, completions_router, responses_router, messages_router, tokenize_router, operator_router):
+    generating = (chat_router, completions_router, responses_router, messages_router)
+    for make_router in (*generating, embeddings_router, tokenize_router, operator_router):
         app.router.routes += make_router(front).routes
     if not settings.disable_docs:
         app.router.routes += playground_router(front).routes + _description_router(app, settings.root_path).routes

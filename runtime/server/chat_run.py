@@ -12,7 +12,7 @@ from llmc.runtime.server import sse
 from llmc.runtime.server.chat_prompt import chat_prompt
 from llmc.runtime.server.chat_reply import ChatReply, chat_replies
 from llmc.runtime.server.front import Front
-from llmc.runtime.server.generation import Generation
+from llmc.runtime.server.generation import Generation, check_task
 from llmc.runtime.server.sampling import bad_word_ids, sampling_params, truncated
 from llmc.runtime.server.schemas import ChatCompletionRequest
 from llmc.runtime.server.tool_choice import check_tools, forced_calls
@@ -33,6 +33,7 @@ async def start_chat(front: Front, request: Request, body: ChatCompletionRequest
     Raises:
         RequestRejected: naming the field.
     """
+    check_task(front, pool=False)
     front.check_model(body.model)
     _check_fields(body)
     check_tools(front, body)

@@ -13,7 +13,7 @@ from llmc.runtime.messages import TokenLogprobs
 from llmc.runtime.server import sse
 from llmc.runtime.server.answers import json_answer
 from llmc.runtime.server.front import Front
-from llmc.runtime.server.generation import Delta, Generation
+from llmc.runtime.server.generation import Delta, Generation, check_task
 from llmc.runtime.server.logprobs import TokenNames, completion_logprobs, prompt_logprobs
 from llmc.runtime.server.parse import parse_body
 from llmc.runtime.server.routes import Router
@@ -30,6 +30,7 @@ def completions_router(front: Front) -> Router:
     @router.post("/v1/completions")
     async def completions(request: Request) -> Any:
         body = parse_body(await request.body(), CompletionRequest)
+        check_task(front, pool=False)
         front.check_model(body.model)
         _check_fields(body)
         prompts = truncated(front, body, await _prompts(front, body), body.max_tokens)

@@ -11,6 +11,7 @@ from starlette.routing import BaseRoute
 
 from llmc.runtime.server.routes import DescribedRoute
 from llmc.runtime.server.schemas import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from llmc.runtime.server.schemas_embeddings import EmbeddingsRequest, RerankRequest, ScoreRequest
 from llmc.runtime.server.schemas_messages import CountTokensRequest, MessagesRequest
 from llmc.runtime.server.schemas_responses import ResponsesRequest
 from llmc.runtime.server.version import VERSION
@@ -21,6 +22,9 @@ _BODIES = {
     "/v1/responses": ResponsesRequest,
     "/v1/messages": MessagesRequest,
     "/v1/messages/count_tokens": CountTokensRequest,
+    "/v1/embeddings": EmbeddingsRequest,
+    **dict.fromkeys(("/v1/score", "/score"), ScoreRequest),
+    **dict.fromkeys(("/v1/rerank", "/v2/rerank", "/rerank"), RerankRequest),
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }

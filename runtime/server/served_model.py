@@ -24,6 +24,7 @@ class ServedModel:
     fingerprint: str  # names the artifact, same for equal artifacts
     special_tokens: dict[str, str] = field(default_factory=dict)  # bos_token, eos_token, ... as the template sees them
     replies: ReplyFormats = field(default_factory=ReplyFormats)  # how it writes reasoning and tool calls
+    embeds: bool = False  # gives vectors and no text
 
     @property
     def name(self) -> str:
@@ -78,4 +79,5 @@ def load_served_model(settings: ServerSettings) -> ServedModel:
             fingerprint="fp_" + hashlib.sha256(artifact.digest.encode()).hexdigest()[:16],
             special_tokens=dict(facts.special_tokens),
             replies=replies,
+            embeds=manifest.pooling is not None,
         )

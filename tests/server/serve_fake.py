@@ -32,6 +32,7 @@ def load_model(settings: ServerSettings):
         generation_defaults={"temperature": 0.6, "top_p": 0.95, "top_k": 20, "max_new_tokens": 64, "eos_token_id": [2]},
         fingerprint="fp_test",
         replies=reply_formats(settings, settings.chat_template or CHATML),
+        embeds=bool(settings.engine.get("embeds")),
     )
 
 
