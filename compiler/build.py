@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def build_artifact(
         kernels = background.submit(build_kernels, target.isa, cache_root() / "kernels", config.jobs)
         with log.stage("read") as note:
             source = read_model(config.model, dtype=config.dtype, embed=config.embed)
-            kv_dtype = cache_dtype(config, source)
+            _check_kv_dtype(config, source)
             note.detail = f"{source.architecture}, {source.dtype}, {len(source.tensors)} tensors"
         limits = compile_limits(config, source)
         tokenizer = read_tokenizer(
@@ -117,9 +117,7 @@ def build_artifact(
             render=render,
         )
         with log.stage("capture") as note:
-            traced = capture(
-                source, block_size=config.block_size, kv_dtype=kv_dtype, max_model_len=limits.max_model_len, hidden=config.embed
-            )
+            traced = capture(source, block_size=config.block_size, max_model_len=limits.max_model_len, hidden=config.embed)
             note.detail = f"{len(traced.graph.graph.nodes)} nodes"
         with _checkpoint(source) as checkpoint:
             captured = traced.untouched()  # the passes change the graph in place, and the reference runs it as it was
@@ -145,21 +143,7 @@ def build_artifact(
     return BuiltArtifact(manifest=manifest, report=facts, measured_folder=folder)
 
 
-def _start_kernels(background: ThreadPoolExecutor, target: Target, config: CompileConfig) -> Future[BuiltKernels] | None:
-    """The C++ kernels, compiled while the model is read and captured; a GPU has none."""
-    if isinstance(target, CudaTarget):
-        return None
-    return background.submit(build_kernels, target.isa, cache_root() / "kernels", config.jobs)
-
-
-def cache_dtype(config: CompileConfig, source: ModelSource) -> str:
-    """The KV cache's type, as `KVFacts.dtype`.
-
-    Raises:
-        ConfigError: a float type that is not the model's.
-    """
-    if config.quantized_kv is not None:
-        return _QUANTIZED_KV[config.quantized_kv]
+def _check_kv_dtype(config: CompileConfig, source: ModelSource) -> None:
     if config.kv_cache_dtype not in ("auto", source.dtype):
         raise ConfigError(
             f"--kv-cache-dtype {config.kv_cache_dtype}: the CPU attention kernel keeps K and V in the model's dtype, "
@@ -341,7 +325,6 @@ def _manifest(
         settings={name: value for name, value in config.key_fields().items() if isinstance(value, str | int | float | bool | None)},
         files=[],
         quantization=quantization,
-        kv_quantization=kv_quantization,
         pooling=PoolingFacts(kind=config.pooling, normalize=config.normalize) if config.pooling is not None else None,  # type: ignore[arg-type]
     )
 

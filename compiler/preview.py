@@ -37,10 +37,7 @@ def preview(config: CompileConfig) -> Preview:
     """
     source = read_model(config.model, dtype=config.dtype, embed=config.embed)
     limits = compile_limits(config, source)
-    kv_dtype = cache_dtype(config, source)
-    traced = capture(
-        source, block_size=config.block_size, kv_dtype=kv_dtype, max_model_len=limits.max_model_len, hidden=config.embed
-    )
+    traced = capture(source, block_size=config.block_size, max_model_len=limits.max_model_len, hidden=config.embed)
     nodes = len(traced.graph.graph.nodes)
     weights = traced.weight_table()
     context = PassContext(weights=weights, max_positions=limits.max_model_len)

@@ -33,9 +33,6 @@ class CompileConfig:
     max_kl: float | None = None  # nats per token; more fails the compile
     pooling: str | None = None  # "mean", "last", "cls": the artifact embeds; None: it generates
     normalize: bool = True  # an embedding has length 1; says nothing of an artifact that generates
-    cudagraph_capture_sizes: tuple[int, ...] | None = None  # sequences of a decode step that gets a plan; CUDA targets
-    max_cudagraph_capture_size: int | None = None
-    compile_sizes: tuple[int, ...] | None = None  # tokens of the other steps that get one
     seed: int = 0
     out: Path
     report: Path | None = None  # None: OUT.report
@@ -48,19 +45,8 @@ class CompileConfig:
             raise ConfigError("-O3 is not built: it would be -O2 under another name until there is a search; use -O2")
         if self.quantization is not None and self.level == 0:
             raise ConfigError(f"--quantization {self.quantization}: -O0 is the oracle and holds the weights as they are; use -O1 or -O2")
-        if self.max_kl is not None and ((self.quantization is None and self.quantized_kv is None) or self.weights == "external"):
-            raise ConfigError(
-                "--max-kl bounds what --quantization costs, or --kv-cache-dtype int8 or fp8, measured on embedded weights; "
-                "leave it out, or give both"
-            )
-        if self.quantized_kv is not None and not self.target.startswith("cpu"):
-            raise ConfigError(
-                f"--kv-cache-dtype {self.kv_cache_dtype}: only CPU targets have attention over caches of 8 bits, not {self.target}; use auto"
-            )
-        if self.quantized_kv is not None and self.embed:
-            raise ConfigError(
-                f"--kv-cache-dtype {self.kv_cache_dtype}: what it costs an embedding is not measured, so it is not built; use auto"
-            )
+        if self.max_kl is not None and (self.quantization is None or self.weights == "external"):
+            raise ConfigError("--max-kl bounds what --quantization costs, measured on embedded weights; leave it out, or give both")
         if self.embed and self.quantization is not None:
             raise ConfigError(
                 f"--quantization {self.quantization}: what it costs an embedding is not measured, so it is not built; leave it out"
@@ -77,11 +63,6 @@ class CompileConfig:
     def embed(self) -> bool:
         """Whether the artifact embeds; else it generates."""
         return self.pooling is not None
-
-    @property
-    def quantized_kv(self) -> str | None:
-        """The scheme of a KV cache of eight bits; None where K and V stay in the model's dtype."""
-        return self.kv_cache_dtype if self.kv_cache_dtype in ("int8", "fp8") else None
 
     def key_fields(self) -> dict[str, object]:
         """Every field that decides the artifact's bytes; a new field is included unless it is named here."""
