@@ -10,14 +10,14 @@ import numpy as np
 
 from llmc.artifacts.dtypes import NUMPY
 from llmc.artifacts.element_sizes import nbytes_of
-from llmc.artifacts.manifest import Entry, KVFacts, PlanRecord
+from llmc.artifacts.manifest import Entry, PlanRecord
 from llmc.artifacts.plan import Plan, PlanOutput
 from llmc.artifacts.plan_check import REGION_ALIGNMENT
 from llmc.errors import ArtifactError, InternalError
 from llmc.runtime.cuda.device import Device
 from llmc.runtime.cuda.graph import build_graph
 from llmc.runtime.cuda.modules import Modules
-from llmc.runtime.cuda.staging import InputLayout, StagedInputs
+from llmc.runtime.cuda.staging import InputLayout, StagedInputs, fixed_shape
 from llmc.runtime.cuda.weights import DeviceTensor
 from llmc.runtime.executors.kv_cache import cache_input
 from llmc.runtime.executors.logits import LogitsBuffer
@@ -47,7 +47,6 @@ class PlanExecutor:
     Args:
         device: on which everything is; closed with this object.
         entry: of executor "plans".
-        kv: how the KV cache is cut.
         plans: the entry's, checked, in its order.
         modules: the kernels of all plans.
         weights: where each tensor lies.
@@ -58,11 +57,10 @@ class PlanExecutor:
     """
 
     def __init__(
-        self, *, device: Device, entry: Entry, kv: KVFacts, plans: Sequence[Plan], modules: Modules, weights: Mapping[str, DeviceTensor]
+        self, *, device: Device, entry: Entry, plans: Sequence[Plan], modules: Modules, weights: Mapping[str, DeviceTensor]
     ) -> None:
         self._device = device
         self._entry = entry
-        self._kv = kv
         self._modules = modules
         self._weights = weights
         self._thread = threading.get_ident()
@@ -97,13 +95,13 @@ class PlanExecutor:
         if self._caches:
             raise InternalError("the KV cache was allocated twice; please report this")
         self._device.enter()
-        itemsize = NUMPY[self._kv.dtype].itemsize
         places: dict[str, int] = {}
         total = 0
-        for layer, (heads, dim) in enumerate(zip(self._kv.num_kv_heads, self._kv.head_dim, strict=True)):
-            for part in "kv":
-                places[f"{part}_cache.{layer}"] = total
-                total = round_up(total + num_blocks * heads * self._kv.block_size * dim * itemsize, REGION_ALIGNMENT)
+        for spec in self._entry.inputs:
+            if cache_input(spec.name) is not None:
+                places[spec.name] = total
+                nbytes = nbytes_of(spec.dtype, fixed_shape(spec.shape, {"NB": num_blocks}, f"entry {self._entry.name}: {spec.name}"))
+                total = round_up(total + nbytes, REGION_ALIGNMENT)
         base = self._device.allocate(total, what=f"a KV cache of {num_blocks} blocks")
         self._device.zero(base, total, self._stream)
         self._caches = {name: base + place for name, place in places.items()}
@@ -194,7 +192,7 @@ class PlanExecutor:
         return self._entry.constants.get(region, region)
 
     def _check_weights(self, program: _Program) -> None:
-        where, layers = program.record.path, len(self._kv.head_dim)
+        where, caches = program.record.path, {spec.name for spec in self._entry.inputs if cache_input(spec.name) is not None}
         for region in program.plan.regions:
             name = region.name[:200]
             if region.kind == "weight":
@@ -203,10 +201,8 @@ class PlanExecutor:
                     raise ArtifactError(f"{where}: weight {name!r} is no tensor of the manifest; compile again")
                 if found.nbytes != region.size_bytes:
                     raise ArtifactError(f"{where}: weight {name!r} has {region.size_bytes} bytes, its tensor {found.nbytes}; compile again")
-            elif region.kind == "cache":
-                owner = cache_input(region.name)
-                if owner is None or owner[1] >= layers or region.size_bytes is not None:
-                    raise ArtifactError(f"{where}: {name!r} is no KV cache of {layers} layers, of open size; compile again")
+            elif region.kind == "cache" and (region.name not in caches or region.size_bytes is not None):
+                raise ArtifactError(f"{where}: {name!r} is no KV cache of the manifest's entry, of open size; compile again")
 
 
 def _logits(plan: Plan, entry: Entry, where: str) -> PlanOutput:

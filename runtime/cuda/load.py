@@ -118,7 +118,7 @@ def load_executor(
                 "load.weights", lambda: load_weights(device, sources, manifest.tensors, bound, num_threads=max(2, num_threads))
             )
             modules = loading.result()
-        return PlanExecutor(device=device, entry=entry, kv=manifest.kv, plans=checked.plans, modules=modules, weights=weights)
+        return PlanExecutor(device=device, entry=entry, plans=checked.plans, modules=modules, weights=weights)
     except BaseException:
         device.close()
         raise

@@ -227,7 +227,7 @@ def resized(plan: Plan, name: str, factor: int) -> Plan:
         (lambda plan: resized(plan, "head", 2), "weight 'head' has 4096 bytes, its tensor 2048"),
         (lambda plan: renamed(plan, "positions", "places"), "this runtime has no input 'places'"),
         (lambda plan: resized(plan, "positions", 2), "input positions has 16 bytes, int64 .1. needs 8"),
-        (lambda plan: renamed(plan, "v_cache.0", "v_cache.1"), "'v_cache.1' is no KV cache of 1 layers"),
+        (lambda plan: renamed(plan, "v_cache.0", "v_cache.1"), "'v_cache.1' is no KV cache of the manifest's entry"),
     ],
     ids=["weight", "weight size", "input", "input size", "cache"],
 )
