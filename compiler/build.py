@@ -6,6 +6,7 @@ ModelSource -> TracedModel -> (passes) -> LoweredModel -> files and manifest
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,10 +76,14 @@ class BuiltArtifact:
     report: dict[str, Any]
     measured_folder: Path
 
-    def write_measured(self, stages: list[Stage], out: Path) -> None:
-        """Write the report with this compile's times beside the artifact published at `out`."""
-        size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-        measured = report.measured_facts(stages, size_bytes=size, toolchain=self.manifest.toolchain)
+    def write_measured(self, stages: list[Stage], out: Path, startup_ms: Mapping[str, float]) -> None:
+        """Write the report with this compile's times beside the artifact published at `out`.
+
+        Args:
+            startup_ms: of the canary run, by stage; empty where there was none.
+        """
+        files = {path.relative_to(out).as_posix(): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
+        measured = report.measured_facts(stages, files=files, toolchain=self.manifest.toolchain, startup_ms=startup_ms)
         report.write_measured(self.measured_folder, self.report, measured)
 
 
@@ -136,7 +141,9 @@ def build_artifact(
     for path, data in tokenizer.files.items():
         writer.add_file(path, data)
     manifest = _manifest(config, target, source, traced, limits, program, files, tensors, reports, tokenizer, canaries, quality)
-    facts = report.facts(manifest, ops=_ops(graph), extern_calls=sorted(program.calls))
+    facts = report.facts(
+        manifest, ops=_ops(graph), extern_calls=sorted(program.calls), captured=captured.graph, lowered=graph
+    )
     for path, data in report.report_files(facts).items():
         writer.add_file(path, data)
     folder = config.report or config.out.with_name(config.out.name + ".report")

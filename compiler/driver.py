@@ -16,13 +16,13 @@ from llmc.artifacts.store import Store
 from llmc.artifacts.writer import ArtifactWriter, check_output
 from llmc.compiler.cached import CompileResult, publish_from_cache, remember, result
 from llmc.compiler.input_key import input_key
-from llmc.compiler.stages import Silent, StageLog, StageObserver
+from llmc.compiler.stages import Checked, Silent, StageLog, StageObserver
 from llmc.compiler.tokenizer_files import Render
 from llmc.config.compile import CompileConfig
 from llmc.kernels.isa import TargetSpec, resolve_target
 
-# Runs a finished, unpublished artifact; raises if it answers otherwise than the reference. Returns one line for people.
-Check = Callable[[Path], str]
+# Runs a finished, unpublished artifact; raises if it answers otherwise than the reference.
+Check = Callable[[Path], Checked]
 
 
 def compile_model(
@@ -71,10 +71,14 @@ def _build(
     with ArtifactWriter(config.out, force=config.force) as writer, tempfile.TemporaryDirectory(prefix="llmc-") as scratch:
         built = build_artifact(config, target, writer, Path(scratch), log=log, render=render, store=store)
 
+        startup_ms: dict[str, float] = {}
+
         def checked(folder: Path) -> None:
             if check is not None:
                 with log.stage("check") as note:
-                    note.detail = check(folder)
+                    answer = check(folder)
+                    note.detail = answer.detail
+                    startup_ms.update(answer.startup_ms)
 
         writer.finish(built.manifest, before_naming=checked)
-    built.write_measured(log.stages, config.out)
+    built.write_measured(log.stages, config.out, startup_ms)

@@ -6,30 +6,40 @@ OUT.report/report.json, report.html        the same with times, tools and where 
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from collections.abc import Mapping
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
+
+from torch.fx import GraphModule
 
 from llmc.artifacts.element_sizes import nbytes_of
 from llmc.artifacts.kv_bytes import token_bytes
 from llmc.artifacts.manifest import Manifest, QuantizationFacts
-from llmc.compiler.stages import Stage
-from llmc.config.human import human_bytes
+from llmc.compiler.report_layer import kernels, layer_graph
+from llmc.compiler.report_page import measured_facts, report_files, write_measured
+
+__all__ = ["facts", "measured_facts", "report_files", "write_measured"]
 
 
-def facts(manifest: Manifest, *, ops: Mapping[str, int], extern_calls: list[str]) -> dict[str, Any]:
+def facts(
+    manifest: Manifest,
+    *,
+    ops: Mapping[str, int],
+    extern_calls: list[str],
+    captured: GraphModule | None = None,
+    lowered: GraphModule | None = None,
+) -> dict[str, Any]:
     """What the inputs decide, as plain data.
 
     Args:
         manifest: complete but for its file table.
         ops: op -> how often the graph that was lowered holds it.
         extern_calls: functions outside the lowered code that it calls, kernels of ours included.
+        captured: the graph before any pass, and
+        lowered: after the last: for the picture of a layer and the kernels' bytes.
     """
     weights = sum(tensor.nbytes for tensor in manifest.tensors)
+    kv_token = token_bytes(manifest.kv)
     return {
         "model": {
             "name": manifest.model.name,
@@ -54,8 +64,8 @@ def facts(manifest: Manifest, *, ops: Mapping[str, int], extern_calls: list[str]
         },
         "memory": {
             "weights_bytes": weights,
-            "kv_bytes_per_token": token_bytes(manifest.kv),
-            "kv_bytes_per_full_sequence": token_bytes(manifest.kv) * manifest.limits.max_model_len,
+            "kv_bytes_per_token": kv_token,
+            "kv_bytes_per_full_sequence": kv_token * manifest.limits.max_model_len,
             "block_size": manifest.kv.block_size,
             "kv_groups": [f"{len(g.layers)} layers, {'window ' + str(g.window) if g.window else 'full'}" for g in manifest.kv.groups],
         },
@@ -70,6 +80,8 @@ def facts(manifest: Manifest, *, ops: Mapping[str, int], extern_calls: list[str]
             }
             for p in manifest.passes
         ],
+        "layer": _layer(manifest, captured, lowered),
+        "kernels": [] if lowered is None else kernels(lowered),
         "ops": dict(sorted(ops.items(), key=lambda item: (-item[1], item[0]))),
         "extern_calls": sorted(extern_calls),
         "weights": _weight_groups(manifest),
@@ -85,6 +97,15 @@ def facts(manifest: Manifest, *, ops: Mapping[str, int], extern_calls: list[str]
         "chat_template": manifest.tokenizer.template_parity,
         "quantization": None if manifest.quantization is None else _quantization(manifest.quantization),
     }
+
+
+def _layer(manifest: Manifest, captured: GraphModule | None, lowered: GraphModule | None) -> dict[str, Any] | None:
+    """A decoder layer before and after the passes: the second, or the first of a model with fewer than three."""
+    if captured is None or lowered is None:
+        return None
+    number = min(1, max(0, manifest.model.num_layers - 2))
+    before, after = layer_graph(captured, number), layer_graph(lowered, number)
+    return None if before is None or after is None else {"number": number, "before": before, "after": after}
 
 
 def _quantization(quantization: QuantizationFacts) -> dict[str, Any]:
@@ -109,45 +130,3 @@ def _weight_groups(manifest: Manifest) -> list[dict[str, Any]]:
         groups[kind] += nbytes_of(tensor.dtype, tensor.shape)
         counts[kind] += 1
     return [{"kind": kind, "tensors": counts[kind], "bytes": size} for kind, size in groups.most_common()]
-
-
-def render_html(report: Mapping[str, Any], measured: Mapping[str, Any] | None = None) -> str:
-    """One self-contained page; no script, nothing fetched."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["bytes"] = human_bytes
-    environment.filters["count"] = lambda n: f"{n:,}".replace(",", " ")
-    source = (files("llmc.compiler") / "report_template.html").read_text(encoding="utf-8")
-    return environment.from_string(source).render(report=report, measured=measured)
-
-
-def report_files(report: Mapping[str, Any]) -> dict[str, bytes]:
-    """The artifact's report/ folder."""
-    return {
-        "report/report.json": (json.dumps(report, indent=2, sort_keys=True) + "\n").encode(),
-        "report/report.html": render_html(report).encode(),
-    }
-
-
-def write_measured(folder: Path, report: Mapping[str, Any], measured: Mapping[str, Any]) -> None:
-    """Write the report with times into `folder`; each file appears whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    contents = {
-        "report.json": json.dumps({**report, "measured": measured}, indent=2, sort_keys=True) + "\n",
-        "report.html": render_html(report, measured),
-    }
-    for name, content in contents.items():
-        temporary = folder / f".{name}.{os.getpid()}"
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(folder / name)
-
-
-def measured_facts(stages: list[Stage], *, size_bytes: int, toolchain: Mapping[str, str]) -> dict[str, Any]:
-    """Times and sizes of this very compile."""
-    return {
-        "stages": [{"name": s.name, "seconds": round(s.seconds, 3), "detail": s.detail} for s in stages],
-        "seconds": round(sum(s.seconds for s in stages), 3),
-        "artifact_bytes": size_bytes,
-        "toolchain": dict(toolchain),
-    }

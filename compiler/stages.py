@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -16,6 +16,14 @@ class Stage:
     name: str
     seconds: float
     detail: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checked:
+    """What running an unpublished artifact gave. `startup_ms`: milliseconds of its start, by stage; empty where it was not run."""
+
+    detail: str
+    startup_ms: Mapping[str, float] = field(default_factory=dict)
 
 
 class StageObserver(Protocol):

@@ -1,7 +1,7 @@
 """Does a finished artifact answer as its compiler's reference did? `python -m llmc.runtime.check_artifact FOLDER`.
 
-A process of its own, because foreign or broken code may end it. The last line of stdout is {"compared": tokens}; on failure the
-last line of stderr is one sentence and the status is that of the error.
+A process of its own, because foreign or broken code may end it. The last line of stdout is {"compared": tokens,
+"startup_ms": {stage: ms}}; on failure the last line of stderr is one sentence and the status is that of the error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     model.executor.close()
-    print(json.dumps({"compared": model.num_canary_tokens}))
+    print(json.dumps({"compared": model.num_canary_tokens, "startup_ms": dict(model.startup_ms)}))
     return 0
 
 

@@ -15,6 +15,7 @@ import rich_click as click
 
 from llmc.cli.differences import difference_lines
 from llmc.cli.options import SettingsCommand, resolved, with_settings
+from llmc.compiler.stages import Checked
 from llmc.config.compile import CompileConfig, compile_config
 from llmc.config.human import human_bytes
 from llmc.errors import ArtifactError, ConfigError, InternalError
@@ -119,7 +120,7 @@ def _render(template: str, special: Mapping[str, str], messages: list[dict[str, 
         raise ValueError(str(error)) from error
 
 
-def _run_canaries(folder: Path) -> str:
+def _run_canaries(folder: Path) -> Checked:
     """Run the unpublished artifact in a process of its own: if it crashes there, the compile says so instead of dying with it."""
     from llmc.artifacts.requirements import check_requirements, this_machine
     from llmc.artifacts.verify import open_artifact
@@ -127,17 +128,17 @@ def _run_canaries(folder: Path) -> str:
     with open_artifact(folder, check_machine=False) as artifact:
         manifest = artifact.manifest
     if not manifest.canaries:
-        return "not run: no weights in the artifact"
+        return Checked(detail="not run: no weights in the artifact")
     try:
         check_requirements(manifest.requirements, this_machine(), str(folder))
     except ArtifactError as error:
-        return f"not run here: {error}"
+        return Checked(detail=f"not run here: {error}")
     done = subprocess.run([sys.executable, "-m", "llmc.runtime.check_artifact", str(folder)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"status {done.returncode}"
         raise InternalError(f"the compiled artifact fails on its own canary prompts and was not published: {reason}")
-    compared = json.loads(done.stdout.splitlines()[-1])["compared"]
-    return f"{compared} canary tokens as the reference"
+    answer = json.loads(done.stdout.splitlines()[-1])
+    return Checked(detail=f"{answer['compared']} canary tokens as the reference", startup_ms=answer["startup_ms"])
 
 
 def _show(result: CompileResult, config: CompileConfig) -> None:
