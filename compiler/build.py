@@ -18,15 +18,12 @@ import torch
 from llmc.artifacts.manifest import (
     Canary,
     Entry,
-    Image,
     Limits,
     Manifest,
     ModelFacts,
     PassRecord,
     PoolingFacts,
     QuantizationFacts,
-    Requirements,
-    Target,
     TensorRecord,
     WeightFile,
 )
@@ -38,34 +35,29 @@ from llmc.artifacts.writer import ArtifactWriter
 from llmc.compiler import accuracy, canary, packing, report
 from llmc.compiler.canary import FetchConstant
 from llmc.compiler.capture import TracedModel, capture
+from llmc.compiler.cuda.build import check_sizes, cuda_program
 from llmc.compiler.dequantized import dequantized_fetcher, quantized_bits
 from llmc.compiler.input_key import toolchain
 from llmc.compiler.lowered_cache import lower
 from llmc.compiler.model import ModelSource, read_model
 from llmc.compiler.nodes import constants_of, to_bytes
 from llmc.compiler.pipeline import QUANTIZATIONS, pipeline
+from llmc.compiler.program import Program
 from llmc.compiler.stages import Stage, StageLog
+from llmc.compiler.target_facts import implementations, requirements, target_record
+from llmc.compiler.targets import Target
 from llmc.compiler.tokenizer_files import Render, TokenizerBundle, generation_defaults, read_tokenizer
 from llmc.config.compile import CompileConfig
 from llmc.config.human import human_bytes
 from llmc.errors import ConfigError
 from llmc.kernels.build import BuiltKernels, build_kernels
+from llmc.kernels.cuda_targets import CudaTarget
 from llmc.kernels.isa import TargetSpec
-from llmc.kernels.ops import COMPILED
 from llmc.passes.base import PassContext
 from llmc.passes.runner import PassReport, dump_directory, run_passes
 from llmc.passes.weights import WeightTable
 
 NODES_PATH = "programs/step.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Program:
-    """The program of an artifact, in one of its two forms."""
-
-    entry: Entry
-    images: list[Image]
-    calls: dict[str, int]  # functions outside the lowered code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +81,7 @@ class BuiltArtifact:
 
 def build_artifact(
     config: CompileConfig,
-    target: TargetSpec,
+    target: Target,
     writer: ArtifactWriter,
     scratch: Path,
     *,
@@ -107,8 +99,10 @@ def build_artifact(
         PassError, InternalError: a fault of llmc.
     """
     torch.set_num_threads(config.jobs)
+    if isinstance(target, CudaTarget):
+        check_sizes(config)
     with ThreadPoolExecutor(1) as background:
-        kernels = background.submit(build_kernels, target.isa, cache_root() / "kernels", config.jobs)
+        kernels = _start_kernels(background, target, config)
         with log.stage("read") as note:
             source = read_model(config.model, dtype=config.dtype, embed=config.embed)
             _check_kv_dtype(config, source)
@@ -129,25 +123,37 @@ def build_artifact(
             graph, weights = traced.graph, traced.weight_table()
             with log.stage("passes") as note:
                 context = PassContext(weights=weights, max_positions=limits.max_model_len)
-                reports = run_passes(graph, pipeline(config.level, config.quantization), context, dump_dir=dump_directory())
+                passes = pipeline(config.level, config.quantization, kind=target.kind)
+                reports = run_passes(graph, passes, context, dump_dir=dump_directory())
                 matches = sum(r.result.matches for r in reports)
                 note.detail = f"{len(graph.graph.nodes)} nodes, {matches} rewrites by {sum(r.result.changed for r in reports)} passes"
             quality, fetch = _quantization(config, source, captured, weights, checkpoint, tokenizer, scratch, log)
             canaries = _canaries(config, source, captured, fetch, tokenizer, log)
-            program = _program(config, target, traced, weights, kernels, writer, scratch, log, store)
+            if isinstance(target, CudaTarget):
+                program = cuda_program(config, target, traced, weights, writer, scratch, log, store)
+            else:
+                assert kernels is not None
+                program = _program(config, target, traced, weights, kernels, writer, scratch, log, store)
             with log.stage("pack") as note:
                 files, tensors = packing.pack(writer, packing.order_of_use(graph), weights, checkpoint, embed=config.weights == "embed")
                 note.detail = human_bytes(sum(f.size_bytes for f in files))
     for path, data in tokenizer.files.items():
         writer.add_file(path, data)
     manifest = _manifest(config, target, source, traced, limits, program, files, tensors, reports, tokenizer, canaries, quality)
-    facts = report.facts(
-        manifest, ops=_ops(graph), extern_calls=sorted(program.calls), captured=captured.graph, lowered=graph
-    )
+    facts = report.facts(manifest, ops=_ops(graph), extern_calls=sorted(program.calls), captured=captured.graph, lowered=graph)
+    if program.gpu is not None:
+        facts["gpu"] = program.gpu
     for path, data in report.report_files(facts).items():
         writer.add_file(path, data)
     folder = config.report or config.out.with_name(config.out.name + ".report")
     return BuiltArtifact(manifest=manifest, report=facts, measured_folder=folder)
+
+
+def _start_kernels(background: ThreadPoolExecutor, target: Target, config: CompileConfig) -> Future[BuiltKernels] | None:
+    """The C++ kernels, compiled while the model is read and captured; a GPU has none."""
+    if isinstance(target, CudaTarget):
+        return None
+    return background.submit(build_kernels, target.isa, cache_root() / "kernels", config.jobs)
 
 
 def _check_kv_dtype(config: CompileConfig, source: ModelSource) -> None:
@@ -279,7 +285,7 @@ def _ops(graph: torch.fx.GraphModule) -> Counter[str]:
 
 def _manifest(
     config: CompileConfig,
-    target: TargetSpec,
+    target: Target,
     source: ModelSource,
     traced: TracedModel,
     limits: Limits,
@@ -291,7 +297,7 @@ def _manifest(
     canaries: list[Canary],
     quantization: QuantizationFacts | None,
 ) -> Manifest:
-    versions = dict(toolchain())
+    versions = dict(toolchain(target))
     aoti = program.entry.executor == "aoti"
     return Manifest(
         format_version=FORMAT_VERSION,
@@ -308,13 +314,8 @@ def _manifest(
             max_position_embeddings=source.max_position_embeddings,
             num_parameters=traced.num_parameters,
         ),
-        target=Target(name=target.name, kind="cpu", isa=target.isa),
-        requirements=Requirements(
-            machine=target.machine,
-            cpu_features=sorted(target.cpu_features),
-            torch=".".join(torch.__version__.split(".")[:2]) if aoti else None,
-            min_format=FORMAT_VERSION,
-        ),
+        target=target_record(target),
+        requirements=requirements(target, uses_torch=aoti),
         level=config.level,
         limits=limits,
         kv=traced.kv,
@@ -323,7 +324,7 @@ def _manifest(
         weights=files,
         tensors=tensors,
         passes=[pass_record(r) for r in reports],
-        op_implementations=_implementations(target, aoti),
+        op_implementations=implementations(target, _ops(traced.graph), aoti),
         tokenizer=tokenizer.facts,
         generation_defaults=generation_defaults(source.generation_config),
         canaries=canaries,
@@ -347,11 +348,3 @@ def pass_record(done: PassReport) -> PassRecord:
         nodes_before=result.nodes_before,
         nodes_after=result.nodes_after,
     )
-
-
-def _implementations(target: TargetSpec, aoti: bool) -> dict[str, str]:
-    chosen = {"llmc.paged_attention": f"C++, {target.isa}"}
-    if not aoti:
-        return {**chosen, "everything else": "aten"}
-    ours = {f"llmc.{name}": f"C++, {target.isa}" for name in COMPILED}
-    return {**chosen, **ours, "everything else": f"Inductor C++, {target.isa}"}

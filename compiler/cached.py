@@ -62,7 +62,7 @@ def result(config: CompileConfig, key: Key, log: StageLog, *, hit: bool) -> Comp
         stages=log.stages,
         size_bytes=sum(sizes.values()) + (config.out / "manifest.json").stat().st_size,
         weights_bytes=sum(size for path, size in sizes.items() if path.startswith("weights/")),
-        code_bytes=sum(size for path, size in sizes.items() if path.startswith(("images/", "programs/"))),
+        code_bytes=sum(size for path, size in sizes.items() if path.startswith(("images/", "programs/", "plans/"))),
         level=manifest["level"],
         target=manifest["target"]["name"],
         report=json.loads((config.out / "report" / "report.json").read_bytes()),

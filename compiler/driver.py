@@ -17,9 +17,9 @@ from llmc.artifacts.writer import ArtifactWriter, check_output
 from llmc.compiler.cached import CompileResult, publish_from_cache, remember, result
 from llmc.compiler.input_key import input_key
 from llmc.compiler.stages import Checked, Silent, StageLog, StageObserver
+from llmc.compiler.targets import Target, find_target
 from llmc.compiler.tokenizer_files import Render
 from llmc.config.compile import CompileConfig
-from llmc.kernels.isa import TargetSpec, resolve_target
 
 # Runs a finished, unpublished artifact; raises if it answers otherwise than the reference.
 Check = Callable[[Path], Checked]
@@ -46,7 +46,7 @@ def compile_model(
     """
     log = StageLog(observer or Silent())
     check_output(config.out, force=config.force)
-    target = resolve_target(config.target)
+    target = find_target(config.target)
     with log.stage("key") as note:
         key = input_key(config, target)
         note.detail = key.digest[:12]
@@ -61,9 +61,7 @@ def compile_model(
     return result(config, key, log, hit=False)
 
 
-def _build(
-    config: CompileConfig, target: TargetSpec, log: StageLog, render: Render | None, check: Check | None, store: Store | None
-) -> None:
+def _build(config: CompileConfig, target: Target, log: StageLog, render: Render | None, check: Check | None, store: Store | None) -> None:
     with log.stage("imports") as note:
         from llmc.compiler.build import build_artifact
 

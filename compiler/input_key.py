@@ -13,16 +13,17 @@ from pathlib import Path
 
 from llmc.artifacts.keys import Key, model_parts, source_digest
 from llmc.artifacts.keys import input_key as make_input_key
+from llmc.compiler.targets import Target
 from llmc.config.compile import CompileConfig
 from llmc.errors import ConfigError
-from llmc.kernels.isa import TargetSpec
+from llmc.kernels.cuda_targets import CudaTarget
 
 # Rooms whose sources decide what a compile writes; the runtime's do not.
 SOURCES = ("artifacts", "compiler", "config", "kernels", "passes")
 LIBRARIES = ("torch", "transformers", "numpy", "tokenizers", "safetensors", "minijinja", "jinja2")
 
 
-def input_key(config: CompileConfig, target: TargetSpec) -> Key:
+def input_key(config: CompileConfig, target: Target) -> Key:
     """The key of what `config` asks for.
 
     Raises:
@@ -32,7 +33,7 @@ def input_key(config: CompileConfig, target: TargetSpec) -> Key:
         "settings": json.dumps({**config.key_fields(), "target": target.name}, sort_keys=True),
         "model name": config.model.resolve().name,
         "llmc sources": source_digest({room: package_folder(room) for room in SOURCES}),
-        **{f"version/{name}": version for name, version in toolchain().items()},
+        **{f"version/{name}": version for name, version in toolchain(target).items()},
         **model_parts(config.model),
     }
     if config.tokenizer is not None:
@@ -40,14 +41,14 @@ def input_key(config: CompileConfig, target: TargetSpec) -> Key:
     return make_input_key(parts)
 
 
-def toolchain() -> Mapping[str, str]:
-    """Name -> version of what a compile runs through.
+def toolchain(target: Target | None = None) -> Mapping[str, str]:
+    """Name -> version of what a compile runs through; for a GPU also what compiles its kernels.
 
     Raises:
         ConfigError: a library or the compiler is missing; says how to install it.
     """
     versions = {}
-    for name in ("llmc", *LIBRARIES):
+    for name in ("llmc", *LIBRARIES, *(("triton",) if isinstance(target, CudaTarget) else ())):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -11,6 +11,7 @@ from llmc.compiler.capture import capture
 from llmc.compiler.model import read_model
 from llmc.compiler.packing import order_of_use
 from llmc.compiler.pipeline import pipeline
+from llmc.compiler.targets import find_target
 from llmc.config.compile import CompileConfig
 from llmc.passes.base import PassContext
 from llmc.passes.runner import dump_directory, run_passes
@@ -41,7 +42,8 @@ def preview(config: CompileConfig) -> Preview:
     nodes = len(traced.graph.graph.nodes)
     weights = traced.weight_table()
     context = PassContext(weights=weights, max_positions=limits.max_model_len)
-    reports = run_passes(traced.graph, pipeline(config.level, config.quantization), context, dump_dir=dump_directory())
+    passes = pipeline(config.level, config.quantization, kind=find_target(config.target).kind)
+    reports = run_passes(traced.graph, passes, context, dump_dir=dump_directory())
     held = [weights[name] for name in order_of_use(traced.graph)]
     return Preview(
         architecture=source.architecture,

@@ -16,9 +16,6 @@ from llmc.errors import ConfigError
 
 PREFIX = "cuda:"
 
-# Why `llmc compile` takes no CUDA target. Shown with every refusal and in `llmc compile --target list`.
-NOT_BUILT = "llmc cannot compile a whole model for CUDA: the executor that runs such an artifact is not built"
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CudaTarget:
@@ -49,6 +46,11 @@ class CudaTarget:
     memory_bytes: int
     bandwidth_bytes_per_s: int
     bf16_flops: int
+
+    @property
+    def kind(self) -> str:
+        """As the manifest names it; a CPU's is "cpu"."""
+        return "cuda"
 
     @property
     def capability_number(self) -> int:
@@ -100,13 +102,3 @@ def cuda_target(name: str) -> CudaTarget:
         bandwidth_bytes_per_s=product["bandwidth_gb_s"] * 10**9,
         bf16_flops=product["bf16_tflops"] * 10**12,
     )
-
-
-def refuse_cuda(name: str) -> ConfigError:
-    """The error for a CUDA target given where a model is to be compiled; an unknown name says so first.
-
-    Raises:
-        ConfigError: no such target.
-    """
-    target = cuda_target(name)
-    return ConfigError(f"target {name!r} ({target.device_name}, {target.architecture}): {NOT_BUILT}; compile for a CPU with --target cpu")

@@ -35,6 +35,7 @@ from llmc.kernels.cuda_targets import CudaTarget
 Patch = Callable[[CudaTarget], AbstractContextManager[object]]
 
 DEVICE = torch.device("cuda:0")
+_open_targets: list[CudaTarget] = []  # the module state that is mutated is the process's, and so is this
 
 # Options for torch._inductor.aot_compile that belong to a cross compilation.
 OPTIONS: dict[str, Any] = {
@@ -58,15 +59,22 @@ OPTIONS: dict[str, Any] = {
 def cross_cuda(target: CudaTarget) -> Iterator[CudaTarget]:
     """While open, torch's compiler and Triton take `target` for the GPU of this machine. Mutates their module state.
 
+    Inside another one for the same target nothing more is done, so what is compiled there is kept as long as the outer is open.
+
     Raises:
         ConfigError: triton is not installed.
     """
     require_triton()
+    if _open_targets and _open_targets[-1] == target:
+        yield target
+        return
     _load_device_guard()
     with contextlib.ExitStack() as stack:
         stack.callback(_forget_devices)  # runs last: leave no answer about this target behind
         for patch in PATCHES.values():
             stack.enter_context(patch(target))
+        _open_targets.append(target)
+        stack.callback(_open_targets.pop)
         yield target
 
 

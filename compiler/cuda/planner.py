@@ -1,6 +1,6 @@
-"""From a schedule to a plan: who runs, with which arguments, over which bytes, in which order.
+"""From schedules to a plan: who runs, with which arguments, over which bytes, in which order.
 
-    Schedule -> PlannedProgram
+    [Stamp, ...] -> PlannedProgram
 
 Launches of Inductor's kernels are taken as they stand. A call of an op of ours is replaced by the launches of its GPU implementation,
 which is run here on fake tensors and hands them over one by one (`kernels/launch.py`).
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
+from torch.fx.node import map_arg
 
-from llmc.artifacts.cubin import Kernel, read_cubin
-from llmc.artifacts.manifest import TensorSpec
 from llmc.artifacts.plan import (
     PLAN_FORMAT,
     Launch,
@@ -38,7 +37,8 @@ from llmc.artifacts.plan_check import check_plan
 from llmc.artifacts.plan_hazards import hazard_edges
 from llmc.compiler.cuda.cross import DEVICE, cross_cuda
 from llmc.compiler.cuda.memory import Layout, MemoryTable, Place, lay_out
-from llmc.compiler.cuda.schedule import CompiledKernel, Schedule, check_kernel
+from llmc.compiler.cuda.own_kernels import KernelCache, KernelSource
+from llmc.compiler.cuda.schedule import CompiledKernel, Schedule, is_view
 from llmc.errors import InternalError
 from llmc.kernels.cuda_targets import CudaTarget
 
@@ -46,21 +46,6 @@ _SCALARS = {"i1": "<b", "i8": "<b", "i16": "<h", "i32": "<i", "i64": "<q", "u1":
 _SCALARS |= {"fp32": "<f", "fp64": "<d"}
 _NULL = Scalar(data="00" * 8)
 _CACHES = ("k_cache_", "v_cache_")
-
-
-@dataclass(frozen=True, kw_only=True)
-class KernelSource:
-    """What a kernel was compiled from, so that something other than a GPU can run it.
-
-    module: the importable module of a kernel of ours, or None. source: the text of Inductor's module, or "".
-    function: name in it. types: Triton type per runtime parameter, in order. constants: compile-time parameters.
-    """
-
-    module: str | None
-    source: str
-    function: str
-    types: Mapping[str, str]
-    constants: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +71,8 @@ class _Step:
 @dataclass
 class _Builder:
     target: CudaTarget
+    own: KernelCache
+    weights: dict[str, Tensor] = field(default_factory=dict)
     memory: MemoryTable = field(default_factory=MemoryTable)
     images: dict[str, bytes] = field(default_factory=dict)
     kernels: dict[Any, int] = field(default_factory=dict)
@@ -116,12 +103,28 @@ class _Builder:
             )
         return self.kernels[key]
 
+    def weight(self, name: str, held: Tensor) -> Tensor:
+        """The tensor of the manifest of this name, as a value; `held`: its fake value."""
+        if name not in self.weights:
+            self.weights[name] = _like(held)
+            self.memory.add(self.weights[name], name, "weight")
+        return self.weights[name]
+
     def launch(
-        self, kernel: int, grid: Sequence[Any], arguments: Mapping[str, Any], types: Mapping[str, str], read: set[str], written: set[str]
+        self,
+        kernel: int,
+        grid: Sequence[Any],
+        arguments: Mapping[str, Any],
+        types: Mapping[str, str],
+        read: Set[str],
+        written: Set[str],
     ) -> None:
-        """Append a launch; `arguments` holds a fake tensor per pointer and a number per scalar, in the order of `types`."""
+        """Append a launch; `arguments` holds a fake tensor per pointer and a number per scalar, in the order of `types`.
+
+        A pointer that is neither read nor written stands for a missing argument; it counts as read where nothing else names its memory.
+        """
         places: list[Place | Scalar] = []
-        reads, writes = [], []
+        reads, writes, idle = [], [], []
         for name, kind in types.items():
             if not kind.startswith("*"):
                 places.append(scalar(kind, arguments[name]))
@@ -133,6 +136,9 @@ class _Builder:
                 reads.append(place)
             if name in written:
                 writes.append(place)
+            if name not in read and name not in written:
+                idle.append(place)
+        reads += [place for place in idle if all(place.memory != other.memory for other in (*reads, *writes))]
         missing = len(self.records[kernel].parameters) - len(places)
         if missing not in (0, 2):  # Triton appends two pointers to scratch memory, of which its kernels here use none
             raise InternalError(f"kernel {self.records[kernel].entry} has {missing} parameters more than arguments; please report this")
@@ -141,59 +147,86 @@ class _Builder:
         self.steps.append(_Step(kernel=kernel, grid=(x, y, z), arguments=places, reads=reads, writes=writes))
 
 
-def make_plan(schedule: Schedule, inputs: Sequence[TensorSpec], outputs: Sequence[str], sizes: Mapping[str, int], target: CudaTarget, *,
-              decode: bool = False) -> PlannedProgram:  # fmt: skip
-    """Turn a schedule into a plan and check it as a reader will.
+@dataclass(frozen=True, kw_only=True)
+class Stamp:
+    """One use of a schedule in a plan.
+
+    inputs, outputs: keys of the values it takes and gives, in the schedule's order. constants: the schedule's names -> the plan's.
+    """
+
+    schedule: Schedule
+    inputs: Sequence[Hashable]
+    outputs: Sequence[Hashable]
+    constants: Mapping[str, str]
+
+
+def stamp_plan(stamps: Sequence[Stamp], inputs: Mapping[str, Tensor], outputs: Mapping[str, Hashable], sizes: Mapping[str, int],
+               own: KernelCache, *, decode: bool) -> PlannedProgram:  # fmt: skip
+    """Put schedules one after another into one plan, and check it as a reader will.
 
     Args:
-        schedule: of a graph with these inputs, in order.
-        outputs: name of each result.
-        sizes: as given to `specialise`; recorded.
+        stamps: in an order that is right.
+        inputs: fake value of each graph input by its name, which is also its key in `Stamp.inputs`.
+        outputs: name of each result -> its key.
+        sizes: value of each symbolic dimension; recorded.
+        own: kernels of ours compiled so far; new ones are added.
         decode: every sequence of a step has at most one token, so prefill kernels are left out.
 
     Raises:
         UnsupportedModel: no GPU implementation takes a call's arguments.
         InternalError, ArtifactError: a launch touches what it must not.
     """
-    builder = _Builder(target=target)
-    values: dict[Node, Tensor] = {}
-    results: list[Tensor] = []
-    names = iter(inputs)
-    with cross_cuda(target), FakeTensorMode(), torch.no_grad():
-        for node in schedule.graph.graph.nodes:
-            if node.op == "placeholder":
-                values[node] = _input(builder, node, next(names))
-            elif node.op == "get_attr":
-                if node.users:
-                    values[node] = _like(node.meta["val"])
-                    builder.memory.add(values[node], schedule.constants[str(node.target)], "weight")
-            elif node.op == "output":
-                made = node.args[0]
-                results = [values[n] for n in (made if isinstance(made, list | tuple) else [made])]
-            elif "tuner" in node.meta:
-                _inductor_launch(builder, node, values, schedule.kernel_of(node))
-            elif node.target is torch.empty_strided:
-                shape, stride = node.args
-                values[node] = torch.empty_strided(shape, stride, dtype=node.kwargs["dtype"], device=DEVICE)
-            elif node.target is torch.as_strided:
-                base, *rest = node.args
-                values[node] = torch.as_strided(values[base], *rest)
-            else:
-                values[node] = _own_op(builder, node, values, decode)
-    plan = _plan(builder, results, outputs, sizes)
+    builder = _Builder(target=own.target, own=own)
+    with cross_cuda(own.target), FakeTensorMode(), torch.no_grad():
+        values: dict[Hashable, Tensor] = {name: _input(builder, name, value) for name, value in inputs.items()}
+        for stamp in stamps:
+            results = _stamp(builder, stamp, [values[key] for key in stamp.inputs], decode)
+            values.update(zip(stamp.outputs, results, strict=True))
+        plan = _plan(builder, {name: values[key] for name, key in outputs.items()}, sizes)
     program = PlannedProgram(plan=plan, images=builder.images, sources=builder.sources)
     check_plan(plan, program.images, "the plan just made")
     return program
+
+
+def _stamp(builder: _Builder, stamp: Stamp, inputs: Sequence[Tensor], decode: bool) -> list[Tensor]:
+    """Append a schedule's launches."""
+    values: dict[Node, Any] = {}
+    given = iter(inputs)
+    for node in stamp.schedule.graph.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = next(given)
+            if _layout(values[node]) != _layout(node.meta["val"]):
+                raise InternalError(f"{node.name} is {_layout(values[node])}, compiled for {_layout(node.meta['val'])}; please report this")
+        elif node.op == "get_attr":
+            if node.users:
+                values[node] = builder.weight(stamp.constants[str(node.target)], node.meta["val"])
+        elif node.op == "output":
+            made = node.args[0]
+            return [values[n] for n in (made if isinstance(made, list | tuple) else [made])]
+        elif "tuner" in node.meta:
+            _inductor_launch(builder, node, values, stamp.schedule.kernel_of(node))
+        elif node.target is torch.empty_strided:
+            shape, stride = node.args
+            values[node] = torch.empty_strided(shape, stride, dtype=node.kwargs["dtype"], device=DEVICE)
+        elif is_view(node):
+            values[node] = node.target(*map_arg(node.args, values.__getitem__), **node.kwargs)
+        else:
+            values[node] = _own_op(builder, node, values, decode)
+    raise InternalError("a schedule without an end; please report this")
+
+
+def _layout(value: Tensor) -> tuple[Any, ...]:
+    return value.dtype, list(value.shape), list(value.stride())
 
 
 def _like(fake: Tensor) -> Tensor:
     return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=DEVICE)
 
 
-def _input(builder: _Builder, node: Node, spec: TensorSpec) -> Tensor:
-    value = _like(node.meta["val"])
-    cache = spec.name.replace(".", "_").startswith(_CACHES)
-    builder.memory.add(value, spec.name, "cache" if cache else "input", open_size=cache)
+def _input(builder: _Builder, name: str, held: Tensor) -> Tensor:
+    value = _like(held)
+    cache = name.replace(".", "_").startswith(_CACHES)
+    builder.memory.add(value, name, "cache" if cache else "input", open_size=cache)
     return value
 
 
@@ -245,16 +278,16 @@ def _inductor_accesses(entry: str, types: Mapping[str, str], source: str) -> tup
 # --- our own kernels ----------------------------------------------------------------------------------------------------------
 
 
-def _own_op(builder: _Builder, node: Node, values: Mapping[Node, Tensor], decode: bool) -> Tensor:
+def _own_op(builder: _Builder, node: Node, values: Mapping[Node, Any], decode: bool) -> Any:
     from llmc.kernels import launch as own
     from llmc.kernels.registry import choose
 
     op = str(node.target).split(".")[1]
-    arguments = torch.fx.node.map_arg(node.args, values.__getitem__)
+    arguments = map_arg(node.args, values.__getitem__)
     launches: list[own.Launch] = []
     device = own.Device(num_sms=builder.target.num_sms, shared_bytes=builder.target.shared_memory_per_block_bytes)
     extra = {"decode": decode} if op in ("paged_attention", "paged_attend") else {}
-    result: Tensor = choose(op, *arguments).call(*arguments, launch=launches.append, device=device, **extra)
+    result = choose(op, *arguments).call(*arguments, launch=launches.append, device=device, **extra)
     for each in launches:
         if not each.empty:
             _own_launch(builder, each)
@@ -262,43 +295,9 @@ def _own_op(builder: _Builder, node: Node, values: Mapping[Node, Tensor], decode
 
 
 def _own_launch(builder: _Builder, launch: Any) -> None:
-    from triton.backends.compiler import GPUTarget
-
-    from llmc.kernels.aot import compile_launch
-
-    made = compile_launch(launch, GPUTarget("cuda", builder.target.capability_number, 32))
-    kernel: Kernel = read_cubin(made.cubin, made.entry).kernels[made.entry]
-    compiled = CompiledKernel(
-        image=made.cubin, entry=made.entry, kernel=kernel, num_warps=made.num_warps, shared_bytes=made.shared_bytes, num_ctas=1, source=""
-    )
-    check_kernel(compiled, builder.target)
-    types = {p.name: _type(launch.args[p.name]) for p in launch.kernel.params if p.name not in launch.constants}
-    read, written = _own_accesses(launch, types)
-    aligned = {
-        number: 16
-        for number, name in enumerate(types)
-        if isinstance(value := launch.args[name], Tensor) and value.storage_offset() * value.itemsize % 16 == 0
-    }
-    function = launch.kernel.fn
-    source = KernelSource(module=function.__module__, source="", function=function.__name__, types=types, constants=dict(launch.constants))
-    key = (made.sha256, tuple(sorted(aligned)), tuple(sorted((name, repr(value)) for name, value in launch.constants.items())))
-    builder.launch(builder.kernel(key, compiled, aligned, source), launch.grid, launch.args, types, read, written)
-
-
-def _type(value: Any) -> str:
-    from llmc.kernels.aot import _type as argument_type
-
-    return argument_type("", value)
-
-
-def _own_accesses(launch: Any, types: Mapping[str, str]) -> tuple[set[str], set[str]]:
-    """Which pointers a kernel of ours reads and writes, from Triton's intermediate code. One that it does neither with counts as read."""
-    from torch._higher_order_ops.triton_kernel_wrap import identify_accessed_tensors
-
-    accesses = identify_accessed_tensors(launch.kernel, {**launch.args, **launch.constants}, {}).read_writes
-    pointers = {name for name, kind in types.items() if kind.startswith("*")}
-    written = {dependence.name for dependence in accesses.writes} & pointers
-    return ({dependence.name for dependence in accesses.reads} & pointers) | (pointers - written), written
+    kernel = builder.own.kernel(launch)
+    index = builder.kernel(id(kernel), kernel.compiled, kernel.aligned, kernel.source)
+    builder.launch(index, launch.grid, launch.args, kernel.source.types, kernel.read, kernel.written)
 
 
 # --- the plan -----------------------------------------------------------------------------------------------------------------
@@ -318,8 +317,8 @@ def scalar(kind: str, value: Any) -> Scalar:
         raise InternalError(f"{value!r} does not fit a kernel parameter of type {kind} ({error}); please report this") from None
 
 
-def _plan(builder: _Builder, results: list[Tensor], outputs: Sequence[str], sizes: Mapping[str, int]) -> Plan:
-    for result in results:
+def _plan(builder: _Builder, results: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Plan:
+    for result in results.values():
         if not result.is_contiguous():
             raise InternalError(f"a result of shape {list(result.shape)} has strides {list(result.stride())}; please report this")
         builder.memory.use(builder.memory.place(result), len(builder.steps))  # one past the last launch: nobody may take its place
@@ -343,7 +342,6 @@ def _plan(builder: _Builder, results: list[Tensor], outputs: Sequence[str], size
         )
         for step in builder.steps
     ]
-    places = [builder.memory.place(result) for result in results]
     return Plan(
         format=PLAN_FORMAT,
         target=builder.target.architecture,
@@ -361,7 +359,8 @@ def _plan(builder: _Builder, results: list[Tensor], outputs: Sequence[str], size
                 region=layout.index[place.memory],
                 offset=layout.base[place.memory] + place.start,
             )
-            for name, result, place in zip(outputs, results, places, strict=True)
+            for name, result in results.items()
+            for place in [builder.memory.place(result)]
         ],
     )
 

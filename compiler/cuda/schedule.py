@@ -7,6 +7,7 @@ Inductor's decisions are not trusted but checked in what it made; a broken promi
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from llmc.artifacts.cubin import Kernel, read_cubin
@@ -29,6 +31,11 @@ SPILL_BUDGET_BYTES = 64
 
 _ALLOCATION = torch.empty_strided
 _VIEW = torch.as_strided
+_VIEW_OPS = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in ("view", "reshape", "unsqueeze", "squeeze", "transpose", "permute", "t", "slice", "select", "split", "split_with_sizes",
+                 "expand", "alias", "detach", "unflatten", "flatten", "chunk", "unbind")
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +109,39 @@ def schedule(graph: GraphModule, target: CudaTarget, *, allowed_calls: Iterable[
     )
 
 
+def is_view(node: Node) -> bool:
+    """Whether a call gives its argument's memory another shape, or takes one of several results."""
+    if node.target in (_VIEW, operator.getitem):
+        return True
+    return isinstance(node.target, OpOverload) and node.target.overloadpacket in _VIEW_OPS
+
+
+def direct_schedule(graph: GraphModule) -> Schedule | None:
+    """The schedule of a graph of ops of ours and views, which needs no Inductor; None if the graph holds something else.
+
+    Args:
+        graph: inputs and constants are fake tensors on cuda:0 (`specialise`).
+    """
+    calls: Counter[str] = Counter()
+    for node in graph.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if isinstance(node.target, OpOverload) and node.target.namespace == "llmc":
+            calls[str(node.target)] += 1
+        elif not is_view(node) or not _shares_memory(node):
+            return None
+    constants = {str(node.target): str(node.target) for node in graph.graph.find_nodes(op="get_attr")}
+    return Schedule(graph=graph, constants=MappingProxyType(constants), kernels=MappingProxyType({}), calls=MappingProxyType(dict(calls)))
+
+
+def _shares_memory(view: Node) -> bool:
+    """Whether a view's result lies in its argument's memory; a reshape may have copied."""
+    source: Any = view.args[0]
+    results, given = (v if isinstance(v, list | tuple) else [v] for v in (view.meta["val"], source.meta["val"]))
+    known = {value.untyped_storage()._cdata for value in given}
+    return all(value.untyped_storage()._cdata in known for value in results)
+
+
 def _compile(graph: GraphModule, inputs: tuple[Any, ...], target: CudaTarget) -> Any:
     from torch._inductor.exc import InductorError
 
@@ -135,7 +175,7 @@ def compiled_kernel(tuner: Any) -> CompiledKernel:
 def called_ops(made: GraphModule) -> Counter[str]:
     """Ops that a schedule calls outside Triton kernels, with how often."""
     nodes = (node for node in made.graph.nodes if node.op == "call_function" and "tuner" not in node.meta)
-    return Counter(str(node.target) for node in nodes if node.target not in (_ALLOCATION, _VIEW))
+    return Counter(str(node.target) for node in nodes if node.target not in (_ALLOCATION, _VIEW, operator.getitem))
 
 
 def check_calls(calls: Mapping[str, int], allowed: Iterable[str]) -> None:

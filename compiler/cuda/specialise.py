@@ -32,7 +32,7 @@ def specialise(graph: GraphModule, inputs: Sequence[TensorSpec], sizes: Mapping[
         sizes: value of each symbol ("T", "N", "B", "M", "NB").
 
     Returns:
-        A module that returns a tuple of one tensor; every node has its fake value in meta["val"].
+        A module that returns a tuple; every node has its fake value in meta["val"].
 
     Raises:
         InternalError: a dimension names a symbol without a size.
@@ -61,7 +61,8 @@ def specialise(graph: GraphModule, inputs: Sequence[TensorSpec], sizes: Mapping[
                 set_tensor(root, str(old.target), fake)
             keep(old, copy.get_attr(str(old.target)), fake)
         elif old.op == "output":
-            copy.output((nodes[old.args[0]],))
+            results = old.args[0] if isinstance(old.args[0], tuple | list) else (old.args[0],)
+            copy.output(tuple(nodes[result] for result in results))
         else:
             args, kwargs = _on_device(map_arg((old.args, old.kwargs), values.__getitem__))
             with mode:

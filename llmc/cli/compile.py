@@ -170,10 +170,10 @@ def _show(result: CompileResult, config: CompileConfig) -> None:
 def _explain(config: CompileConfig) -> None:
     """Hit, or the nearest entry and the parts in which it differs."""
     from llmc.compiler.input_key import input_key
-    from llmc.kernels.isa import resolve_target
+    from llmc.compiler.targets import find_target
 
     store = _store()
-    key = input_key(config, resolve_target(config.target))
+    key = input_key(config, find_target(config.target))
     if store.find(key) is not None:
         print(f"hit: {key.digest} is in the cache at {store.root}")
         return
@@ -195,9 +195,9 @@ def _preview(config: CompileConfig, *, passes: bool) -> None:
     from rich.table import Table
 
     from llmc.compiler.preview import preview
-    from llmc.kernels.isa import resolve_target
+    from llmc.compiler.targets import find_target
 
-    resolve_target(config.target)  # a target that a compile refuses has no preview either
+    find_target(config.target)  # a target that a compile refuses has no preview either
 
     seen = preview(config)
     console = Console()

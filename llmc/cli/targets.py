@@ -8,7 +8,7 @@ def show_targets() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from llmc.kernels.cuda_targets import NOT_BUILT, cuda_target, cuda_target_names
+    from llmc.kernels.cuda_targets import cuda_target, cuda_target_names
     from llmc.kernels.isa import LEVELS, TARGET_NAMES, runnable_levels
 
     console = Console()
@@ -25,7 +25,7 @@ def show_targets() -> None:
         else:
             cpu.add_row(name, f"needs {len(level.cpu_features)} CPU features", "yes" if level in here else "no")
     console.print(cpu)
-    cuda = Table(title="CUDA targets, known but not compiled for", title_justify="left")
+    cuda = Table(title="CUDA targets: compiled for on any machine, with triton installed", title_justify="left")
     cuda.add_column("--target", no_wrap=True)
     cuda.add_column("figures of")
     for column in ("capability", "SMs", "shared KiB/block", "L2 MiB", "GB/s"):
@@ -37,4 +37,6 @@ def show_targets() -> None:
         l2, bandwidth = str(t.l2_bytes >> 20), str(t.bandwidth_bytes_per_s // 10**9)
         cuda.add_row(name, t.device_name, capability, str(t.num_sms), shared, l2, bandwidth)
     console.print(cuda)
-    console.print(f"A cuda: target is refused: {NOT_BUILT}.", soft_wrap=True)
+    console.print(
+        "An architecture (cuda:sm_90) takes the figures of its typical product; code runs on that architecture alone.", soft_wrap=True
+    )

@@ -31,6 +31,9 @@ class CompileConfig:
     kv_cache_dtype: str = "auto"
     quantization: str | None = None  # "int8", "int4"
     max_kl: float | None = None  # nats per token; more fails the compile
+    cudagraph_capture_sizes: tuple[int, ...] | None = None  # sequences of a decode step that gets a plan; CUDA targets
+    max_cudagraph_capture_size: int | None = None
+    compile_sizes: tuple[int, ...] | None = None  # tokens of the other steps that get one
     pooling: str | None = None  # "mean", "last", "cls": the artifact embeds; None: it generates
     normalize: bool = True  # an embedding has length 1; says nothing of an artifact that generates
     seed: int = 0
@@ -43,6 +46,10 @@ class CompileConfig:
     def __post_init__(self) -> None:
         if self.level == 3:
             raise ConfigError("-O3 is not built: it would be -O2 under another name until there is a search; use -O2")
+        if self.level == 0 and self.target.startswith("cuda:"):
+            raise ConfigError(
+                f"-O0 --target {self.target}: -O0 is the oracle and runs on a CPU; use -O1 or -O2, or --target cpu to compare with"
+            )
         if self.quantization is not None and self.level == 0:
             raise ConfigError(f"--quantization {self.quantization}: -O0 is the oracle and holds the weights as they are; use -O1 or -O2")
         if self.max_kl is not None and (self.quantization is None or self.weights == "external"):
@@ -102,6 +109,9 @@ def compile_config(
         kv_cache_dtype=settings["kv_cache_dtype"],
         quantization=settings["quantization"],
         max_kl=settings["max_kl"],
+        cudagraph_capture_sizes=_sizes(settings["cudagraph_capture_sizes"]),
+        max_cudagraph_capture_size=settings["max_cudagraph_capture_size"],
+        compile_sizes=_sizes(settings["compile_sizes"]),
         seed=settings["seed"],
         pooling=pooling[0] if pooling is not None else None,
         normalize=pooling[1] if pooling is not None else True,
@@ -111,3 +121,7 @@ def compile_config(
         force=force,
         use_cache=use_cache,
     )
+
+
+def _sizes(given: list[int] | None) -> tuple[int, ...] | None:
+    return None if given is None else tuple(sorted(set(given)))

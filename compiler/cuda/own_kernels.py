@@ -1,0 +1,112 @@
+"""Kernels of ours, compiled once each: a launch of a known kind costs a look-up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from llmc.artifacts.cubin import read_cubin
+from llmc.compiler.cuda.schedule import CompiledKernel, check_kernel
+from llmc.kernels.cuda_targets import CudaTarget
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSource:
+    """What a kernel was compiled from, so that something other than a GPU can run it.
+
+    module: the importable module of a kernel of ours, or None. source: the text of Inductor's module, or "".
+    function: name in it. types: Triton type per runtime parameter, in order. constants: compile-time parameters.
+    """
+
+    module: str | None
+    source: str
+    function: str
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnKernel:
+    """A kernel of ours as launches use it.
+
+    aligned: parameter number -> bytes its pointer is taken to be a multiple of. read, written: names of pointers.
+    """
+
+    compiled: CompiledKernel
+    source: KernelSource
+    aligned: Mapping[int, int]
+    read: frozenset[str]
+    written: frozenset[str]
+
+
+@dataclass
+class KernelCache:
+    """The kernels of ours of one compile, for one target. Use inside `cross_cuda`."""
+
+    target: CudaTarget
+    _known: dict[str, OwnKernel] = field(default_factory=dict)
+
+    def kernel(self, launch: Any) -> OwnKernel:
+        """What runs a launch (`kernels.launch.Launch`); its tensors may be fake.
+
+        Raises:
+            InternalError: it spills, or does not fit the target.
+        """
+        from llmc.kernels.aot import signature_text
+
+        key = signature_text(launch)
+        if key not in self._known:
+            self._known[key] = _compile(launch, self.target)
+        return self._known[key]
+
+
+def _compile(launch: Any, target: CudaTarget) -> OwnKernel:
+    from triton.backends.compiler import GPUTarget
+
+    from llmc.kernels.aot import compile_launch
+
+    made = compile_launch(launch, GPUTarget("cuda", target.capability_number, 32))
+    compiled = CompiledKernel(
+        image=made.cubin,
+        entry=made.entry,
+        kernel=read_cubin(made.cubin, made.entry).kernels[made.entry],
+        num_warps=made.num_warps,
+        shared_bytes=made.shared_bytes,
+        num_ctas=1,
+        source="",
+    )
+    check_kernel(compiled, target)
+    types = {p.name: _type(launch.args[p.name]) for p in launch.kernel.params if p.name not in launch.constants}
+    function = launch.kernel.fn
+    read, written = _accesses(launch, types)
+    return OwnKernel(
+        compiled=compiled,
+        source=KernelSource(
+            module=function.__module__, source="", function=function.__name__, types=types, constants=dict(launch.constants)
+        ),
+        aligned={number: 16 for number, name in enumerate(types) if _starts_aligned(launch.args[name])},
+        read=frozenset(read),
+        written=frozenset(written),
+    )
+
+
+def _starts_aligned(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.storage_offset() * value.itemsize % 16 == 0
+
+
+def _type(value: Any) -> str:
+    from llmc.kernels.aot import _type as argument_type
+
+    return argument_type("", value)
+
+
+def _accesses(launch: Any, types: Mapping[str, str]) -> tuple[set[str], set[str]]:
+    """Which pointers a kernel of ours reads and writes, from Triton's intermediate code."""
+    from torch._higher_order_ops.triton_kernel_wrap import identify_accessed_tensors
+
+    accesses = identify_accessed_tensors(launch.kernel, {**launch.args, **launch.constants}, {}).read_writes
+    pointers = {name for name, kind in types.items() if kind.startswith("*")}
+    return {dependence.name for dependence in accesses.reads} & pointers, {dependence.name for dependence in accesses.writes} & pointers
