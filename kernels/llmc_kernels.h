@@ -8,5 +8,7 @@
 #include "paged_attention/cpu/paged_attention.h"
 #include "quantized_embedding/cpu/quantized_embedding.h"
 #include "quantized_linear/cpu/quantized_linear.h"
+#include "rms_norm/cpu/rms_norm.h"
+#include "silu_mul/cpu/silu_mul.h"
 
 #endif

@@ -19,9 +19,17 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # LLMC_* of l
 _CODES = ("ok", "struct size differs", "bad dtype", "bad shape", "index out of range", "no AMX permission", "out of memory")
 
 _BITS = {torch.int8: 8, torch.uint8: 4}  # of a quantised weight, by how torch holds it
-ENTRY_POINTS = ("llmc_linear", "llmc_embedding", "llmc_grouped_linear", "llmc_quantized_linear", "llmc_quantized_embedding")
+ENTRY_POINTS = (
+    "llmc_linear",
+    "llmc_embedding",
+    "llmc_grouped_linear",
+    "llmc_quantized_linear",
+    "llmc_quantized_embedding",
+    "llmc_rms_norm",
+    "llmc_gated",
+)
 
-_I64, _I32, _P = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
+_I64, _I32, _F64, _P = ctypes.c_int64, ctypes.c_int32, ctypes.c_double, ctypes.c_void_p
 
 
 class LinearArgs(ctypes.Structure):
@@ -69,6 +77,25 @@ class GroupedLinearArgs(ctypes.Structure):
         *[("struct_bytes", _I64), ("x", _P), ("weight", _P), ("expert_ids", _P), ("bias", _P), ("y", _P)],
         *[("m", _I64), ("n", _I64), ("k", _I64), ("num_experts", _I64), ("x_stride", _I64), ("y_stride", _I64)],
         *[("dtype", _I32), ("num_threads", _I32)],
+    ]
+
+
+class RmsNormArgs(ctypes.Structure):
+    """LlmcRmsNormArgs of rms_norm/cpu/rms_norm.h."""
+
+    _fields_: ClassVar[Any] = [
+        *[("struct_bytes", _I64), ("x", _P), ("residual", _P), ("weight", _P), ("y", _P), ("sum", _P)],
+        *[("m", _I64), ("n", _I64), ("x_stride", _I64), ("residual_stride", _I64), ("eps", _F64), ("offset", _F64)],
+        *[("round_first", _I32), ("dtype", _I32), ("weight_dtype", _I32), ("num_threads", _I32)],
+    ]
+
+
+class GatedArgs(ctypes.Structure):
+    """LlmcGatedArgs of silu_mul/cpu/silu_mul.h."""
+
+    _fields_: ClassVar[Any] = [
+        *[("struct_bytes", _I64), ("gate", _P), ("up", _P), ("y", _P), ("m", _I64), ("n", _I64), ("gate_stride", _I64)],
+        *[("up_stride", _I64), ("activation", _I32), ("dtype", _I32), ("num_threads", _I32), ("unused", _I32)],
     ]
 
 
@@ -152,12 +179,61 @@ class NativeKernels:
         self._call("llmc_quantized_embedding", args)
         return y
 
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool) -> Tensor:
+        """The op `llmc::rms_norm`, by the compiled kernel."""
+        return self._norm(x, None, weight, eps, offset, round_first)[0]
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The op `llmc::add_rms_norm`, by the compiled kernel."""
+        normal, summed = self._norm(x, residual, weight, eps, offset, round_first)
+        assert summed is not None
+        return normal, summed
+
+    def _norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, round_first: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        rows, added = _rows(x), None if residual is None else _rows(residual)
+        y, summed = x.new_empty(x.shape), None if residual is None else x.new_empty(x.shape)
+        args = RmsNormArgs(
+            x=rows.data_ptr(), residual=_pointer(added), weight=weight.data_ptr(), y=y.data_ptr(), sum=_pointer(summed),
+            m=rows.shape[0], n=rows.shape[1], x_stride=rows.stride(0), residual_stride=0 if added is None else added.stride(0),
+            eps=eps, offset=offset, round_first=round_first, dtype=_DTYPES[x.dtype], weight_dtype=_DTYPES[weight.dtype],
+            num_threads=self.num_threads,
+        )  # fmt: skip
+        self._call("llmc_rms_norm", args)
+        return y, summed
+
+    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The op `llmc::silu_mul`, by the compiled kernel."""
+        return self._gated(gate, up, 0)
+
+    def gelu_mul(self, gate: Tensor, up: Tensor, tanh: bool) -> Tensor:
+        """The op `llmc::gelu_mul`, by the compiled kernel."""
+        return self._gated(gate, up, 2 if tanh else 1)
+
+    def _gated(self, gate: Tensor, up: Tensor, activation: int) -> Tensor:
+        left, right, y = _rows(gate), _rows(up), gate.new_empty(gate.shape)
+        args = GatedArgs(
+            gate=left.data_ptr(), up=right.data_ptr(), y=y.data_ptr(), m=left.shape[0], n=left.shape[1], gate_stride=left.stride(0),
+            up_stride=right.stride(0), activation=activation, dtype=_DTYPES[gate.dtype], num_threads=self.num_threads,
+        )  # fmt: skip
+        self._call("llmc_gated", args)
+        return y
+
     def _call(self, name: str, args: ctypes.Structure) -> None:
         args.struct_bytes = ctypes.sizeof(args)
         code = getattr(self.library, name)(ctypes.byref(args))
         if code != 0:
             reason = _CODES[code] if code < len(_CODES) else f"code {code}"
             raise InternalError(f"{name} refused its arguments: {reason}")
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., n] as [m, n] with contiguous rows."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

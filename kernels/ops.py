@@ -34,7 +34,11 @@ _MODULES: dict[str, ModuleType | SimpleNamespace] = {
     if hasattr(module, "SCHEMA")
 }
 _MODULES.update(GPU_OPS)
-COMPILED = ("linear", "embedding", "grouped_linear", "quantized_linear", "quantized_embedding")  # methods of NativeKernels
+COMPILED = (  # methods of NativeKernels
+    "linear", "embedding", "grouped_linear", "quantized_linear", "quantized_embedding",
+    "rms_norm", "add_rms_norm", "silu_mul", "gelu_mul",
+)  # fmt: skip
+_ENTRY_POINTS = {"add_rms_norm": "llmc_rms_norm", "silu_mul": "llmc_gated", "gelu_mul": "llmc_gated"}  # where the name is another
 OP_NAMES: tuple[str, ...] = tuple(_MODULES)
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # kept: the registrations live as long as this object
@@ -68,7 +72,7 @@ def use_compiled(kernels_so: Path, num_threads: int = 0) -> Iterator[NativeKerne
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Warning only once for all operators")  # overriding is the point
-            for name in (n for n in COMPILED if hasattr(native.library, f"llmc_{n}")):
+            for name in (n for n in COMPILED if hasattr(native.library, _ENTRY_POINTS.get(n, f"llmc_{n}"))):
                 override.impl(name, getattr(native, name), "CPU", allow_override=True)
         yield native
     finally:

@@ -41,6 +41,8 @@ class FuseRmsNorm(NodePass[RmsNorm]):
     name: ClassVar[str] = "fuse-rms-norm"
     numerics: ClassVar[Numerics] = Numerics.CLOSE  # the mean of the squares is summed in another order
 
+    even_rows: bool = False  # leave norms over heads inside a wider tensor to Inductor, which joins them with the rotation that follows
+
     def find(self, node: Node, ctx: PassContext) -> RmsNorm | Reject | None:
         quotient = _quotient(node) if G.is_op(node, aten.rsqrt.default) else None
         if quotient is None:
@@ -49,6 +51,8 @@ class FuseRmsNorm(NodePass[RmsNorm]):
         x, dtype = _behind_cast(wide), G.val(wide).dtype
         if dtype != torch.float32:
             return Reject("the squares are not summed in fp32", dtype)
+        if self.even_rows and not G.even_rows(G.val(x)):
+            return Reject("its rows are not evenly spaced", x.name)
         return _weighted(product, x, eps)
 
     def rewrite(self, gm: GraphModule, ctx: PassContext, match: RmsNorm) -> None:

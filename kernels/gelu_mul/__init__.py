@@ -1,7 +1,7 @@
 """gelu_mul: schema, reference, fake rule."""
 
-from .reference import SCHEMA, gelu_mul_fake, gelu_mul_reference
+from .reference import C_SHIM, SCHEMA, gelu_mul_fake, gelu_mul_reference
 
 reference, fake = gelu_mul_reference, gelu_mul_fake
 
-__all__ = ["SCHEMA", "fake", "gelu_mul_fake", "gelu_mul_reference", "reference"]
+__all__ = ["C_SHIM", "SCHEMA", "fake", "gelu_mul_fake", "gelu_mul_reference", "reference"]

@@ -9,6 +9,8 @@ from ..silu_mul.reference import check_gated
 
 SCHEMA = "gelu_mul(Tensor gate, Tensor up, bool tanh) -> Tensor"
 
+C_SHIM = "AOTITorchError aoti_torch_cpu_llmc_gelu_mul(AtenTensorHandle gate, AtenTensorHandle up, int32_t tanh, AtenTensorHandle* ret)"
+
 
 def gelu_mul_reference(gate: Tensor, up: Tensor, tanh: bool) -> Tensor:
     """gelu(gate) * up, exact (erf) or by the tanh formula; fp32, rounded once. gate, up: [..., intermediate], same dtype."""

@@ -1,7 +1,7 @@
 """silu_mul: schema, reference, fake rule."""
 
-from .reference import SCHEMA, silu_mul_fake, silu_mul_reference
+from .reference import C_SHIM, SCHEMA, silu_mul_fake, silu_mul_reference
 
 reference, fake = silu_mul_reference, silu_mul_fake
 
-__all__ = ["SCHEMA", "fake", "reference", "silu_mul_fake", "silu_mul_reference"]
+__all__ = ["C_SHIM", "SCHEMA", "fake", "reference", "silu_mul_fake", "silu_mul_reference"]

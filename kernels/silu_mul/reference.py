@@ -6,6 +6,8 @@ from torch import Tensor
 
 SCHEMA = "silu_mul(Tensor gate, Tensor up) -> Tensor"
 
+C_SHIM = "AOTITorchError aoti_torch_cpu_llmc_silu_mul(AtenTensorHandle gate, AtenTensorHandle up, AtenTensorHandle* ret)"
+
 
 def silu_mul_reference(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, the meaning every faster version is held to.
