@@ -15,6 +15,7 @@ from llmc.errors import InternalError, LlmcError
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "compile": ("llmc.cli.compile", "compile_command", "Compile a Hugging Face folder into an artifact."),
     "serve": ("llmc.cli.serve", "serve_command", "Serve an artifact with an OpenAI-compatible API."),
+    "top": ("llmc.cli.top", "top_command", "Watch a running server in the terminal."),
     "run": ("llmc.cli.run", "run_command", "Generate from a prompt in this process."),
     "inspect": ("llmc.cli.artifact", "inspect_command", "Show what an artifact holds."),
     "verify": ("llmc.cli.artifact", "verify_command", "Check every byte of an artifact, and its signature."),

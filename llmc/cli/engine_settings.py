@@ -15,6 +15,8 @@ _SAME_NAME = (
     "enable_prefix_caching",
     "enable_chunked_prefill",
     "scheduling_policy",
+    "max_num_partial_prefills",
+    "long_prefill_token_threshold",
     "threads",
     "verify_weights",
     "require_signature",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Callable
 from functools import cache
@@ -11,6 +12,8 @@ from typing import Any
 
 import rich_click as click
 
+from llmc.cli.help import asked_for, panels, show
+from llmc.config.environment import unknown_variables
 from llmc.config.resolve import Resolved, resolve
 from llmc.config.settings import BY_NAME, Setting, for_command
 from llmc.errors import ConfigError
@@ -33,6 +36,10 @@ class SettingsCommand(click.RichCommand):
     settings_of: str
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        found = asked_for(self.settings_of, args)
+        if found is not None:
+            show(found)
+            ctx.exit()
         return super().parse_args(ctx, rewrite(self.settings_of, args))
 
 
@@ -88,6 +95,7 @@ def with_settings(command: str) -> Callable[[Callable[..., Any]], Callable[..., 
     """Add one click option per setting of `command`, and --config. The function receives them as `flags` keyword arguments."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        click.rich_click.OPTION_GROUPS[f"llmc {command}"] = panels(command)
         for setting in reversed(for_command(command)):
             function = _option(setting)(function)
         return click.option("--config", "config_file", type=click.Path(path_type=Path), default=None, help="TOML file with settings.")(
@@ -111,4 +119,9 @@ def _option(setting: Setting) -> Callable[[Callable[..., Any]], Callable[..., An
 def resolved(command: str, options: dict[str, Any], config_file: Path | None) -> Resolved:
     """The settings of `command` from what click parsed (None and () mean not given)."""
     given = {name: value for name, value in options.items() if value is not None and value != ()}
-    return resolve(command, {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}, config_file=config_file)
+    settings = resolve(command, {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}, config_file=config_file)
+    for sentence in unknown_variables(os.environ):
+        if settings["fail_on_environ_validation"]:
+            raise ConfigError(f"{sentence} (and --fail-on-environ-validation makes that an error)")
+        click.echo(f"llmc: warning: {sentence}", err=True)
+    return settings

@@ -19,7 +19,11 @@ class ServeCommand(SettingsCommand):
 @click.argument("artifact", type=click.Path(path_type=Path))
 @with_settings("serve")
 def serve_command(artifact: Path, config_file: Path | None, **options: Any) -> int:
-    """Serve ARTIFACT with an OpenAI-compatible API."""
+    """Serve ARTIFACT with an OpenAI-compatible API.
+
+    `--help=GROUP` shows one group of flags with everything known of them, `--help=all` all of them, `--help-search WORD` those that
+    mention a word.
+    """
     from llmc.runtime.server.main import serve
     from llmc.runtime.server.settings import ServerSettings
 
@@ -41,7 +45,24 @@ def serve_command(artifact: Path, config_file: Path | None, **options: Any) -> i
             enable_tokenizer_info_endpoint=settings["enable_tokenizer_info_endpoint"],
             generation_config=settings["generation_config"],
             max_logprobs=settings["max_logprobs"],
+            override_generation_config=settings["override_generation_config"] or {},
             max_queue=settings["max_queue"],
+            stream_interval=settings["stream_interval"],
+            renderer_num_workers=settings["renderer_num_workers"],
+            uds=settings["uds"],
+            root_path=settings["root_path"],
+            allowed_origins=tuple(settings["allowed_origins"] or ()),
+            allowed_methods=tuple(settings["allowed_methods"]),
+            allowed_headers=tuple(settings["allowed_headers"]),
+            allow_credentials=settings["allow_credentials"],
+            ssl_certfile=settings["ssl_certfile"],
+            ssl_keyfile=settings["ssl_keyfile"],
+            ssl_ca_certs=settings["ssl_ca_certs"],
+            ssl_cert_reqs=settings["ssl_cert_reqs"],
+            otlp_traces_endpoint=settings["otlp_traces_endpoint"],
+            trace_startup=settings["trace_startup"],
+            disable_docs=settings["disable_fastapi_docs"],
+            disable_access_log=settings["disable_uvicorn_access_log"],
             shutdown_timeout_s=settings["shutdown_timeout"],
             disable_log_stats=settings["disable_log_stats"],
             log_level=settings["log_level"],

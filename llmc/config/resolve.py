@@ -58,6 +58,11 @@ def resolve(
             values[name], origins[name] = _parse(setting, flags[name], setting.flag), "command line"
         elif setting.env in environ:
             raw = environ[setting.env]
+            if name == "port" and raw.startswith(("tcp://", "udp://")):
+                raise ConfigError(
+                    f"{setting.env}={raw} is what Kubernetes sets beside a service named llmc, and no port number; "
+                    "set enableServiceLinks: false in the pod, rename the service, or give --port"
+                )
             values[name] = _parse(setting, raw.split(",") if setting.many else raw, setting.env)
             origins[name] = f"environment ({setting.env})"
         elif name in file_values:

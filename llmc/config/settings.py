@@ -5,6 +5,7 @@ over; docs/flags.md lists where llmc differs on purpose.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,6 +139,33 @@ def choice(*accepted: str, refused: dict[str, str] | None = None, synonyms: dict
     return parse
 
 
+def name(value: str) -> str:
+    if not value.strip():
+        raise ConfigError("an empty name; leave the flag out to use the model's own")
+    return value
+
+
+def word_list(value: str) -> list[str]:
+    """A JSON list of texts as vLLM's flags have it, or words with commas between."""
+    try:
+        words = json.loads(value) if value.lstrip().startswith("[") else [word.strip() for word in value.split(",")]
+    except ValueError:
+        raise ConfigError(f"{value!r} is no JSON list; write for example [\"https://page.example\"]") from None
+    if not words or not all(isinstance(word, str) and word for word in words):
+        raise ConfigError(f"{value!r} names nothing; write for example [\"https://page.example\"]")
+    return list(words)
+
+
+def json_object(value: str) -> dict[str, Any]:
+    try:
+        found = json.loads(value)
+    except ValueError as error:
+        raise ConfigError(f"{value!r} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{value!r} is no JSON object; write for example {{\"temperature\": 0.5}}")
+    return found
+
+
 def block_size(value: str) -> int:
     number = human_int(value)
     if number not in (8, 16, 32, 64, 128):
@@ -152,6 +180,8 @@ def _flag(name: str, commands: frozenset[str], group: str, help: str, *, default
 _COMPILE = frozenset({COMPILE})
 _SERVE = frozenset({SERVE})
 _BOTH = frozenset({COMPILE, SERVE, RUN})
+_AFTER = "log-probabilities are those of the model's own logits, before penalties and masks"
+_OTHER_LOGPROBS = {"raw_logits": "logits are not given out", "processed_logits": "logits are not given out", "processed_logprobs": _AFTER}
 _OTHER_FORMATS = dict.fromkeys(
     ("pt", "npcache", "dummy", "tensorizer", "gguf", "instanttensor", "runai_streamer", "runai_streamer_sharded", "bitsandbytes",
      "sharded_state", "mistral"),
@@ -173,14 +203,6 @@ _OTHER_QUANTIZATIONS = {
     **dict.fromkeys(("experts_int8", "moe_wna16"), "experts have no quantised kernel yet"),
     **dict.fromkeys(("gguf", "bitsandbytes"), "only safetensors of unquantised weights are read"),
     **dict.fromkeys(("tpu_int8", "neuron_quant", "ipex"), "it belongs to a device or library that llmc does not use"),
-}
-
-_OTHER_TASKS = {
-    "auto": "an artifact's task is part of what is compiled; name it",
-    "embedding": "say embed",
-    "score": "cross-encoders are not built; an artifact of --task embed answers /v1/score by the cosine of two vectors",
-    **dict.fromkeys(("classify", "reward"), "classification and reward heads are not built"),
-    "transcription": "this is for text",
 }
 
 SETTINGS: tuple[Setting, ...] = (
@@ -206,15 +228,6 @@ SETTINGS: tuple[Setting, ...] = (
             help="Hold the weights of linears as integers with a scale per 32 inputs, rounded to nearest; int4 keeps 8 bits in the head."),
     Setting(name="max_kl", parse=divergence, default=None, commands=_COMPILE, group="Compilation", metavar="NATS",
             help="Fail the compile if quantisation moves the model's distribution by more: mean KL divergence on a calibration text."),
-    Setting(name="task", parse=choice("generate", "embed", refused=_OTHER_TASKS), default="generate", commands=_COMPILE,
-            group="Compilation", choices=("generate", "embed"), refused=_OTHER_TASKS,
-            help="What the artifact is for: text, or a vector per text, which serve gives under /v1/embeddings, /v1/score, /v1/rerank."),
-    Setting(name="pooling", parse=choice("auto", "mean", "last", "cls"), default="auto", commands=_COMPILE, group="Compilation",
-            choices=("auto", "mean", "last", "cls"),
-            help="With --task embed, which hidden states make the vector; auto: as the folder's modules.json says, else last."),
-    Setting(name="normalize", parse=choice("auto", "yes", "no"), default="auto", commands=_COMPILE, group="Compilation",
-            choices=("auto", "yes", "no"),
-            help="With --task embed, vectors of length 1; auto: as the folder's modules.json says, else yes."),
     Setting(name="tokenizer", parse=text, default=None, commands=_COMPILE, group="Compilation", metavar="DIR",
             help="Folder with tokenizer.json, when it is not the model's."),
     Setting(name="jobs", parse=integer(1, 256), default=None, commands=_COMPILE, group="Compilation", metavar="N",
@@ -256,6 +269,12 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(name="scheduling_policy", parse=choice("fcfs", "priority"), default="fcfs", commands=ENGINE, group="Scheduler",
             choices=("fcfs", "priority"), help="fcfs: by arrival. priority: lower values first, ties by arrival."),
     _flag("enable_chunked_prefill", ENGINE, "Scheduler", "Split prompts over steps; on by default.", default=True),
+    Setting(name="max_num_partial_prefills", parse=integer(1, 65536), default=1, commands=ENGINE, group="Scheduler", metavar="N",
+            help="Prompts that may stand half computed at the same time."),
+    Setting(name="long_prefill_token_threshold", parse=integer(0), default=0, commands=ENGINE, group="Scheduler", metavar="N",
+            help="Most tokens of one prompt computed in one step, so that short prompts get past long ones; 0: the whole budget."),
+    Setting(name="stream_interval", parse=integer(1, 65536), default=1, commands=_SERVE, group="Scheduler", metavar="N",
+            help="Tokens sent together after a sequence's first, which costs the host less; with stop strings, one by one as always."),
     Setting(name="max_queue", parse=integer(1), default=1024, commands=_SERVE, group="Scheduler", metavar="N",
             help="Sequences that may wait; one more is answered with 429."),
     # --- engine -----------------------------------------------------------------------------------------------------------
@@ -267,6 +286,10 @@ SETTINGS: tuple[Setting, ...] = (
             help="Most log-probabilities a request may ask for per token; -1: as many as the vocabulary has."),
     Setting(name="generation_config", parse=choice("auto", "vllm", "llmc"), default="auto", commands=ENGINE, group="Engine",
             choices=("auto", "vllm", "llmc"), help="Default sampling: auto: the model's, from the artifact. vllm, llmc: none."),
+    Setting(name="override_generation_config", parse=json_object, default=None, commands=_SERVE, group="Engine", metavar="JSON",
+            help='Sampling defaults beside or instead of the model\'s own, as in {"temperature": 0.5}; checked like a request.'),
+    Setting(name="logprobs_mode", parse=choice("raw_logprobs", refused=_OTHER_LOGPROBS), default="raw_logprobs", commands=_SERVE,
+            group="Engine", choices=("raw_logprobs",), refused=_OTHER_LOGPROBS, help="What logprobs are: of the model's logits."),
     Setting(name="verify_weights", parse=choice("always", "once", "never"), default="always", commands=ENGINE, group="Engine",
             choices=("always", "once", "never"), help="Hash the weights at each start, once per file, or not."),
     _flag("weights_mmap", ENGINE, "Engine", "Map the weights instead of copying them into huge pages: less memory, slower."),
@@ -281,9 +304,13 @@ SETTINGS: tuple[Setting, ...] = (
             help="Address to listen on; default 127.0.0.1, loopback only."),
     Setting(name="port", parse=integer(0, 65535), default=8000, commands=_SERVE, group="Server", metavar="N",
             help="Port to listen on; 0: a free one, printed."),
+    Setting(name="uds", parse=text, default=None, commands=_SERVE, group="Server", metavar="PATH",
+            help="Listen on a Unix socket that this user alone may use, instead of --host and --port."),
+    Setting(name="root_path", parse=text, default="", commands=_SERVE, group="Server", metavar="/PREFIX",
+            help="Path that a proxy in front adds to every request."),
     Setting(name="api_key", parse=text, default=None, commands=_SERVE, group="Server", metavar="KEY", many=True, secret=True,
             help="Key that clients must send as a bearer token; several may be given."),
-    Setting(name="served_model_name", parse=text, default=None, commands=_SERVE, group="Server", metavar="NAME", many=True,
+    Setting(name="served_model_name", parse=name, default=None, commands=_SERVE, group="Server", metavar="NAME", many=True,
             help="Names the API answers to, the first in responses; default: the model's name."),
     Setting(name="chat_template", parse=text, default=None, commands=_SERVE, group="Server", metavar="FILE|TEMPLATE",
             help="The operator's own chat template; default: the artifact's. A request cannot bring one."),
@@ -302,6 +329,31 @@ SETTINGS: tuple[Setting, ...] = (
           negatable=False),
     Setting(name="shutdown_timeout", parse=seconds, default=30.0, commands=_SERVE, group="Server", metavar="SECONDS",
             help="How long running requests may finish after SIGTERM."),
+    Setting(name="renderer_num_workers", parse=integer(1, 64), default=2, commands=_SERVE, group="Server", metavar="N",
+            help="Threads that tokenize and render long prompts; short ones need none."),
+    Setting(name="allowed_origins", parse=word_list, default=None, commands=_SERVE, group="Cross-origin", metavar="JSON",
+            help='Origins of web pages that may use this server, as ["https://page.example"] or ["*"]; default: none.'),
+    Setting(name="allowed_methods", parse=word_list, default=["*"], commands=_SERVE, group="Cross-origin", metavar="JSON",
+            help="Methods such a page may use."),
+    Setting(name="allowed_headers", parse=word_list, default=["*"], commands=_SERVE, group="Cross-origin", metavar="JSON",
+            help="Headers such a page may send."),
+    _flag("allow_credentials", _SERVE, "Cross-origin", "Let such a page send cookies and the like.", negatable=False),
+    Setting(name="ssl_certfile", parse=text, default=None, commands=_SERVE, group="TLS", metavar="FILE",
+            help="Certificate (PEM) of the server; with it, it speaks HTTPS alone."),
+    Setting(name="ssl_keyfile", parse=text, default=None, commands=_SERVE, group="TLS", metavar="FILE",
+            help="Private key (PEM), when it is not in the certificate's file."),
+    Setting(name="ssl_ca_certs", parse=text, default=None, commands=_SERVE, group="TLS", metavar="FILE",
+            help="Authorities (PEM) that sign the clients' certificates."),
+    Setting(name="ssl_cert_reqs", parse=integer(0, 2), default=0, commands=_SERVE, group="TLS", metavar="0|1|2",
+            help="Certificates of clients: 0 not asked for, 1 checked if sent, 2 required."),
+    Setting(name="otlp_traces_endpoint", parse=text, default=None, commands=_SERVE, group="Observability", metavar="URL",
+            help="Send a span per request to an OpenTelemetry collector by OTLP over HTTP; needs the extra otel."),
+    Setting(name="trace_startup", parse=text, default=None, commands=_SERVE, group="Observability", metavar="FILE",
+            help="Write the stages of both processes' start as a trace for Perfetto."),
+    _flag("disable_fastapi_docs", _SERVE, "Observability", "No /openapi.json, and no page at /.", negatable=False),
+    _flag("disable_uvicorn_access_log", _SERVE, "Observability", "No log line per request.", negatable=False),
+    _flag("fail_on_environ_validation", _BOTH, "Observability",
+          "Refuse to start when an LLMC_ variable of the environment is no setting, instead of saying so."),
     _flag("disable_log_stats", _SERVE, "Server", "No periodic line of engine statistics.", negatable=False),
     Setting(name="log_level", parse=choice("debug", "info", "warning", "error"), default="info", commands=_SERVE, group="Server",
             choices=("debug", "info", "warning", "error"), help="Least severe messages that are logged."),

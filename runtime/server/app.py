@@ -31,11 +31,12 @@ from llmc.runtime.server.openai_responses import responses_router
 from llmc.runtime.server.playground_page import playground_router
 from llmc.runtime.server.routes import Router
 from llmc.runtime.server.tokenize import tokenize_router
+from llmc.runtime.server.tracing import Tracing
 
 _MESSAGES = {404: "there is nothing at this path; GET /v1/models lists what is served", 405: "this path does not take this method"}
 
 
-def build_app(front: Front) -> Any:
+def build_app(front: Front, tracing: Tracing | None = None) -> Any:
     """The whole ASGI application of a server."""
     settings = front.settings
     app = _Application(settings.root_path)
@@ -57,7 +58,7 @@ def build_app(front: Front) -> Any:
             allow_headers=settings.allowed_headers,
             allow_credentials=settings.allow_credentials,
         )
-    return ContextMiddleware(layers, front.metrics, access_log=not settings.disable_access_log)
+    return ContextMiddleware(layers, front.metrics, access_log=not settings.disable_access_log, tracing=tracing)
 
 
 class _Application(Starlette):

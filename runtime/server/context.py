@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 import uuid
@@ -10,6 +11,7 @@ from typing import Any
 from llmc.runtime.server.errors import error_response
 from llmc.runtime.server.logs import log, log_exception
 from llmc.runtime.server.metrics import Metrics
+from llmc.runtime.server.tracing import Tracing
 
 _CLIENT_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 _MAX_PATH_CHARS = 200
@@ -18,18 +20,23 @@ _MAX_PATH_CHARS = 200
 class ContextMiddleware:
     """Gives every request an id of ours. A client's X-Request-Id is echoed if it is harmless, and used for nothing else."""
 
-    def __init__(self, app: Any, metrics: Metrics, *, access_log: bool) -> None:
+    def __init__(self, app: Any, metrics: Metrics, *, access_log: bool, tracing: Tracing | None = None) -> None:
         self._app = app
         self._metrics = metrics
         self._access_log = access_log
+        self._tracing = tracing
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope["llmc.request_id"] = uuid.uuid4().hex
+        with self._tracing.request(scope) if self._tracing is not None else contextlib.nullcontext():
+            await self._answer(scope, receive, send)
+
+    async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
         started = time.monotonic()
-        request_id = uuid.uuid4().hex
-        scope["llmc.request_id"] = request_id
+        request_id = scope["llmc.request_id"]
         shown = _client_id(scope["headers"]) or request_id.encode()
         status = 0
         whole = False  # the answer is out to its end
@@ -37,7 +44,7 @@ class ContextMiddleware:
         async def send_with_id(message: Any) -> None:
             nonlocal status, whole
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status = scope["llmc.status"] = message["status"]
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", shown)]
             await send(message)
             whole = message["type"] == "http.response.body" and not message.get("more_body", False)

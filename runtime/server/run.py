@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import logging
+import os
 import resource
 import signal
 import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +19,7 @@ from typing import Any
 import uvicorn
 import uvloop
 
-from llmc.errors import InternalError
+from llmc.errors import ConfigError, InternalError
 from llmc.runtime.engine_client import EngineClient
 from llmc.runtime.engine_spawn import EngineHandle, spawn_engine
 from llmc.runtime.server import logs
@@ -26,6 +29,8 @@ from llmc.runtime.server.limits import limited_protocol
 from llmc.runtime.server.metrics import Metrics
 from llmc.runtime.server.served_model import ServedModel, load_served_model
 from llmc.runtime.server.settings import ServerSettings
+from llmc.runtime.server.startup_trace import startup_events, write_trace
+from llmc.runtime.server.tracing import Tracing
 
 _CLOSE_TIMEOUT_S = 2  # for connections that are answered but not closed by their client
 _SHUTTING_DOWN = "the server is shutting down and did not finish this request in time"
@@ -53,6 +58,7 @@ def run(
     started = time.monotonic()
     model = (load_model or load_served_model)(settings)
     stages["tokenizer"] = _ms_since(started)
+    model = dataclasses.replace(model, generation_defaults=model.generation_defaults | settings.override_generation_config)
     return uvloop.run(_run(settings, listener, handle, model, stages, entered_at))
 
 
@@ -70,9 +76,11 @@ async def _run(
         hang_s=settings.hang_timeout_s,
         log=logs.log,
     )
+    tracing = Tracing(settings.otlp_traces_endpoint, model.name) if settings.otlp_traces_endpoint is not None else None
+    workers = asyncio.Semaphore(settings.renderer_num_workers)
+    front = Front(settings=settings, model=model, client=client, metrics=Metrics(model.name, client), workers=workers)
+    server = _server(settings, front, tracing)
     client.start(handle)
-    front = Front(settings=settings, model=model, client=client, metrics=Metrics(model.name, client))
-    server = _server(settings, front)
     stopping = _stop_signals()
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     waits = [asyncio.create_task(event.wait()) for event in (stopping[0], client.gave_up)]
@@ -92,6 +100,8 @@ async def _run(
         for task in (*waits, *background):
             task.cancel()
         await client.close()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
     if client.failure is not None:
         message, code = client.failure
         logs.log("engine_given_up", level=logging.ERROR, message=message, exit_code=code)
@@ -100,11 +110,11 @@ async def _run(
     return 0
 
 
-def _server(settings: ServerSettings, front: Front) -> _Server:
+def _server(settings: ServerSettings, front: Front, tracing: Tracing | None) -> _Server:
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     protocol = limited_protocol(header_timeout_s=settings.header_timeout_s, max_connections=settings.max_connections or max(16, limit // 4))
     config = uvicorn.Config(
-        build_app(front),
+        build_app(front, tracing),
         http=protocol,
         loop="none",
         ws="none",
@@ -115,7 +125,16 @@ def _server(settings: ServerSettings, front: Front) -> _Server:
         proxy_headers=False,
         timeout_keep_alive=int(settings.keep_alive_timeout_s) or 1,
         timeout_graceful_shutdown=_CLOSE_TIMEOUT_S,
+        ssl_keyfile=settings.ssl_keyfile,
+        ssl_certfile=settings.ssl_certfile,
+        ssl_ca_certs=settings.ssl_ca_certs,
+        ssl_cert_reqs=settings.ssl_cert_reqs,
     )
+    try:
+        config.load()
+    except (OSError, ssl.SSLError) as error:
+        files = ", ".join(file for file in (settings.ssl_certfile, settings.ssl_keyfile, settings.ssl_ca_certs) if file)
+        raise ConfigError(f"the certificate and key cannot be used ({error.strerror or error}): {files}") from None
     return _Server(config)
 
 
@@ -144,7 +163,7 @@ async def _announce(
 ) -> None:
     """Print one line when the first request can be worked on: where, and how long each stage took."""
     address = settings.uds or listener.getsockname()
-    where = f"unix:{address}" if isinstance(address, str) else _url(address)
+    where = f"unix:{address}" if isinstance(address, str) else _url(address, secure=settings.ssl_certfile is not None)
     logs.log("listening", url=where)
     await client.first_ready.wait()
     assert client.ready is not None
@@ -154,14 +173,20 @@ async def _announce(
     print(f"llmc ready at {where} after {total:.0f} ms ({shown})", flush=True)
     times: dict[str, Any] = {f"{stage}_ms": round(ms, 1) for stage, ms in (stages | engine).items()}
     logs.log("ready", url=where, total_ms=round(total, 1), **times)
+    if settings.trace_startup is not None:
+        events = startup_events(stages, client.ready.startup_ms, front_pid=os.getpid(), engine_pid=client.pid or 0, total_ms=total)
+        try:
+            write_trace(settings.trace_startup, events)
+        except ConfigError as error:
+            logs.log("trace_not_written", level=logging.ERROR, message=str(error))
     # What lives now lives for ever: later collections need not walk it.
     gc.collect()
     gc.freeze()
 
 
-def _url(address: tuple[str, int]) -> str:
+def _url(address: tuple[str, int], *, secure: bool) -> str:
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
-    return f"http://{host}:{address[1]}"
+    return f"{'https' if secure else 'http'}://{host}:{address[1]}"
 
 
 async def _log_stats(client: EngineClient, interval_s: float) -> None:

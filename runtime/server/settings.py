@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,12 +12,35 @@ from llmc.runtime.engine_spawn import DEFAULT_COMMAND
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
+# Sampling defaults an operator may set: name -> least, most. Requests are held to the same.
+_SAMPLING: dict[str, tuple[float, float]] = {
+    "temperature": (0.0, 1e6),
+    "top_p": (1e-9, 1.0),
+    "top_k": (-1, 2**31 - 1),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (1e-9, 1e3),
+    "max_new_tokens": (1, 1 << 30),
+}
+
+
+def _check_sampling(given: dict[str, Any]) -> None:
+    for name, value in given.items():
+        if name not in _SAMPLING:
+            raise ConfigError(f"override_generation_config: {name} is no sampling default; accepted: {', '.join(_SAMPLING)}")
+        low, high = _SAMPLING[name]
+        whole = name in ("top_k", "max_new_tokens")
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not low <= value <= high:
+            kind = "an integer" if whole else "a number"
+            raise ConfigError(f"override_generation_config: {name} is {value!r}, expected {kind} from {low:g} to {high:g}")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerSettings:
     """Settings of the front process. `engine` goes to the engine process as it is."""
 
     artifact: str  # folder of the artifact
     engine: dict[str, Any]  # fields of runtime.engine.EngineConfig, plain JSON values
+    override_generation_config: dict[str, Any] = field(default_factory=dict)  # sampling defaults instead of the model's
     require_signature: bool = False  # as for the engine: the front reads the template and the tokenizer
     trust: str | None = None  # public key file the artifact must be signed with
     host: str = "127.0.0.1"
@@ -44,6 +68,13 @@ class ServerSettings:
     stall_timeout_s: float = 30.0  # no engine progress for this long: not ready
     hang_timeout_s: float = 300.0  # and for this long with requests open: the engine is restarted
     stats_interval_s: float = 10.0
+    renderer_num_workers: int = 2  # threads for long texts: tokenizing, templates
+    otlp_traces_endpoint: str | None = None  # URL of an OpenTelemetry collector; needs the extra otel
+    trace_startup: str | None = None  # file for a trace of the start
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None  # given: HTTPS
+    ssl_ca_certs: str | None = None
+    ssl_cert_reqs: int = 0  # as in Python's ssl module: 0 none, 1 optional, 2 required
     disable_log_stats: bool = False
     disable_access_log: bool = False
     disable_docs: bool = False  # no /openapi.json and /docs
@@ -61,12 +92,23 @@ class ServerSettings:
             raise ConfigError("an API key must be ASCII text of at least one character")
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
             raise ConfigError(f"root_path={self.root_path!r} must start with / and not end with it, as in /llm")
-        for name in ("max_body_bytes", "max_queue", "max_sequences_per_request", "stream_interval"):
+        for name in ("max_body_bytes", "max_queue", "max_sequences_per_request", "stream_interval", "renderer_num_workers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("header_timeout_s", "body_timeout_s", "keep_alive_timeout_s", "stall_timeout_s", "hang_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be more than 0")
+        _check_sampling(self.override_generation_config)
+        if any(not name.strip() for name in self.served_model_names):
+            raise ConfigError("a served model name is empty; leave --served-model-name out to use the model's own")
+        if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_ca_certs or self.ssl_cert_reqs):
+            raise ConfigError("ssl_keyfile, ssl_ca_certs and ssl_cert_reqs need ssl_certfile, the server's own certificate")
+        if self.ssl_cert_reqs not in (0, 1, 2):
+            raise ConfigError(f"ssl_cert_reqs={self.ssl_cert_reqs}; accepted: 0 (none), 1 (optional), 2 (required)")
+        if self.ssl_cert_reqs and self.ssl_ca_certs is None:
+            raise ConfigError("ssl_cert_reqs asks clients for certificates; name the authority that signed them with ssl_ca_certs")
+        if self.trace_startup is not None and not os.access(os.path.dirname(os.path.abspath(self.trace_startup)), os.W_OK):
+            raise ConfigError(f"trace_startup={self.trace_startup}: its folder does not exist or cannot be written")
         if self.shutdown_timeout_s < 0:
             raise ConfigError(f"shutdown_timeout_s={self.shutdown_timeout_s} must not be negative")
         if self.max_logprobs < -1:
