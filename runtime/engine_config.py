@@ -94,7 +94,7 @@ def resolve(config: EngineConfig, manifest: Manifest, *, available_bytes: int) -
         max_num_partial_prefills=config.max_num_partial_prefills,
         long_prefill_token_threshold=config.long_prefill_token_threshold,
         enable_chunked_prefill=config.enable_chunked_prefill,
-        enable_prefix_caching=config.enable_prefix_caching,
+        enable_prefix_caching=config.enable_prefix_caching and manifest.pooling is None,  # a vector needs its every row computed
         reserve_blocks=min(8, num_blocks // 4),
         max_queue=config.max_queue,
         eos_token_ids=frozenset(manifest.tokenizer.eos_token_ids),

@@ -17,6 +17,23 @@ from llmc.runtime.server.sampling import for_choice
 from llmc.runtime.text import TextStream
 
 
+def check_task(front: Front, *, pool: bool) -> None:
+    """Refuse a request for what the artifact was not compiled for.
+
+    Raises:
+        RequestRejected: naming the endpoints that work.
+    """
+    if pool and not front.model.embeds:
+        raise RequestRejected(
+            "this artifact generates text; for embeddings serve one made with llmc compile --task embed", code="wrong_task"
+        )
+    if front.model.embeds and not pool:
+        raise RequestRejected(
+            "this artifact was compiled with --task embed and generates no text; it answers /v1/embeddings, /v1/score and /v1/rerank",
+            code="wrong_task",
+        )
+
+
 class ClientGone(Exception):
     """The client closed the connection; there is nobody to answer."""
 
@@ -32,6 +49,7 @@ class Delta:
     prompt_logprobs: list[TokenLogprobs | None] | None
     finish_reason: FinishReason | None
     stop_reason: int | str | None  # the stop string or token that ended it, as vLLM shows it
+    embedding: bytes | None = None  # float32, of a request that pools
 
 
 @dataclass(slots=True)
@@ -59,12 +77,14 @@ class Generation:
         priority: int = 0,
         cache_salt: str | None = None,
         shown_special: dict[int, str] | None = None,
+        pool: bool = False,
     ) -> None:
         """Submit everything. Must be closed in the end, whatever happens.
 
         Args:
             cache_salt: the client's own, beside its key's.
             shown_special: special tokens that are text all the same, as marks of a reply's parts are.
+            pool: what is wanted is each prompt's vector.
 
         Raises:
             RequestRejected: the engine takes nothing now.
@@ -102,6 +122,7 @@ class Generation:
                     priority=priority,
                     arrival_time=self._started,
                     cache_salt=salt,
+                    pool=pool,
                 )
             )
         self._stream = front.client.submit(messages)
@@ -204,6 +225,7 @@ class Generation:
             prompt_logprobs=event.prompt_logprobs,
             finish_reason=finish,
             stop_reason=stop_reason,
+            embedding=event.embedding,
         )
 
     def _count(self, sequence: _Sequence, event: TokenEvent) -> None:
