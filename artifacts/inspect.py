@@ -69,6 +69,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "kv": {
             "block_size": manifest.kv.block_size,
             "dtype": manifest.kv.dtype,
+            "quantization": plain["kv_quantization"],
             "windows": [group.window for group in manifest.kv.groups],
             "block_bytes": block_bytes(manifest.kv),
         },

@@ -81,7 +81,11 @@ class KVGroup(_Record, frozen=True):
 
 
 class KVFacts(_Record, frozen=True):
-    """How the paged KV cache is cut. Per layer two tensors, K and V, each [num_blocks, num_kv_heads, block_size, head_dim]."""
+    """How the paged KV cache is cut. Per layer two tensors, K and V, each [num_blocks, num_kv_heads, block_size, head_dim].
+
+    dtype int8 (since version 3): integers with a float32 scale per token and head, the last dimension is head_dim + 4. uint8 (since
+    version 3): the bytes of fp8 e4m3.
+    """
 
     block_size: int  # tokens per block
     dtype: Dtype
@@ -222,6 +226,19 @@ class QuantizationFacts(_Record, frozen=True):
     mean_kl: float | None  # nats per token, of the reference from the quantised
 
 
+class KVQuantizationFacts(_Record, frozen=True):
+    """A KV cache of eight bits, and what the artifact's answers cost against the checkpoint's weights and a cache of the model's dtype.
+
+    Weights quantised besides are in the cost. Nothing is measured with external weights: `calibration_tokens` is 0, the rest null.
+    """
+
+    scheme: Literal["int8", "fp8"]
+    calibration_tokens: int
+    reference_perplexity: float | None
+    perplexity: float | None
+    mean_kl: float | None  # nats per token
+
+
 PoolingKind = Literal["mean", "last", "cls"]
 
 
@@ -257,5 +274,6 @@ class Manifest(_Record, frozen=True):
     settings: dict[str, str | int | float | bool | None]  # resolved compile settings
     files: list[FileRecord]
     quantization: QuantizationFacts | None = None  # since version 2
+    kv_quantization: KVQuantizationFacts | None = None  # since version 3; null: K and V are kept in the model's dtype
     pooling: PoolingFacts | None = None  # since version 3; the task is to embed, and the entry gives hidden states; null: to generate
     manifest_sha256: str = ""  # set when the manifest is encoded (manifest_json.py); finds damage, the signature finds malice

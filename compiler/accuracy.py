@@ -1,5 +1,5 @@
 """What quantisation costs, measured at compile time: the captured graph on a calibration text, once with the checkpoint's weights and
-once with the dequantised ones.
+a KV cache of the model's dtype, once with the dequantised weights and the cache that the artifact will have.
 
 Perplexity is exp of the mean negative log-likelihood of the text's own next tokens. KL is the mean over positions of
 sum p log(p / q), p being the reference's distribution, in nats. Both in float32 sums of the model's own logits.
@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmc.artifacts.manifest import KVFacts
 from llmc.compiler.calibration_text import TEXT
 from llmc.compiler.canary import FetchConstant, Reference, empty_caches, spread_ids, step_inputs
 from llmc.compiler.capture import TracedModel
@@ -32,6 +34,15 @@ class Accuracy:
     perplexity: float
     mean_kl: float
 
+    def facts(self) -> dict[str, Any]:
+        """As the manifest's records name them."""
+        return {
+            "calibration_tokens": self.tokens,
+            "reference_perplexity": self.reference_perplexity,
+            "perplexity": self.perplexity,
+            "mean_kl": self.mean_kl,
+        }
+
     def __str__(self) -> str:
         return (
             f"perplexity {self.reference_perplexity:g} -> {self.perplexity:g}, "
@@ -46,12 +57,19 @@ def calibration_tokens(vocab_size: int, encode: Callable[[str], list[int]] | Non
     return [part for start in range(0, len(ids), size) if len(part := ids[start : start + size]) > 1]
 
 
-def measure(traced: TracedModel, reference: FetchConstant, quantized: FetchConstant, sequences: list[list[int]]) -> Accuracy:
-    """Compare the two sets of weights on `sequences`, each of which is a batch of its own."""
+def measure(
+    traced: TracedModel, reference: FetchConstant, quantized: FetchConstant, sequences: list[list[int]], kv: KVFacts | None = None
+) -> Accuracy:
+    """Compare the two sets of weights on `sequences`, each of which is a batch of its own.
+
+    Args:
+        kv: the reference's cache; None: the same as the other's, `traced.kv`.
+    """
+    sides = ((reference, kv or traced.kv), (quantized, traced.kv))
     tokens, loss, other_loss, divergence = 0, 0.0, 0.0, 0.0
     for sequence in sequences:
         wanted = torch.tensor(sequence[1:])[:, None]
-        p, q = (_log_probabilities(traced, fetch, sequence) for fetch in (reference, quantized))
+        p, q = (_log_probabilities(traced, fetch, cache, sequence) for fetch, cache in sides)
         loss -= float(p.gather(1, wanted).double().sum())
         other_loss -= float(q.gather(1, wanted).double().sum())
         apart = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0)  # what the reference rules out adds nothing
@@ -65,12 +83,12 @@ def measure(traced: TracedModel, reference: FetchConstant, quantized: FetchConst
     )
 
 
-def _log_probabilities(traced: TracedModel, fetch: FetchConstant, sequence: list[int]) -> Tensor:
+def _log_probabilities(traced: TracedModel, fetch: FetchConstant, kv: KVFacts, sequence: list[int]) -> Tensor:
     """float32 [len - 1, vocabulary]: of each token but the first, given those before it."""
     blocks = -(-len(sequence) // traced.kv.block_size)
     inputs = step_inputs([sequence], [0], traced.kv.block_size, blocks, len(traced.kv.groups), every_row=True)
     with torch.no_grad():
-        (logits,) = Reference(traced.graph, fetch).logits(*inputs, *empty_caches(traced, 1 + blocks))
+        (logits,) = Reference(traced.graph, fetch).logits(*inputs, *empty_caches(kv, 1 + blocks))
         return torch.log_softmax(logits[:-1].float(), dim=-1)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from llmc.artifacts.manifest import (
     Canary,
     Entry,
+    KVQuantizationFacts,
     Limits,
     Manifest,
     ModelFacts,
@@ -58,6 +59,7 @@ from llmc.passes.runner import PassReport, dump_directory, run_passes
 from llmc.passes.weights import WeightTable
 
 NODES_PATH = "programs/step.json"
+_QUANTIZED_KV = {"int8": "int8", "fp8": "uint8"}  # the scheme -> KVFacts.dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,7 @@ def build_artifact(
         kernels = _start_kernels(background, target, config)
         with log.stage("read") as note:
             source = read_model(config.model, dtype=config.dtype, embed=config.embed)
-            _check_kv_dtype(config, source)
+            kv_dtype = cache_dtype(config, source)
             note.detail = f"{source.architecture}, {source.dtype}, {len(source.tensors)} tensors"
         limits = compile_limits(config, source)
         tokenizer = read_tokenizer(
@@ -116,7 +118,9 @@ def build_artifact(
             render=render,
         )
         with log.stage("capture") as note:
-            traced = capture(source, block_size=config.block_size, max_model_len=limits.max_model_len, hidden=config.embed)
+            traced = capture(
+                source, block_size=config.block_size, kv_dtype=kv_dtype, max_model_len=limits.max_model_len, hidden=config.embed
+            )
             note.detail = f"{len(traced.graph.graph.nodes)} nodes"
         with _checkpoint(source) as checkpoint:
             captured = traced.untouched()  # the passes change the graph in place, and the reference runs it as it was
@@ -127,7 +131,7 @@ def build_artifact(
                 reports = run_passes(graph, passes, context, dump_dir=dump_directory())
                 matches = sum(r.result.matches for r in reports)
                 note.detail = f"{len(graph.graph.nodes)} nodes, {matches} rewrites by {sum(r.result.changed for r in reports)} passes"
-            quality, fetch = _quantization(config, source, captured, weights, checkpoint, tokenizer, scratch, log)
+            quality, kv_quality, fetch = _quantization(config, source, captured, weights, checkpoint, tokenizer, scratch, log)
             canaries = _canaries(config, source, captured, fetch, tokenizer, log)
             if isinstance(target, CudaTarget):
                 program = cuda_program(config, target, traced, weights, writer, scratch, log, store)
@@ -139,7 +143,7 @@ def build_artifact(
                 note.detail = human_bytes(sum(f.size_bytes for f in files))
     for path, data in tokenizer.files.items():
         writer.add_file(path, data)
-    manifest = _manifest(config, target, source, traced, limits, program, files, tensors, reports, tokenizer, canaries, quality)
+    manifest = _manifest(config, target, source, traced, limits, program, files, tensors, reports, tokenizer, canaries, quality, kv_quality)
     facts = report.facts(manifest, ops=_ops(graph), extern_calls=sorted(program.calls), captured=captured.graph, lowered=graph)
     if program.gpu is not None:
         facts["gpu"] = program.gpu
@@ -156,12 +160,20 @@ def _start_kernels(background: ThreadPoolExecutor, target: Target, config: Compi
     return background.submit(build_kernels, target.isa, cache_root() / "kernels", config.jobs)
 
 
-def _check_kv_dtype(config: CompileConfig, source: ModelSource) -> None:
+def cache_dtype(config: CompileConfig, source: ModelSource) -> str:
+    """The KV cache's type, as `KVFacts.dtype`.
+
+    Raises:
+        ConfigError: a float type that is not the model's.
+    """
+    if config.quantized_kv is not None:
+        return _QUANTIZED_KV[config.quantized_kv]
     if config.kv_cache_dtype not in ("auto", source.dtype):
         raise ConfigError(
-            f"--kv-cache-dtype {config.kv_cache_dtype}: the CPU attention kernel keeps K and V in the model's dtype, "
-            f"{source.dtype}; use auto"
+            f"--kv-cache-dtype {config.kv_cache_dtype}: K and V are kept in the model's dtype, {source.dtype}, or in 8 bits; "
+            "use auto, int8 or fp8"
         )
+    return source.dtype
 
 
 def compile_limits(config: CompileConfig, source: ModelSource) -> Limits:
@@ -221,46 +233,53 @@ def _quantization(
     tokenizer: TokenizerBundle,
     scratch: Path,
     log: StageLog,
-) -> tuple[QuantizationFacts | None, FetchConstant]:
+) -> tuple[QuantizationFacts | None, KVQuantizationFacts | None, FetchConstant]:
     """What quantisation did and cost, and the constants that the canaries' reference runs on: those the artifact will hold.
 
     Raises:
         ConfigError: it costs more than --max-kl allows.
     """
     plain = packing.fetcher(captured.constants, checkpoint)
-    if config.quantization is None:
-        return None, plain
-    applied = QUANTIZATIONS[config.quantization]
-    facts = QuantizationFacts(
-        scheme=config.quantization,  # type: ignore[arg-type]
-        group=applied.group,
-        tensors=quantized_bits(weights),
-        calibration_tokens=0,
-        reference_perplexity=None,
-        perplexity=None,
-        mean_kl=None,
-    )
-    if config.weights == "external":
-        return facts, plain
-    with log.stage("quantise") as note:
-        fetch = dequantized_fetcher(captured, weights, checkpoint, scratch)
-        note.detail = f"{config.quantization}, {len(facts.tensors)} matrices in groups of {facts.group}"
-    with log.stage("accuracy") as note:
-        texts = accuracy.calibration_tokens(source.vocab_size, tokenizer.encode, captured.max_model_len)
-        cost = accuracy.measure(captured, plain, fetch, texts)
-        note.detail = str(cost)
+    facts, kv_facts = _quantization_facts(config, weights)
+    if (facts is None and kv_facts is None) or config.weights == "external":
+        return facts, kv_facts, plain
+    fetch = plain
+    if facts is not None:
+        with log.stage("quantise") as note:
+            fetch = dequantized_fetcher(captured, weights, checkpoint, scratch)
+            note.detail = f"{config.quantization}, {len(facts.tensors)} matrices in groups of {facts.group}"
+    texts = accuracy.calibration_tokens(source.vocab_size, tokenizer.encode, captured.max_model_len)
+    plain_kv = msgspec.structs.replace(captured.kv, dtype=source.dtype)
+    asked = [f"--quantization {config.quantization}"] * (facts is not None)
+    if facts is not None:
+        with log.stage("accuracy") as note:
+            cost = accuracy.measure(replace(captured, kv=plain_kv), plain, fetch, texts)
+            note.detail = str(cost)
+        facts = msgspec.structs.replace(facts, **cost.facts())
+    if kv_facts is not None:
+        asked.append(f"--kv-cache-dtype {config.quantized_kv}")
+        with log.stage("accuracy") as note:
+            cost = accuracy.measure(captured, plain, fetch, texts, plain_kv)
+            note.detail = f"{' with '.join(asked)}: {cost}"
+        kv_facts = msgspec.structs.replace(kv_facts, **cost.facts())
     if config.max_kl is not None and not cost.mean_kl <= config.max_kl:
         raise ConfigError(
-            f"--quantization {config.quantization} costs a {cost}, above --max-kl {config.max_kl:g}; "
-            "raise the bound, take int8 instead of int4, or compile without quantisation"
+            f"{' with '.join(asked)} costs a {cost}, above --max-kl {config.max_kl:g}; "
+            "raise the bound, take more bits, or compile without quantisation"
         )
-    return msgspec.structs.replace(
-        facts,
-        calibration_tokens=cost.tokens,
-        reference_perplexity=cost.reference_perplexity,
-        perplexity=cost.perplexity,
-        mean_kl=cost.mean_kl,
-    ), fetch
+    return facts, kv_facts, fetch
+
+
+def _quantization_facts(config: CompileConfig, weights: WeightTable) -> tuple[QuantizationFacts | None, KVQuantizationFacts | None]:
+    """What is quantised, its cost not measured yet."""
+    nothing: dict[str, Any] = {"calibration_tokens": 0, "reference_perplexity": None, "perplexity": None, "mean_kl": None}
+    facts = kv_facts = None
+    if config.quantization is not None:
+        group = QUANTIZATIONS[config.quantization].group
+        facts = QuantizationFacts(scheme=config.quantization, group=group, tensors=quantized_bits(weights), **nothing)  # type: ignore[arg-type]
+    if config.quantized_kv is not None:
+        kv_facts = KVQuantizationFacts(scheme=config.quantized_kv, **nothing)  # type: ignore[arg-type]
+    return facts, kv_facts
 
 
 def _canaries(
@@ -296,6 +315,7 @@ def _manifest(
     tokenizer: TokenizerBundle,
     canaries: list[Canary],
     quantization: QuantizationFacts | None,
+    kv_quantization: KVQuantizationFacts | None,
 ) -> Manifest:
     versions = dict(toolchain(target))
     aoti = program.entry.executor == "aoti"
@@ -333,6 +353,7 @@ def _manifest(
         settings={name: value for name, value in config.key_fields().items() if isinstance(value, str | int | float | bool | None)},
         files=[],
         quantization=quantization,
+        kv_quantization=kv_quantization,
         pooling=PoolingFacts(kind=config.pooling, normalize=config.normalize) if config.pooling is not None else None,  # type: ignore[arg-type]
     )
 

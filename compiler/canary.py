@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, fx
 
-from llmc.artifacts.manifest import Canary
+from llmc.artifacts.kv_bytes import cache_shape
+from llmc.artifacts.manifest import Canary, KVFacts
 from llmc.compiler.capture import TracedModel
 
 PROMPT_LENGTHS = (12, 7)  # two sequences in one batch, unequal, neither a whole block
@@ -70,7 +71,7 @@ def make_canaries(traced: TracedModel, fetch: FetchConstant, token_prompts: list
     reference = Reference(traced.graph, fetch)
     block_size = traced.kv.block_size
     blocks_each = -(-(max(map(len, token_prompts)) + NEW_TOKENS) // block_size)
-    caches = empty_caches(traced, 1 + blocks_each * len(token_prompts))
+    caches = empty_caches(traced.kv, 1 + blocks_each * len(token_prompts))
     sequences = [list(p) for p in token_prompts]
     margins: list[list[float]] = [[] for _ in sequences]
     done = [0] * len(sequences)
@@ -89,12 +90,10 @@ def make_canaries(traced: TracedModel, fetch: FetchConstant, token_prompts: list
     ]
 
 
-def empty_caches(traced: TracedModel, num_blocks: int) -> list[Tensor]:
+def empty_caches(kv: KVFacts, num_blocks: int) -> list[Tensor]:
     """K and V of every layer, zeros, in the graph's order."""
-    dtype: torch.dtype = getattr(torch, traced.kv.dtype)
-    shapes = [
-        (num_blocks, heads, traced.kv.block_size, size) for heads, size in zip(traced.kv.num_kv_heads, traced.kv.head_dim, strict=True)
-    ]
+    dtype: torch.dtype = getattr(torch, kv.dtype)
+    shapes = [cache_shape(kv, layer, num_blocks) for layer in range(len(kv.head_dim))]
     return [torch.zeros(shape, dtype=dtype) for shape in shapes for _ in ("k", "v")]
 
 

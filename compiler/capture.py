@@ -25,6 +25,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental import _config as fx_config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from llmc.artifacts.kv_bytes import cache_shape
 from llmc.artifacts.manifest import KVFacts, KVGroup, TensorSpec
 from llmc.compiler import skeleton
 from llmc.compiler.attention_hook import LayerFacts, LayerProbe, PagedAttention
@@ -146,7 +147,7 @@ def capture(
     Args:
         source: the model folder, read.
         block_size: tokens per KV block.
-        kv_dtype: of the cache; None for the model's dtype.
+        kv_dtype: of the cache, as `KVFacts.dtype`; None for the model's dtype.
         max_model_len: the longest sequence to serve; None for the model's maximum. Decides between longrope's two sets.
         hidden: the output is the hidden states of the wanted rows in place of their logits.
 
@@ -225,8 +226,7 @@ def _example(kv: KVFacts) -> tuple[dict[str, Any], dict[str, Any]]:
         return torch.zeros(shape, dtype=dtype)
 
     def cache() -> list[Tensor]:
-        shapes = zip(kv.num_kv_heads, kv.head_dim, strict=True)
-        return [torch.empty(size["NB"], heads, kv.block_size, head_dim, dtype=dtype) for heads, head_dim in shapes]
+        return [torch.empty(cache_shape(kv, layer, size["NB"]), dtype=dtype) for layer in range(len(kv.head_dim))]
 
     arguments = {
         "input_ids": ints(size["T"], dtype=torch.int64),
@@ -266,8 +266,8 @@ def input_specs(kv: KVFacts) -> tuple[TensorSpec, ...]:
         TensorSpec(name="seq_lens", dtype="int32", shape=["B"]),
         TensorSpec(name="query_start_loc", dtype="int32", shape=["B + 1"]),
     ]
-    for layer, (heads, head_dim) in enumerate(zip(kv.num_kv_heads, kv.head_dim, strict=True)):
-        shape: list[int | str] = ["NB", heads, kv.block_size, head_dim]
+    for layer in range(len(kv.head_dim)):
+        shape: list[int | str] = ["NB", *cache_shape(kv, layer, 1)[1:]]
         specs += [TensorSpec(name=f"{kind}_cache.{layer}", dtype=kv.dtype, shape=shape) for kind in ("k", "v")]
     return tuple(specs)
 

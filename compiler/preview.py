@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from llmc.artifacts.kv_bytes import token_bytes
 from llmc.artifacts.manifest import PassRecord
-from llmc.compiler.build import compile_limits, pass_record
+from llmc.compiler.build import cache_dtype, compile_limits, pass_record
 from llmc.compiler.capture import capture
 from llmc.compiler.model import read_model
 from llmc.compiler.packing import order_of_use
@@ -38,7 +38,8 @@ def preview(config: CompileConfig) -> Preview:
     """
     source = read_model(config.model, dtype=config.dtype, embed=config.embed)
     limits = compile_limits(config, source)
-    traced = capture(source, block_size=config.block_size, max_model_len=limits.max_model_len, hidden=config.embed)
+    kv_dtype = cache_dtype(config, source)
+    traced = capture(source, block_size=config.block_size, kv_dtype=kv_dtype, max_model_len=limits.max_model_len, hidden=config.embed)
     nodes = len(traced.graph.graph.nodes)
     weights = traced.weight_table()
     context = PassContext(weights=weights, max_positions=limits.max_model_len)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 from torch.fx import GraphModule
 
 from llmc.artifacts.element_sizes import nbytes_of
@@ -96,6 +97,7 @@ def facts(
         ],
         "chat_template": manifest.tokenizer.template_parity,
         "quantization": None if manifest.quantization is None else _quantization(manifest.quantization),
+        "kv_quantization": None if manifest.kv_quantization is None else msgspec.to_builtins(manifest.kv_quantization),
     }
 
 

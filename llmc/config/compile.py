@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmc.config.human import AUTO
+from llmc.config.performance import MODES
 from llmc.config.resolve import Resolved
 from llmc.errors import ConfigError
 
-DEFAULT_MAX_NUM_SEQS = 256
-DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
+DEFAULT_MAX_NUM_SEQS = MODES["balanced"].max_num_seqs
+DEFAULT_MAX_NUM_BATCHED_TOKENS = MODES["balanced"].max_num_batched_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +31,7 @@ class CompileConfig:
     block_size: int = 16
     kv_cache_dtype: str = "auto"
     quantization: str | None = None  # "int8", "int4"
+    passes: str = ""  # "+name,-name": added to the level's list, left out of it
     max_kl: float | None = None  # nats per token; more fails the compile
     cudagraph_capture_sizes: tuple[int, ...] | None = None  # sequences of a decode step that gets a plan; CUDA targets
     max_cudagraph_capture_size: int | None = None
@@ -50,10 +52,23 @@ class CompileConfig:
             raise ConfigError(
                 f"-O0 --target {self.target}: -O0 is the oracle and runs on a CPU; use -O1 or -O2, or --target cpu to compare with"
             )
+        if self.passes and self.level == 0:
+            raise ConfigError(f"--passes {self.passes}: -O0 runs none, it is the oracle; use -O1 or -O2")
         if self.quantization is not None and self.level == 0:
             raise ConfigError(f"--quantization {self.quantization}: -O0 is the oracle and holds the weights as they are; use -O1 or -O2")
-        if self.max_kl is not None and (self.quantization is None or self.weights == "external"):
-            raise ConfigError("--max-kl bounds what --quantization costs, measured on embedded weights; leave it out, or give both")
+        if self.max_kl is not None and ((self.quantization is None and self.quantized_kv is None) or self.weights == "external"):
+            raise ConfigError(
+                "--max-kl bounds what --quantization costs, or --kv-cache-dtype int8 or fp8, measured on embedded weights; "
+                "leave it out, or give both"
+            )
+        if self.quantized_kv is not None and not self.target.startswith("cpu"):
+            raise ConfigError(
+                f"--kv-cache-dtype {self.kv_cache_dtype}: only CPU targets have attention over caches of 8 bits, not {self.target}; use auto"
+            )
+        if self.quantized_kv is not None and self.embed:
+            raise ConfigError(
+                f"--kv-cache-dtype {self.kv_cache_dtype}: what it costs an embedding is not measured, so it is not built; use auto"
+            )
         if self.embed and self.quantization is not None:
             raise ConfigError(
                 f"--quantization {self.quantization}: what it costs an embedding is not measured, so it is not built; leave it out"
@@ -70,6 +85,11 @@ class CompileConfig:
     def embed(self) -> bool:
         """Whether the artifact embeds; else it generates."""
         return self.pooling is not None
+
+    @property
+    def quantized_kv(self) -> str | None:
+        """The scheme of a KV cache of eight bits; None where K and V stay in the model's dtype."""
+        return self.kv_cache_dtype if self.kv_cache_dtype in ("int8", "fp8") else None
 
     def key_fields(self) -> dict[str, object]:
         """Every field that decides the artifact's bytes; a new field is included unless it is named here."""
@@ -94,7 +114,7 @@ def compile_config(
                 )
     elif settings["quantization"] is not None:
         raise ConfigError(f"--quantization {settings['quantization']}: only CPU targets have kernels for quantised weights; leave it out")
-    max_model_len = settings["max_model_len"]
+    max_model_len, mode = settings["max_model_len"], MODES[settings["performance_mode"]]
     return CompileConfig(
         model=model,
         level=settings["optimization_level"],
@@ -103,11 +123,12 @@ def compile_config(
         weights=settings["weights"],
         tokenizer=Path(settings["tokenizer"]) if settings["tokenizer"] else None,
         max_model_len=None if max_model_len in (None, AUTO) else max_model_len,
-        max_num_seqs=settings["max_num_seqs"] or DEFAULT_MAX_NUM_SEQS,
-        max_num_batched_tokens=settings["max_num_batched_tokens"] or DEFAULT_MAX_NUM_BATCHED_TOKENS,
+        max_num_seqs=settings["max_num_seqs"] or mode.max_num_seqs,
+        max_num_batched_tokens=settings["max_num_batched_tokens"] or mode.max_num_batched_tokens,
         block_size=settings["block_size"],
         kv_cache_dtype=settings["kv_cache_dtype"],
         quantization=settings["quantization"],
+        passes=settings["passes"],
         max_kl=settings["max_kl"],
         cudagraph_capture_sizes=_sizes(settings["cudagraph_capture_sizes"]),
         max_cudagraph_capture_size=settings["max_cudagraph_capture_size"],

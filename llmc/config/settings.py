@@ -189,8 +189,8 @@ _OTHER_FORMATS = dict.fromkeys(
 )  # fmt: skip
 _OTHER_MODES = dict.fromkeys(("interactivity", "throughput"), "it chooses among sizes and kernels that a CPU artifact does not have yet")
 _QUANTISED_KV = dict.fromkeys(
-    ("fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc", "fp8_ds_mla", "fp8_per_token_head", "int8_per_token_head"),
-    "quantised KV caches come with quantisation",
+    ("fp8_e4m3", "fp8_e5m2", "fp8_inc", "fp8_ds_mla", "fp8_per_token_head", "int8_per_token_head"),
+    "the quantised KV caches are int8, with a scale per token and head, and fp8, which is e4m3 with scale 1",
 )
 
 _CALIBRATED = dict.fromkeys(
@@ -255,9 +255,10 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(name="block_size", parse=block_size, default=16, commands=_COMPILE, group="KV cache", metavar="N",
             help="Tokens per KV block: 8, 16, 32, 64 or 128."),
     Setting(name="kv_cache_dtype",
-            parse=choice("auto", "bfloat16", "float16", refused=_QUANTISED_KV),
-            default="auto", commands=_COMPILE, group="KV cache", choices=("auto", "bfloat16", "float16"),
-            help="Type of the stored KV cache; auto: the model's. Another type than the model's is refused on a CPU."),
+            parse=choice("auto", "bfloat16", "float16", "int8", "fp8", refused=_QUANTISED_KV),
+            default="auto", commands=_COMPILE, group="KV cache", choices=("auto", "bfloat16", "float16", "int8", "fp8"),
+            help="Type of the stored KV cache; auto: the model's. int8 (a scale per token and head) and fp8 (e4m3) on CPUs, their cost "
+                 "measured as --quantization's; other types than the model's are refused."),
     Setting(name="kv_cache_memory_bytes", parse=integer(1), default=None, commands=ENGINE, group="KV cache", metavar="BYTES",
             help="Size of the KV cache; default: what max-num-seqs sequences can use, within the free memory."),
     Setting(name="num_gpu_blocks_override", parse=integer(2), default=None, commands=ENGINE, group="KV cache", metavar="N",

@@ -7,6 +7,7 @@ import re
 import numpy as np
 
 from llmc.artifacts.dtypes import NUMPY
+from llmc.artifacts.kv_bytes import cache_shape
 from llmc.artifacts.manifest import KVFacts
 from llmc.runtime.memory import HUGE_PAGE_BYTES, allocate_huge, round_up
 
@@ -20,11 +21,11 @@ def cache_input(name: str) -> tuple[str, int] | None:
 
 
 class KVCache:
-    """K and V of every layer, [num_blocks, num_kv_heads, block_size, head_dim], zeroed. Pages appear when first written."""
+    """K and V of every layer, each of `cache_shape`, zeroed. Pages appear when first written."""
 
     def __init__(self, kv: KVFacts, num_blocks: int) -> None:
         dtype = NUMPY[kv.dtype]
-        shapes = [(num_blocks, heads, kv.block_size, dim) for heads, dim in zip(kv.num_kv_heads, kv.head_dim, strict=True)]
+        shapes = [cache_shape(kv, layer, num_blocks) for layer in range(len(kv.head_dim))]
         sizes = [round_up(int(np.prod(shape)) * dtype.itemsize, HUGE_PAGE_BYTES) for shape in shapes]
         region = allocate_huge(2 * sum(sizes), what=f"a KV cache of {num_blocks} blocks")
         self._tensors: dict[tuple[str, int], np.ndarray] = {}

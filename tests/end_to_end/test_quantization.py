@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from llmc import LLM, SamplingParams
+from llmc.artifacts.inspect import describe
+from llmc.artifacts.kv_bytes import block_bytes
 from llmc.artifacts.manifest import Manifest
 from llmc.artifacts.verify import open_artifact
 from llmc.compiler.driver import compile_model
@@ -106,9 +108,48 @@ def test_max_kl_fails_the_compile_with_the_measured_value(workshop: Workshop, tm
     assert not out.exists() and not list(tmp_path.iterdir())
 
 
+KV_BOUNDS = {"int8": 2e-3, "fp8": 2e-2}  # nats per token, of the demo model
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_a_cache_of_eight_bits(workshop: Workshop, scheme: str) -> None:
+    """Its cost and its bytes are stated, its answers are as independent of their surroundings as any."""
+    artifact, plain = demo(workshop, None, kv_cache_dtype=scheme), manifest_of(demo(workshop, None))
+    manifest = manifest_of(artifact)
+    facts = manifest.kv_quantization
+    assert facts is not None and facts.scheme == scheme and plain.kv_quantization is None and manifest.quantization is None
+    assert facts.calibration_tokens > 200 and facts.mean_kl is not None and 0 < facts.mean_kl < KV_BOUNDS[scheme]
+    size = plain.kv.head_dim[0]
+    assert block_bytes(manifest.kv) * 2 * size == block_bytes(plain.kv) * (size + (4 if scheme == "int8" else 0))
+    report = json.loads((artifact / "report" / "report.json").read_text())
+    assert report["kv_quantization"]["mean_kl"] == facts.mean_kl
+    assert report["memory"]["kv_bytes_per_token"] * manifest.kv.block_size == block_bytes(manifest.kv)
+    assert describe(artifact)["kv"]["quantization"]["scheme"] == scheme
+    alone = tokens(artifact, PROMPTS[:1], SEEDED)
+    assert tokens(artifact, PROMPTS, SEEDED, max_num_batched_tokens=16)[:1] == alone
+    assert tokens(artifact, PROMPTS, GREEDY) != [[]] * len(PROMPTS)
+
+
+def test_weights_and_cache_together_are_bounded_together(workshop: Workshop, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    config = CompileConfig(model=DEMO_MODEL, out=out, quantization="int8", kv_cache_dtype="fp8", max_kl=1e-6)
+    with pytest.raises(ConfigError, match=r"--quantization int8 with --kv-cache-dtype fp8 costs .* above --max-kl 1e-06"):
+        compile_model(config)
+    assert not out.exists()
+
+
+def test_the_oracle_takes_such_a_cache_too(workshop: Workshop) -> None:
+    """-O0 and -O2 of a model in float32 choose the same tokens over the same eight bits."""
+    levels = [workshop.artifact("llama", level=level, kv_cache_dtype="int8") for level in (0, 2)]
+    oracle, lowered = (tokens(artifact, PROMPTS[:3], GREEDY) for artifact in levels)
+    assert oracle == lowered
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
+        ({"kv_cache_dtype": "int8", "target": "cuda:sm_90"}, "only CPU targets have attention"),
+        ({"kv_cache_dtype": "fp8", "pooling": "last"}, "not measured"),
         ({"quantization": "int8", "level": 0}, "-O0 is the oracle"),
         ({"max_kl": 0.1}, "bounds what --quantization costs"),
         ({"quantization": "int8", "max_kl": 0.1, "weights": "external"}, "measured on embedded weights"),
