@@ -205,6 +205,14 @@ _OTHER_QUANTIZATIONS = {
     **dict.fromkeys(("tpu_int8", "neuron_quant", "ipex"), "it belongs to a device or library that llmc does not use"),
 }
 
+_OTHER_TASKS = {
+    "auto": "an artifact's task is part of what is compiled; name it",
+    "embedding": "say embed",
+    "score": "cross-encoders are not built; an artifact of --task embed answers /v1/score by the cosine of two vectors",
+    **dict.fromkeys(("classify", "reward"), "classification and reward heads are not built"),
+    "transcription": "this is for text",
+}
+
 SETTINGS: tuple[Setting, ...] = (
     # --- what is compiled -------------------------------------------------------------------------------------------------
     Setting(name="optimization_level", aliases=("-O",), parse=integer(0, 3), default=2, commands=_COMPILE, group="Compilation",
@@ -228,6 +236,15 @@ SETTINGS: tuple[Setting, ...] = (
             help="Hold the weights of linears as integers with a scale per 32 inputs, rounded to nearest; int4 keeps 8 bits in the head."),
     Setting(name="max_kl", parse=divergence, default=None, commands=_COMPILE, group="Compilation", metavar="NATS",
             help="Fail the compile if quantisation moves the model's distribution by more: mean KL divergence on a calibration text."),
+    Setting(name="task", parse=choice("generate", "embed", refused=_OTHER_TASKS), default="generate", commands=_COMPILE,
+            group="Compilation", choices=("generate", "embed"), refused=_OTHER_TASKS,
+            help="What the artifact is for: text, or a vector per text, which serve gives under /v1/embeddings, /v1/score, /v1/rerank."),
+    Setting(name="pooling", parse=choice("auto", "mean", "last", "cls"), default="auto", commands=_COMPILE, group="Compilation",
+            choices=("auto", "mean", "last", "cls"),
+            help="With --task embed, which hidden states make the vector; auto: as the folder's modules.json says, else last."),
+    Setting(name="normalize", parse=choice("auto", "yes", "no"), default="auto", commands=_COMPILE, group="Compilation",
+            choices=("auto", "yes", "no"),
+            help="With --task embed, vectors of length 1; auto: as the folder's modules.json says, else yes."),
     Setting(name="tokenizer", parse=text, default=None, commands=_COMPILE, group="Compilation", metavar="DIR",
             help="Folder with tokenizer.json, when it is not the model's."),
     Setting(name="jobs", parse=integer(1, 256), default=None, commands=_COMPILE, group="Compilation", metavar="N",
