@@ -129,6 +129,8 @@ def _run_canaries(folder: Path) -> Checked:
         manifest = artifact.manifest
     if not manifest.canaries:
         return Checked(detail="not run: no weights in the artifact")
+    if manifest.target.kind == "cuda":
+        return Checked(detail="not run: they are run by the GPU's own `llmc serve`, before it says that it is ready")
     try:
         check_requirements(manifest.requirements, this_machine(), str(folder))
     except ArtifactError as error:
