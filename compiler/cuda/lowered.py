@@ -21,6 +21,7 @@ from llmc.artifacts.plan import encode_plan
 from llmc.artifacts.store import Store
 from llmc.compiler.cuda.program import CudaProgram, compile_program
 from llmc.compiler.cuda.report import kernel_table
+from llmc.compiler.cuda.schedule import SPILL_BUDGET_BYTES
 from llmc.compiler.cuda.sizes import PlanSize
 from llmc.compiler.input_key import package_folder, toolchain
 from llmc.compiler.nodes import to_bytes
@@ -103,6 +104,7 @@ def _write(folder: Path, program: CudaProgram) -> None:
             "layers": program.layers,
             "distinct_layers": program.distinct,
             "inductor_layers": program.inductor,
+            "spill_budget_bytes": SPILL_BUDGET_BYTES,
             "plans": [
                 {"size": str(size), "launches": len(made.plan.launches), "arena_bytes": _arena_bytes(made)}
                 for size, made in program.plans.items()

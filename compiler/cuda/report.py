@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmc.artifacts.cubin import read_cubin
-from llmc.compiler.cuda.planner import PlannedProgram
+
+if TYPE_CHECKING:  # a report is rendered without torch
+    from llmc.compiler.cuda.planner import PlannedProgram
 
 # Bytes of stack per thread; the budget is `schedule.SPILL_BUDGET_BYTES`.
 COLUMNS = ("kernel", "grid", "registers", "shared bytes", "spilled bytes", "image bytes", "launches")
