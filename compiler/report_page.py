@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from llmc.compiler.cuda.report import COLUMNS, table_rows
 from llmc.compiler.report_svg import layer_svg, roofline_svg
 from llmc.compiler.stages import Stage
 from llmc.config.human import human_bytes
@@ -29,9 +30,10 @@ def render_html(report: Mapping[str, Any], measured: Mapping[str, Any] | None = 
     environment.filters["bytes"] = human_bytes
     environment.filters["count"] = lambda n: f"{n:,}".replace(",", " ")
     environment.globals.update(layer_svg=layer_svg, roofline_svg=roofline_svg, spans=spans, startup_spans=startup_spans)
+    environment.globals.update(gpu_rows=table_rows, gpu_columns=COLUMNS)
     environment.globals.update(memory_plan=memory_plan, contents=contents, kernel_name=kernel_name, roof_points=roof_points)
     source = (files("llmc.compiler") / "report_template.html").read_text(encoding="utf-8")
-    whole = {"layer": None, "kernels": [], "quantization": None, "kv_quantization": None, **report}
+    whole = {"layer": None, "kernels": [], "quantization": None, "kv_quantization": None, "gpu": None, **report}
     return environment.from_string(source).render(report=whole, measured=measured)
 
 
