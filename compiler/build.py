@@ -127,7 +127,7 @@ def build_artifact(
             graph, weights = traced.graph, traced.weight_table()
             with log.stage("passes") as note:
                 context = PassContext(weights=weights, max_positions=limits.max_model_len)
-                passes = pipeline(config.level, config.quantization, kind=target.kind)
+                passes = pipeline(config.level, config.quantization, kind=target.kind, passes=config.passes)
                 reports = run_passes(graph, passes, context, dump_dir=dump_directory())
                 matches = sum(r.result.matches for r in reports)
                 note.detail = f"{len(graph.graph.nodes)} nodes, {matches} rewrites by {sum(r.result.changed for r in reports)} passes"

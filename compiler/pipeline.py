@@ -5,6 +5,7 @@ Choices are made here, when the list is built, not inside the runner.
 
 from __future__ import annotations
 
+from llmc.compiler.pass_choice import parse_choice
 from llmc.errors import ConfigError
 from llmc.passes.base import Pass
 from llmc.passes.common_subexpressions import CommonSubexpressions
@@ -29,18 +30,23 @@ KINDS = ("cpu", "cuda")
 QUANTIZATIONS = {"int8": QuantizeLinear(bits=8), "int4": QuantizeLinear(bits=4)}
 
 
-def pipeline(level: int, quantization: str | None = None, *, kind: str = "cpu") -> list[Pass]:
+def pipeline(level: int, quantization: str | None = None, *, kind: str = "cpu", passes: str = "") -> list[Pass]:
     """The passes of an optimisation level, in order.
 
     Args:
         level: 0 gives no pass at all: the captured graph is the oracle the other levels are held to.
         quantization: a key of QUANTIZATIONS, or None.
         kind: of the target, one of KINDS.
+        passes: the value of --passes, "+name,-name".
 
     Raises:
-        ConfigError: a level that does not exist, or quantised weights without passes or kernels.
+        ConfigError: a level that does not exist, quantised weights without passes or kernels, or a pass that is none of the target's.
     """
     assert kind in KINDS
+    if passes:
+        if level == 0:
+            raise ConfigError(f"--passes {passes}: -O0 runs none, it is the oracle; use -O1 or -O2")
+        return parse_choice(passes).apply(pipeline(level, quantization, kind=kind), pipeline(LEVELS[-1], quantization, kind=kind))
     if level not in LEVELS:
         raise ConfigError(f"optimisation level {level}: expected one of {', '.join(map(str, LEVELS))}; choose -O2 if in doubt")
     if level == 0:
@@ -51,8 +57,13 @@ def pipeline(level: int, quantization: str | None = None, *, kind: str = "cpu") 
         if quantization is not None:
             raise ConfigError(f"--quantization {quantization}: only CPU targets have kernels for quantised weights; leave it out")
         return _exact() + (_gpu_fusions() if level >= 2 else []) + _gpu_lowering()
-    # For a CPU, -O2 has no pass of its own yet. What it adds today is decided in lowering, not here.
-    return _exact() + _lowering() + ([QUANTIZATIONS[quantization]] if quantization is not None else [])
+    return _exact() + (_cpu_fusions() if level >= 2 else []) + _lowering() + _quantizing(quantization)
+
+
+def _quantizing(quantization: str | None) -> list[Pass]:
+    if quantization is None:
+        return []
+    return [QUANTIZATIONS[quantization]]
 
 
 def _exact() -> list[Pass]:
@@ -64,6 +75,16 @@ def _exact() -> list[Pass]:
         MergeQKV(),  # the merges need plain aten.linear, so they stand before lower-linear
         MergeGateUp(),
         ConstantFoldRope(),  # anywhere after no-op-elimination; late, since its tables are the only bytes a pass holds
+    ]
+
+
+def _cpu_fusions() -> list[Pass]:
+    """What pays beside Inductor, which fuses pointwise loops itself: ops on whole rows, which it starts a parallel region each for."""
+    return [
+        FuseRmsNorm(even_rows=True),
+        FuseAddRmsNorm(),
+        FuseSiluMul(),
+        FuseGeluMul(),
     ]
 
 

@@ -43,7 +43,7 @@ def preview(config: CompileConfig) -> Preview:
     nodes = len(traced.graph.graph.nodes)
     weights = traced.weight_table()
     context = PassContext(weights=weights, max_positions=limits.max_model_len)
-    passes = pipeline(config.level, config.quantization, kind=find_target(config.target).kind)
+    passes = pipeline(config.level, config.quantization, kind=find_target(config.target).kind, passes=config.passes)
     reports = run_passes(traced.graph, passes, context, dump_dir=dump_directory())
     held = [weights[name] for name in order_of_use(traced.graph)]
     return Preview(

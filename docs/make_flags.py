@@ -25,6 +25,8 @@ comes from. Integers may be written `4096`, `4k` (4000), `4K` (4096) or `25.6k`.
 | `--chat-template` | the operator's, never a request's | a template is a program |
 | `--max-model-len`, `--max-num-seqs`, `--max-num-batched-tokens` | compile sets the most, serve may lower it | the program is fixed |
 | `--enable-prefix-caching`, `--enable-chunked-prefill` | on unless switched off | neither changes an answer here |
+| `--performance-mode` | chosen at compile time alone | it decides sizes, and they are compiled |
+| `-cc.mode` | a level, as `-O` | there is one compiler; its keys are llmc's flags |
 | flags that load Python code | refused | code does not enter a server at start |
 """
 

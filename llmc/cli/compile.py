@@ -18,11 +18,10 @@ from llmc.cli.options import SettingsCommand, resolved, with_settings
 from llmc.compiler.stages import Checked
 from llmc.config.compile import CompileConfig, compile_config
 from llmc.config.human import human_bytes
+from llmc.config.resolve import Resolved
 from llmc.errors import ArtifactError, ConfigError, InternalError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from llmc.artifacts.store import Store
     from llmc.compiler.cached import CompileResult
 
@@ -37,7 +36,19 @@ class CompileCommand(SettingsCommand):
 
             show_targets()
             ctx.exit()
+        if (explained := _explained(args)) is not None:
+            from llmc.cli.explain import show_explanation
+
+            show_explanation(explained)
+            ctx.exit()
         return super().parse_args(ctx, args)
+
+
+def _explained(args: list[str]) -> str | None:
+    """PASS of `--explain PASS`, which needs neither MODEL nor --out."""
+    given = [arg.removeprefix("--explain=") for arg in args if arg.startswith("--explain=")]
+    given += [after for before, after in pairwise(args) if before == "--explain"]
+    return given[0] if given else None
 
 
 @click.command("compile", cls=CompileCommand)
@@ -48,6 +59,9 @@ class CompileCommand(SettingsCommand):
 @click.option("--no-check", is_flag=True, help="Do not run the artifact on its canary prompts before it is published.")
 @click.option("--dry-run", is_flag=True, help="Capture and run the passes, show what they do, write nothing.")
 @click.option("--estimate", is_flag=True, help="Show what the artifact will need, write nothing.")
+@click.option(
+    "--explain", metavar="PASS", default=None, expose_value=False, help="Say what a pass does, and where; `all` lists every pass."
+)
 @click.option("--explain-cache", is_flag=True, help="Say why the cache hits or misses, write nothing.")
 @with_settings("compile")
 def compile_command(
@@ -161,8 +175,6 @@ def _show(result: CompileResult, config: CompileConfig) -> None:
     sizes = f"weights {human_bytes(result.weights_bytes)}, code {human_bytes(result.code_bytes)}"
     table.add_row("[bold]all[/]", f"[bold]{total:.2f}[/]", f"{human_bytes(result.size_bytes)}: {sizes}")
     console.print(table)
-    if result.report.get("gpu"):
-        console.print(_gpu_kernels(result.report["gpu"]))
     report = config.report or config.out.with_name(config.out.name + ".report")
     source = "from the compile cache" if result.hit else f"report with times: {report / 'report.html'}"
     console.print(f"artifact  [bold]{result.out}[/] ({source})", soft_wrap=True)
@@ -171,21 +183,6 @@ def _show(result: CompileResult, config: CompileConfig) -> None:
     else:
         advice = "the model folder has no tokenizer.json: use llmc.LLM with token ids, or compile with --tokenizer DIR to serve text"
         console.print(f"next      {advice}", soft_wrap=True)
-
-
-def _gpu_kernels(facts: Mapping[str, Any]) -> Table:
-    """The kernel table of an artifact for a GPU."""
-    from rich.table import Table
-
-    from llmc.compiler.cuda.report import COLUMNS, table_rows
-
-    title = f"{len(facts['plans'])} plans, {facts['layers']} layers, {facts['distinct_layers']} of them distinct"
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if number in (0, len(COLUMNS) - 1) else "right", overflow="fold")
-    for row in table_rows(facts):
-        table.add_row(*row)
-    return table
 
 
 def _explain(config: CompileConfig) -> None:

@@ -13,10 +13,13 @@ from typing import Any
 import rich_click as click
 
 from llmc.cli.help import asked_for, panels, show
+from llmc.config.compilation_config import arguments
 from llmc.config.environment import unknown_variables
 from llmc.config.resolve import Resolved, resolve
-from llmc.config.settings import BY_NAME, Setting, for_command
+from llmc.config.settings import BY_NAME, COMPILE, Setting, for_command
 from llmc.errors import ConfigError
+
+_COMPILATION_CONFIG = ("--compilation-config", "-cc")
 
 
 @cache
@@ -60,6 +63,14 @@ def rewrite(command: str, args: list[str]) -> list[str]:
         if arg == "--":
             return [*out, arg, *args[index:]]
         name = _flag_name(arg)
+        if command == COMPILE and name in _COMPILATION_CONFIG:
+            spelling, given, value = arg.partition("=")
+            if not given:
+                if index >= len(args):
+                    raise ConfigError(f"{arg}: its value is missing")
+                value, index = args[index], index + 1
+            out += arguments(spelling, value)
+            continue
         setting = mine.get(name)
         if setting is None and name in elsewhere:
             where = " and ".join(f"`llmc {c}`" for c in sorted(elsewhere[name].commands))

@@ -63,7 +63,7 @@ class CompileConfig:
             )
         if self.quantized_kv is not None and not self.target.startswith("cpu"):
             raise ConfigError(
-                f"--kv-cache-dtype {self.kv_cache_dtype}: only CPU targets have attention over caches of 8 bits, not {self.target}; use auto"
+                f"--kv-cache-dtype {self.kv_cache_dtype}: only CPUs have attention over caches of 8 bits, not {self.target}; use auto"
             )
         if self.quantized_kv is not None and self.embed:
             raise ConfigError(
@@ -115,6 +115,11 @@ def compile_config(
     elif settings["quantization"] is not None:
         raise ConfigError(f"--quantization {settings['quantization']}: only CPU targets have kernels for quantised weights; leave it out")
     max_model_len, mode = settings["max_model_len"], MODES[settings["performance_mode"]]
+    captured, largest = _sizes(settings["cudagraph_capture_sizes"]), settings["max_cudagraph_capture_size"]
+    if captured is None and largest is None and str(settings["target"]).startswith("cuda"):
+        max_num_seqs = settings["max_num_seqs"] or mode.max_num_seqs
+        captured = tuple(s for s in mode.capture_sizes if s <= max_num_seqs) if mode.capture_sizes else None
+        largest = mode.max_capture_size
     return CompileConfig(
         model=model,
         level=settings["optimization_level"],
@@ -130,8 +135,8 @@ def compile_config(
         quantization=settings["quantization"],
         passes=settings["passes"],
         max_kl=settings["max_kl"],
-        cudagraph_capture_sizes=_sizes(settings["cudagraph_capture_sizes"]),
-        max_cudagraph_capture_size=settings["max_cudagraph_capture_size"],
+        cudagraph_capture_sizes=captured,
+        max_cudagraph_capture_size=largest,
         compile_sizes=_sizes(settings["compile_sizes"]),
         seed=settings["seed"],
         pooling=pooling[0] if pooling is not None else None,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmc.config.human import human_int, human_int_or_auto
+from llmc.config.performance import MODES
 from llmc.errors import ConfigError
 
 COMPILE, SERVE, RUN = "compile", "serve", "run"
@@ -150,9 +151,9 @@ def word_list(value: str) -> list[str]:
     try:
         words = json.loads(value) if value.lstrip().startswith("[") else [word.strip() for word in value.split(",")]
     except ValueError:
-        raise ConfigError(f"{value!r} is no JSON list; write for example [\"https://page.example\"]") from None
+        raise ConfigError(f'{value!r} is no JSON list; write for example ["https://page.example"]') from None
     if not words or not all(isinstance(word, str) and word for word in words):
-        raise ConfigError(f"{value!r} names nothing; write for example [\"https://page.example\"]")
+        raise ConfigError(f'{value!r} names nothing; write for example ["https://page.example"]')
     return list(words)
 
 
@@ -162,7 +163,7 @@ def json_object(value: str) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"{value!r} is no JSON: {error}") from None
     if not isinstance(found, dict):
-        raise ConfigError(f"{value!r} is no JSON object; write for example {{\"temperature\": 0.5}}")
+        raise ConfigError(f'{value!r} is no JSON object; write for example {{"temperature": 0.5}}')
     return found
 
 
@@ -193,6 +194,20 @@ _QUANTISED_KV = dict.fromkeys(
     "the quantised KV caches are int8, with a scale per token and head, and fp8, which is e4m3 with scale 1",
 )
 
+
+def pass_choice(value: str) -> str:
+    """The value of --passes, its form checked; names are known when the pipeline is built."""
+    for entry in value.split(",") if value else ():
+        if entry.strip()[:1] not in ("+", "-") or not entry.strip()[1:]:
+            raise ConfigError(f"{entry!r} is neither +name nor -name; for example -fuse-silu-mul,+merge-qkv")
+    return value
+
+
+def on_command_line_only(value: str) -> str:
+    """For a flag that the command line spreads into others before anything is parsed."""
+    raise ConfigError("it is read on the command line alone; give the keys' own settings here: optimization_level, compile_sizes, ...")
+
+
 _CALIBRATED = dict.fromkeys(
     ("awq", "gptq", "gptq_marlin", "gptq_marlin_24", "awq_marlin", "compressed-tensors", "quark", "auto_round", "hqq", "aqlm", "qqq"),
     "checkpoints that are quantised already are not read yet",
@@ -218,7 +233,13 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(name="optimization_level", aliases=("-O",), parse=integer(0, 3), default=2, commands=_COMPILE, group="Compilation",
             metavar="0..3",
             help="0: the captured graph, the oracle. 1: exact passes, packed weights, compiled. "
-                 "2: also inexact fusions; there are none yet. 3: refused."),
+                 "2: also inexact fusions: norms with their sums, gated activations. 3: refused."),
+    Setting(name="passes", parse=pass_choice, default="", commands=_COMPILE, group="Compilation", metavar="+NAME,-NAME",
+            help="Passes to add to the level's list or to leave out; `--explain all` lists them, `--dry-run` shows what they match."),
+    Setting(name="compilation_config", aliases=("-cc",), parse=on_command_line_only, default=None, commands=_COMPILE, group="Compilation",
+            metavar="JSON",
+            help="vLLM's spelling: mode, cudagraph_capture_sizes, max_cudagraph_capture_size and compile_sizes, as JSON or -cc.key=value, "
+                 "stand for the flags of that name; every other key is refused by name."),
     Setting(name="target", parse=text, default="cpu", commands=_COMPILE, group="Compilation", metavar="NAME",
             help="cpu (this machine), cpu:x86-64-v3, cpu:x86-64-v4 or cpu:native; `list` shows all targets."),
     Setting(name="dtype", parse=choice("auto", "bfloat16", "float16", "float32", synonyms={"half": "float16", "float": "float32"}),
@@ -266,8 +287,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(name="compile_sizes", parse=int_list, default=None, commands=_COMPILE, group="Sizes", metavar="N,N,...", many=True,
             help="Prefill token buckets of a CUDA artifact; CUDA targets only."),
     Setting(name="performance_mode",
-            parse=choice("balanced", refused=_OTHER_MODES),
-            default="balanced", commands=_BOTH, group="Sizes", choices=("balanced",), help="Preset of sizes and kernels."),
+            parse=choice(*MODES), default="balanced", commands=_COMPILE, group="Sizes", choices=tuple(MODES),
+            help="Limits and sizes taken where none are given. balanced: 256 sequences, steps of 2048 tokens. interactivity: 32 and 512, "
+                 "on a GPU a plan for every batch. throughput: 512 and 8192."),
     # --- KV cache ---------------------------------------------------------------------------------------------------------
     Setting(name="block_size", parse=block_size, default=16, commands=_COMPILE, group="KV cache", metavar="N",
             help="Tokens per KV block: 8, 16, 32, 64 or 128."),
