@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +28,21 @@ from llmc.artifacts.filesystem import OS, FileSystem, explain_os_error, remove_t
 from llmc.artifacts.keys import Key, PartDifference, explain
 from llmc.artifacts.manifest import FileRecord
 from llmc.artifacts.manifest_json import decode_manifest
-from llmc.artifacts.relative_paths import MANIFEST_NAME, check_relative_path
+from llmc.artifacts.received import take_in
+from llmc.artifacts.relative_paths import MANIFEST_NAME
 from llmc.artifacts.stamps import StampFolder, cache_root, make_private_folder
-from llmc.artifacts.stored_files import Record, StoredFile, chunked_files, digest_of, files_below, stamp_text, total_bytes
+from llmc.artifacts.stored_files import (
+    MAX_RECORD_BYTES,
+    SHA256,
+    Record,
+    StoredFile,
+    chunked_files,
+    decode_record,
+    digest_of,
+    files_below,
+    stamp_text,
+    total_bytes,
+)
 from llmc.artifacts.weight_file import copy_into
 from llmc.artifacts.writer import ArtifactWriter, Published
 from llmc.errors import ArtifactError, InternalError
@@ -40,8 +51,6 @@ __all__ = ["Collected", "Listed", "Record", "Store"]
 
 DEFAULT_MAX_BYTES = 20 << 30
 _STAMPED_BYTES = 8 << 20  # smaller files are always hashed: code above all
-_MAX_RECORD_BYTES = 64 << 20
-_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _GRACE_NS = 3600 * 10**9  # an unfinished temporary file of a killed process is deleted after an hour
 
 
@@ -84,19 +93,13 @@ class Store:
 
     def find(self, key: Key | str) -> Record | None:
         """The entry of a key, or None. Looks at the record alone, changes nothing."""
-        if not _SHA256.fullmatch(str(key)):
+        if not SHA256.fullmatch(str(key)):
             return None
         try:
             with open(self._record_path(str(key)), "rb") as file:
-                record = msgspec.json.decode(file.read(_MAX_RECORD_BYTES), type=Record)
-            for stored in record.files:
-                if stored.path != MANIFEST_NAME:
-                    check_relative_path(stored.path, "cache")
-                if not _SHA256.fullmatch(stored.digest):
-                    return None
-        except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError, RecursionError, ArtifactError):
+                return decode_record(file.read(MAX_RECORD_BYTES), str(key))
+        except (FileNotFoundError, ArtifactError):
             return None
-        return record if record.key == str(key) else None
 
     def put(self, key: Key, folder: Path, description: Mapping[str, str | int | float | bool | None]) -> bool:
         """Keep a folder under a key: an artifact just published, or lowered code. Its files are linked in where possible.
@@ -220,6 +223,52 @@ class Store:
                     removed += 1
             return Collected(removed_entries=removed, freed_bytes=self._sweep(set(kept)), kept_bytes=sum(kept.values()))
 
+    def holds(self, stored: StoredFile, *, stamps: bool = True) -> bool:
+        """Whether a file is here and whole. A damaged one is deleted.
+
+        Args:
+            stamps: believe the stamp of a large file; False hashes every byte.
+        """
+        return self._is_whole(stored, stamps=stamps)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Nothing is collected inside the `with`."""
+        with self._locked(fcntl.LOCK_SH):
+            yield
+
+    def path_of(self, stored: StoredFile) -> Path:
+        """Where a file that `holds` lies; it may be collected unless `reading`."""
+        return self._blob(stored)
+
+    def receive(self, stored: StoredFile, pieces: Iterable[bytes]) -> None:
+        """Take in a file from elsewhere; it appears whole, or not at all.
+
+        Raises:
+            ArtifactError: it is longer or shorter than `stored` says, or hashes to something else, or the system could not write.
+        """
+        self._received(stored, pieces, keep=True)
+
+    def examine(self, stored: StoredFile, pieces: Iterable[bytes]) -> None:
+        """As `receive`, and forget it again."""
+        self._received(stored, pieces, keep=False)
+
+    def _received(self, stored: StoredFile, pieces: Iterable[bytes], *, keep: bool) -> None:
+        target = self._blob(stored)
+        make_private_folder(target.parent)
+        take_in(self._fs, stored, pieces, target, keep=keep)
+
+    def keep(self, record: Record) -> None:
+        """Enter a record all of whose files are here. An entry of this key is replaced.
+
+        Raises:
+            InternalError: a file is not here.
+        """
+        missing = [stored.path for stored in record.files if not self._is_whole(stored)]
+        if missing:
+            raise InternalError(f"cache entry {record.key} lacks {missing[0]}; please report this")
+        self._write(self._record_path(record.key), msgspec.json.encode(record, order="sorted"))
+
     def remove(self, key: Key | str) -> None:
         """Forget an entry; its files go with the next collection."""
         self._record_path(str(key)).unlink(missing_ok=True)
@@ -247,7 +296,7 @@ class Store:
         os.utime(self._record_path(str(key)))
         return record
 
-    def _is_whole(self, stored: StoredFile) -> bool:
+    def _is_whole(self, stored: StoredFile, *, stamps: bool = True) -> bool:
         path = self._blob(stored)
         try:
             with open(path, "rb", buffering=0) as file:
@@ -255,7 +304,7 @@ class Store:
                 if before.st_size != stored.size_bytes:
                     path.unlink(missing_ok=True)
                     return False
-                if stored.size_bytes >= _STAMPED_BYTES and self.stamps.find(before) == stamp_text(stored):
+                if stamps and stored.size_bytes >= _STAMPED_BYTES and self.stamps.find(before) == stamp_text(stored):
                     return True
                 found = digest_of(file.fileno(), stored.chunk_bytes)
                 if found != stored.digest:

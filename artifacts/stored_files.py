@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from llmc.artifacts.chunks import digest_of_chunks
 from llmc.artifacts.manifest import FileRecord
 from llmc.artifacts.manifest_json import decode_manifest
 from llmc.artifacts.relative_paths import MANIFEST_NAME, SIGNATURE_NAME, check_relative_path
+from llmc.errors import ArtifactError
+
+SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+MAX_RECORD_BYTES = 64 << 20
 
 
 class StoredFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -32,6 +37,28 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     parts: dict[str, str]
     description: dict[str, str | int | float | bool | None]
     files: list[StoredFile]
+
+
+def decode_record(data: bytes, key: str) -> Record:
+    """Read a record, believing nothing.
+
+    Raises:
+        ArtifactError: it is no record of `key`, or names a file outside its folder, or a digest that is none.
+    """
+    try:
+        record = msgspec.json.decode(data, type=Record)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ArtifactError(f"cache entry {key}: is no record of a cache: {error}") from error
+    if record.key != key:
+        raise ArtifactError(f"cache entry {key}: is the record of {record.key[:80]!r}")
+    for stored in record.files:
+        if stored.path != MANIFEST_NAME:
+            check_relative_path(stored.path, "cache")
+        if not SHA256.fullmatch(stored.digest) or stored.size_bytes < 0 or stored.chunk_bytes < 0:
+            raise ArtifactError(f"cache entry {key}: {stored.path!r} has no SHA-256 or no size")
+    if len({stored.path for stored in record.files}) != len(record.files):
+        raise ArtifactError(f"cache entry {key}: names a file twice")
+    return record
 
 
 def digest_of(fd: int, chunk_bytes: int) -> str:

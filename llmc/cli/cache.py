@@ -1,19 +1,23 @@
-"""`llmc cache` and `llmc why`: what the compile cache holds, and why it missed."""
+"""`llmc cache` and `llmc why`: what the compile cache holds, sharing it, and why it missed."""
 
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import rich_click as click
 
 from llmc.cli.differences import difference_lines
 from llmc.config.human import human_bytes, human_int
-from llmc.errors import ConfigError
+from llmc.errors import ArtifactError, ConfigError
+
+if TYPE_CHECKING:
+    from llmc.artifacts.store import Store
 
 
 @click.group()
 def cache_group() -> None:
-    """List or shrink the compile cache (LLMC_CACHE_DIR, or the user's cache folder)."""
+    """List, shrink, check and share the compile cache (LLMC_CACHE_DIR, or the user's cache folder)."""
 
 
 @cache_group.command("ls")
@@ -49,6 +53,88 @@ def collect(max_size: str) -> None:
     print(f"removed {done.removed_entries} entries, {human_bytes(done.freed_bytes)}; {human_bytes(done.kept_bytes)} are kept")
 
 
+REMOTE = click.option("--remote", required=True, metavar="URL", help="https://..., s3://..., file:///... (anything fsspec opens).")
+TIMEOUT = click.option("--timeout", type=click.FloatRange(min=0.1), default=30.0, show_default=True, help="Seconds without an answer.")
+
+
+@cache_group.command("push")
+@click.argument("key", required=False)
+@click.option("--all", "everything", is_flag=True, help="Every entry.")
+@REMOTE
+@TIMEOUT
+def push(key: str | None, everything: bool, remote: str, timeout: float) -> None:
+    """Send entry KEY (or its beginning) of the local cache to a remote one."""
+    from llmc.artifacts.remote import RemoteCache
+    from llmc.artifacts.store import Store
+
+    store, there = Store(), RemoteCache(remote, timeout_s=timeout)
+    for entry in _chosen(store, key, everything):
+        done = there.push(entry, store)
+        print(f"{entry}: {done.files} files, {human_bytes(done.bytes)} sent; {done.already_there} were there")
+
+
+@cache_group.command("pull")
+@click.argument("key")
+@REMOTE
+@TIMEOUT
+def pull(key: str, remote: str, timeout: float) -> int:
+    """Bring entry KEY from a remote cache, each file hashed before it is believed; status 1 if it is not there.
+
+    `llmc compile ... --explain-cache` shows the key of a compile; with the entry here, that compile is a copy.
+    """
+    from llmc.artifacts.remote import RemoteCache
+    from llmc.artifacts.store import Store
+    from llmc.artifacts.stored_files import SHA256
+
+    if not SHA256.fullmatch(key):
+        raise ConfigError(f"{key!r} is no key: expected 64 hexadecimal digits, since a remote cache cannot be searched")
+    done = RemoteCache(remote, timeout_s=timeout).pull(key, Store())
+    if done is None:
+        print(f"miss: {remote} has no entry {key}")
+        return 1
+    print(f"{key}: {done.files} files, {human_bytes(done.bytes)} received; {done.already_there} were here")
+    return 0
+
+
+@cache_group.command("verify")
+@click.argument("key", required=False)
+@click.option("--remote", default=None, metavar="URL", help="Of a remote cache: download KEY and hash it.")
+@TIMEOUT
+def verify(key: str | None, remote: str | None, timeout: float) -> None:
+    """Hash every byte of the local cache's entries, of one that begins with KEY, or of KEY in a remote cache. Keeps nothing damaged."""
+    from llmc.artifacts.remote import RemoteCache
+    from llmc.artifacts.store import Store
+
+    store = Store()
+    if remote is not None:
+        if key is None:
+            raise ConfigError("which entry? A remote cache cannot be searched: name KEY")
+        done = RemoteCache(remote, timeout_s=timeout).verify(key, store)
+        print(f"{key}: whole at {remote}; {done.files} files, {human_bytes(done.bytes)}")
+        return
+    damaged = []
+    keys = _chosen(store, key, key is None)
+    for entry in keys:
+        record = store.find(entry)
+        wrong = [stored.path for stored in record.files if not store.holds(stored, stamps=False)] if record is not None else ["its record"]
+        if wrong:
+            store.remove(entry)
+            damaged.append(f"{entry[:16]} ({', '.join(wrong[:3])})")
+    if damaged:
+        raise ArtifactError(f"{len(damaged)} of {len(keys)} entries were damaged and are removed, compile them again: {'; '.join(damaged)}")
+    print(f"{len(keys)} entries are whole")
+
+
+def _chosen(store: Store, prefix: str | None, everything: bool) -> list[str]:
+    """Keys of the entries that a command is about."""
+    if (prefix is None) != everything:
+        raise ConfigError("name one entry, or take --all; `llmc cache ls` lists them")
+    found = [listed.record.key for listed in store.entries() if prefix is None or listed.record.key.startswith(prefix)]
+    if prefix is not None and len(found) != 1:
+        raise ConfigError(f"{prefix}: {len(found)} entries of the cache begin so, expected one; `llmc cache ls` lists them")
+    return found
+
+
 @click.command("why")
 @click.argument("key")
 @click.argument("other", required=False)
@@ -60,10 +146,8 @@ def why_command(key: str, other: str | None) -> None:
     store = Store()
 
     def entry(prefix: str) -> Record:
-        found = [listed.record for listed in store.entries() if listed.record.key.startswith(prefix)]
-        if len(found) != 1:
-            raise ConfigError(f"{prefix}: {len(found)} entries of the cache begin so, expected one; `llmc cache ls` lists them")
-        return found[0]
+        (found,) = _chosen(store, prefix, False)
+        return next(listed.record for listed in store.entries() if listed.record.key == found)
 
     mine = entry(key)
     if other is not None:
