@@ -1,7 +1,9 @@
-"""The two checkpoints that figures are given for: random weights from a fixed seed, bf16, with a tokenizer that fills the vocabulary.
+"""The checkpoints that figures are given for: random weights from a fixed seed, bf16, with a tokenizer that fills the vocabulary.
 
-S   Qwen3 architecture, hidden 512, 8 layers, vocabulary 4096
-M   the shape of Qwen3-0.6B
+S     Qwen3 architecture, hidden 512, 8 layers, vocabulary 4096
+M     the shape of Qwen3-0.6B
+0.6B  the same for contexts up to 40960, 8B  the shape of Qwen3-8B: for GPUs; their weights repeat one block of random numbers
+T     hidden 64, 2 layers: for a GPU's stand-in
 
 python -m benchmarks.models S M --out DIR
 """
@@ -43,7 +45,14 @@ SHAPES = {
                num_key_value_heads=4, head_dim=64),
     "M": Shape(vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
                num_key_value_heads=8, head_dim=128),
+    "T": Shape(vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+               num_key_value_heads=2, head_dim=16),
+    "0.6B": Shape(vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+                  num_key_value_heads=8, head_dim=128, max_position_embeddings=40960),
+    "8B": Shape(vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+                num_key_value_heads=8, head_dim=128, max_position_embeddings=40960),
 }  # fmt: skip
+REPEATED = ("0.6B", "8B")  # 16 GB of distinct random numbers would take minutes, and no time depends on them
 
 
 def make_model(name: str, folder: Path, *, seed: int = 0) -> Path:
@@ -71,7 +80,7 @@ def make_model(name: str, folder: Path, *, seed: int = 0) -> Path:
     (out / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
     (out / "generation_config.json").write_text(json.dumps({"do_sample": False, "eos_token_id": 2, "pad_token_id": 0}) + "\n")
     _write_tokenizer(out, shape.vocab_size)
-    _write_weights(out / "model.safetensors", shape, seed)
+    _write_weights(out / "model.safetensors", shape, seed, repeated=name in REPEATED)
     (out / "complete").write_text("")
     return out
 
@@ -98,7 +107,7 @@ def _tensors(shape: Shape) -> list[tuple[str, tuple[int, ...]]]:
     return [*tensors, ("model.norm.weight", (hidden,))]
 
 
-def _write_weights(path: Path, shape: Shape, seed: int) -> None:
+def _write_weights(path: Path, shape: Shape, seed: int, *, repeated: bool = False) -> None:
     """Normal with deviation 0.02, norms one; streamed, so that a large model needs little memory."""
     tensors = _tensors(shape)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -110,14 +119,22 @@ def _write_weights(path: Path, shape: Shape, seed: int) -> None:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     random = np.random.Generator(np.random.Philox(seed))
+    block = _bf16(random.standard_normal(1 << 24, dtype=np.float32) * np.float32(0.02)) if repeated else None
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for _, dims in tensors:
             if len(dims) == 1:
-                values = np.ones(dims, dtype=np.float32)
+                file.write(_bf16(np.ones(dims, dtype=np.float32)).tobytes())
+            elif block is not None:
+                for start in range(0, int(np.prod(dims)), len(block)):
+                    file.write(block[: int(np.prod(dims)) - start].tobytes())
             else:
-                values = random.standard_normal(dims, dtype=np.float32) * np.float32(0.02)
-            file.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())  # truncated to bf16: random anyway
+                file.write(_bf16(random.standard_normal(dims, dtype=np.float32) * np.float32(0.02)).tobytes())
+
+
+def _bf16(values: np.ndarray) -> np.ndarray:
+    """fp32 truncated to bf16's bits: the numbers are random anyway."""
+    return (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
 def _write_tokenizer(out: Path, vocab_size: int) -> None:

@@ -147,12 +147,14 @@ def prefill_kernel(
         tl.store(out + place, y.to(out.dtype.element_ty), mask=has_N[:, None] & has_T[None, :])
 
 
-def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, launch: Launcher = run, device: Device = H200) -> Tensor:
-    """`plain_linear_reference` on a GPU."""
+def plain_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, launch: Launcher = run, device: Device = H200, tile: Tile | None = None
+) -> Tensor:
+    """`plain_linear_reference` on a GPU. tile: another than `tile_for`'s, of the same block_k, which with the parts decides the bits."""
     rows, (n, k) = as_rows(x), weight.shape
     num_tokens = rows.shape[0]
     out = x.new_empty((*x.shape[:-1], n))
-    tile = tile_for(num_tokens, x.dtype)
+    tile = tile or tile_for(num_tokens, x.dtype)
     length = split_length(n, k, tile.block_k, device)
     parts = cdiv(k, length)
     bias_or_any = weight if bias is None else bias

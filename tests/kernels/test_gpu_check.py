@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu_check import overlay
+from benchmarks import gpu_wheels
+from benchmarks.gpu_check import PARTS, UNTRIED, overlay
+from benchmarks.gpu_parts import PARTS as WORKERS
+from benchmarks.gpu_parts import step_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,6 +35,36 @@ def test_the_rooms_are_one_package_without_an_installation(tmp_path: Path) -> No
     assert found.stdout.strip() == str(tmp_path / "llmc" / "kernels" / "__init__.py")
 
 
+def test_llmc_has_a_version_without_an_installation(tmp_path: Path) -> None:
+    code = "from importlib.metadata import version; print(version('llmc'))"
+    command = [sys.executable, "-S", "-P", "-c", code]
+    found = subprocess.run(command, env={"PYTHONPATH": str(overlay(tmp_path))}, capture_output=True, text=True, check=True)
+    assert f'version = "{found.stdout.strip()}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_every_part_says_what_the_stand_in_leaves_untried() -> None:
+    assert set(UNTRIED) == set(PARTS) == {"tests", "parity", *WORKERS}
+
+
+def test_what_is_carried_is_light() -> None:
+    names = {line.split(">")[0].split("=")[0].split(";")[0].strip() for line in gpu_wheels.requirements()}
+    assert {"msgspec", "uvicorn", "pyzmq", "orjson", "minijinja", "llguidance", "rich-click", "pydantic", "pytest"} <= names
+    assert not names & (gpu_wheels.PRESENT | gpu_wheels.UNUSED)
+
+
+def test_wheels_are_asked_for_where_there_are_none(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"holds no wheels; make them with gpu_check.sh --pack"):
+        gpu_wheels.install(tmp_path, tmp_path / "site")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="holds other things than wheels"):
+        gpu_wheels.pack(tmp_path)
+
+
+def test_a_step_reads_every_weight_and_all_keys_and_values() -> None:
+    assert abs(step_bytes("0.6B", 1, 0) / 2 / 596_049_920 - 1) < 1e-3  # the model's parameters but for its norms
+    assert step_bytes("0.6B", 2, 100) - step_bytes("0.6B", 1, 100) == 100 * 2 * 28 * 8 * 128 * 2
+
+
 def test_says_that_a_gpu_is_missing() -> None:
     done = gpu_check("kernels")
     assert done.returncode == 1
@@ -39,7 +72,7 @@ def test_says_that_a_gpu_is_missing() -> None:
 
 
 def test_an_unknown_part_is_refused() -> None:
-    assert "no part is called everything; there are parity, kernels" in gpu_check("everything").stderr
+    assert "no part is called everything; there are tests, parity" in gpu_check("everything").stderr
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (pip install 'llmc[cuda]')")
@@ -49,4 +82,17 @@ def test_the_stand_in_compiles_what_would_be_measured(tmp_path: Path, only: str)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "kernels.json").read_text())
     assert report["failed"] == [] and len(report["results"]) >= 1
+    assert report["machine"]["device"] == "none: stand-in"
     assert all(case["launches"] for case in report["results"])
+    (ended,) = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert ended["ok"] and ended["ran"] == "partly" and "not run" in ended["why"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (pip install 'llmc[cuda]')")
+@pytest.mark.parametrize("part", ["startup", "decode", "throughput"])
+def test_a_model_goes_through_the_stand_in(tmp_path: Path, part: str) -> None:
+    done = gpu_check(part, "--stand-in", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (result,) = json.loads((tmp_path / f"{part}.json").read_text())["results"]
+    assert result["first_token_s"] if part == "startup" else result["tok_s" if part == "throughput" else "decode_tok_s"]
