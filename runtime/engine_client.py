@@ -33,8 +33,8 @@ from llmc.runtime.messages import (
     Shutdown,
     TokenEvent,
 )
+from llmc.runtime.request_stream import RequestStream
 
-_MAX_BUFFERED_EVENTS = 4096  # per client request; a reader this far behind is cut
 _RESTART_BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)  # then the server ends
 _STABLE_AFTER_S = 60.0  # an engine that lived this long starts the count of restarts anew
 _STOP_TIMEOUT_S = 5.0
@@ -45,52 +45,9 @@ class EngineState(Enum):
     LOADING = "loading"
     READY = "ready"
     RESTARTING = "restarting"
+    SLEEPING = "sleeping"  # by order: no engine, no memory, until it is woken
     DRAINING = "draining"
     FAILED = "failed"
-
-
-class RequestStream:
-    """Events of one client request, that is of all its sequences, in the order they happened."""
-
-    def __init__(self, request_ids: list[str], on_overflow: Callable[[RequestStream], None]) -> None:
-        self.request_ids = request_ids
-        self.on_cut: Callable[[], None] | None = None  # set by who writes to the client: close the connection at once
-        self._events: list[TokenEvent] = []
-        self._waiter: asyncio.Future[None] | None = None
-        self._on_overflow = on_overflow
-        self.closed = False
-
-    async def get(self) -> list[TokenEvent]:
-        """All events waiting, at least one; waits for it. An empty list: the stream was closed."""
-        if not self._events and not self.closed:
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        events, self._events = self._events, []
-        return events
-
-    def put(self, event: TokenEvent) -> None:
-        """Add an event. Called by the client alone; a stream nobody reads is cut, once."""
-        if self.closed:
-            return
-        if len(self._events) >= _MAX_BUFFERED_EVENTS:
-            self.close()
-            self._on_overflow(self)
-            return
-        self._events.append(event)
-        self._wake()
-
-    def close(self) -> None:
-        """Nobody wants the events any more: drop them and wake the reader."""
-        self.closed = True
-        self._events.clear()
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
 
 
 class EngineClient:
@@ -121,6 +78,9 @@ class EngineClient:
         self.stats: EngineStats | None = None
         self.num_restarts = 0
         self.failure: tuple[str, int] | None = None  # message and exit code, when the engine is given up
+        self._wake = asyncio.Event()
+        self._asleep = asyncio.Event()
+        self._waking: asyncio.Future[None] | None = None  # of who waits for the engine to come back
         self.first_ready = asyncio.Event()
         self.gave_up = asyncio.Event()
 
@@ -177,6 +137,48 @@ class EngineClient:
         if self.state is not EngineState.FAILED:
             self.state = EngineState.DRAINING
 
+    async def sleep(self, timeout_s: float) -> None:
+        """End the engine process, which frees its memory; running requests may finish within `timeout_s`, new ones are refused.
+
+        Raises:
+            RequestRejected: there is no engine to put to sleep now.
+        """
+        if self.state is EngineState.SLEEPING:
+            await self._asleep.wait()
+            return
+        if self.state is not EngineState.READY:
+            raise RequestRejected(f"the engine is {self.state.value} and cannot sleep now; try again later", status=503, code="not_ready")
+        self.state = EngineState.SLEEPING
+        self._asleep.clear()
+        deadline = time.monotonic() + timeout_s
+        while self._open and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        self.fail_open("the server was put to sleep before this request was finished; send it again later", 503)
+        if self._handle is not None and not self._send(Shutdown()):
+            self._handle.process.kill()
+        try:
+            await asyncio.wait_for(self._asleep.wait(), _STOP_TIMEOUT_S)
+        except TimeoutError:
+            if self._handle is not None:
+                self._handle.process.kill()
+            await self._asleep.wait()
+
+    async def wake_up(self) -> None:
+        """Start an engine again and wait until it is ready. An awake one stays as it is.
+
+        Raises:
+            RequestRejected: it did not start, and still sleeps; or it is on its way down or up already.
+        """
+        if self.state is EngineState.READY:
+            return
+        if self.state is not EngineState.SLEEPING or not self._asleep.is_set() or self._waking is not None:
+            raise RequestRejected(
+                f"the engine is {self.state.value} and cannot be woken now; try again later", status=503, code="not_asleep"
+            )
+        self._waking = asyncio.get_running_loop().create_future()
+        self._wake.set()
+        await asyncio.shield(self._waking)
+
     def fail_open(self, message: str, status: int) -> None:
         """End every open sequence with an error its client sees."""
         for request_id in list(self._open):
@@ -189,6 +191,7 @@ class EngineClient:
         self.drain()
         for request_id in list(self._open):
             self.abort(request_id)
+        self._wake.set()
         if self._supervisor is not None and not self._supervisor.done():
             handle = self._handle
             if handle is not None and (self.ready is None or not self._send(Shutdown())):
@@ -201,11 +204,21 @@ class EngineClient:
                 await self._supervisor
         self._context.destroy(linger=0)
 
-    def _check_admission(self, num_new: int) -> None:
+    def check_state(self) -> None:
+        """Refuse where no request could be worked on.
+
+        Raises:
+            RequestRejected: 503 with the reason.
+        """
+        if self.state is EngineState.SLEEPING:
+            raise RequestRejected("the server sleeps; POST /wake_up wakes it", status=503, code="sleeping")
         if self.state is EngineState.DRAINING:
             raise RequestRejected("the server is shutting down and takes no new requests", status=503, code="draining")
         if self.state is not EngineState.READY:
             raise RequestRejected("the model is being loaded; try again later", status=503, code="loading")
+
+    def _check_admission(self, num_new: int) -> None:
+        self.check_state()
         most = self._max_waiting + (self.ready.max_num_seqs if self.ready is not None else 0)
         if len(self._open) + num_new > most:
             raise RequestRejected(
@@ -236,6 +249,12 @@ class EngineClient:
             if self.state is EngineState.DRAINING:
                 self.fail_open(_DIED, 500)
                 return
+            if self.state is EngineState.SLEEPING or self._waking is not None:
+                woken = await self._sleep_until_woken(message)
+                if woken is None:
+                    return
+                handle, restarts = woken, 0
+                continue
             self._log("engine_ended", exit_code=code, message=message, open_requests=len(self._open))
             self.fail_open(_DIED, 500)
             if time.monotonic() - started_at > _STABLE_AFTER_S:
@@ -257,6 +276,37 @@ class EngineClient:
                 self.state, self.failure = EngineState.FAILED, (f"the engine process could not be started: {error.strerror}", 70)
                 self.gave_up.set()
                 return
+
+    async def _sleep_until_woken(self, message: str) -> EngineHandle | None:
+        """Wait for `wake_up` and start an engine; None: the server ends. `message`: why an engine that was being woken ended."""
+        self.fail_open(_DIED, 500)  # it ended before they had finished
+        while True:
+            self.ready = self.stats = None
+            if self.state is not EngineState.DRAINING:
+                self.state = EngineState.SLEEPING
+            if self._waking is not None:
+                self._woken(RequestRejected(f"the engine did not start: {message}", status=500, code="wake_failed"))
+            self._asleep.set()
+            await self._wake.wait()
+            self._wake.clear()
+            if self.state is EngineState.DRAINING:
+                return None
+            self._asleep.clear()
+            self.state = EngineState.LOADING
+            try:
+                return self._launch()
+            except OSError as error:
+                message = f"no process could be started ({error.strerror})"
+
+    def _woken(self, problem: RequestRejected | None) -> None:
+        """Tell who waits in `wake_up`."""
+        waking, self._waking = self._waking, None
+        if waking is None or waking.done():
+            return
+        if problem is None:
+            waking.set_result(None)
+        else:
+            waking.set_exception(problem)
 
     async def _run_one(self, handle: EngineHandle) -> tuple[str, int]:
         """Serve one engine process until it has ended. Returns its last words and exit code."""
@@ -322,6 +372,7 @@ class EngineClient:
         if self.state in (EngineState.LOADING, EngineState.RESTARTING):
             self.state = EngineState.READY
         self.first_ready.set()
+        self._woken(None)
 
 
 async def _exit_of(process: subprocess.Popen[bytes]) -> int:

@@ -41,6 +41,7 @@ class Front:
     def max_model_len(self) -> int:
         """Tokens of prompt and output together, known once the engine is ready."""
         if self.client.ready is None:
+            self.client.check_state()
             raise RequestRejected("the model is being loaded; try again later", status=503, code="loading")
         return self.client.ready.max_model_len
 

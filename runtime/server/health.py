@@ -13,12 +13,14 @@ from llmc.runtime.engine_client import EngineState
 from llmc.runtime.server.answers import json_answer
 from llmc.runtime.server.errors import error_response
 from llmc.runtime.server.front import Front
+from llmc.runtime.server.logs import log
 from llmc.runtime.server.routes import Router
 from llmc.runtime.server.version import VERSION
 
 _WHY_NOT = {
     EngineState.LOADING: "the model is being loaded",
     EngineState.RESTARTING: "the engine ended and is being restarted",
+    EngineState.SLEEPING: "the server sleeps; POST /wake_up wakes it",
     EngineState.DRAINING: "the server is shutting down",
     EngineState.FAILED: "the engine ended and could not be restarted",
     EngineState.READY: "the engine made no progress lately",
@@ -75,7 +77,31 @@ def operator_router(front: Front) -> Router:
             raise RequestRejected("the model does not exist here; GET /v1/models lists what does", status=404, code="model_not_found")
         return json_answer(_model_card(front, model))
 
+    if front.settings.enable_sleep_mode:
+        _add_sleep(router, front)
     return router
+
+
+def _add_sleep(router: Router, front: Front) -> None:
+    """Give the memory back for a while, as vLLM's sleep mode does. Sleeping ends the engine process; waking starts one."""
+
+    @router.post("/sleep")
+    async def sleep(_request: Request) -> Any:
+        """Let running requests finish, then free the engine's memory. Answers when that is done."""
+        await front.client.sleep(front.settings.shutdown_timeout_s)
+        log("asleep")
+        return json_answer({"is_sleeping": True})
+
+    @router.post("/wake_up")
+    async def wake_up(_request: Request) -> Any:
+        """Load the model again. Answers when the first request can be worked on."""
+        await front.client.wake_up()
+        log("awake")
+        return json_answer({"is_sleeping": False})
+
+    @router.get("/is_sleeping")
+    async def is_sleeping(_request: Request) -> Any:
+        return json_answer({"is_sleeping": front.client.state is EngineState.SLEEPING})
 
 
 def _model_card(front: Front, name: str) -> dict[str, Any]:

@@ -75,6 +75,7 @@ class ServerSettings:
     ssl_certfile: str | None = None  # given: HTTPS
     ssl_ca_certs: str | None = None
     ssl_cert_reqs: int = 0  # as in Python's ssl module: 0 none, 1 optional, 2 required
+    enable_sleep_mode: bool = False  # POST /sleep and /wake_up
     disable_log_stats: bool = False
     disable_access_log: bool = False
     disable_docs: bool = False  # no /openapi.json and /docs

@@ -20,7 +20,7 @@ from llmc.runtime.messages import EngineReady, EngineStats, GenerateRequest, Tok
 
 class FakeEngine:
     def __init__(self, options: dict[str, Any]) -> None:
-        if options.get("fail_start"):
+        if options.get("fail_start") or os.path.exists(options.get("fail_if", "")):
             raise ArtifactError("manifest.json: format_version 99 is newer than this runtime reads; upgrade llmc")
         time.sleep(options.get("start_s", 0.0))
         self._reply: list[int] = options["reply_ids"]
