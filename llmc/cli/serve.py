@@ -61,6 +61,7 @@ def serve_command(artifact: Path, config_file: Path | None, **options: Any) -> i
             ssl_cert_reqs=settings["ssl_cert_reqs"],
             otlp_traces_endpoint=settings["otlp_traces_endpoint"],
             trace_startup=settings["trace_startup"],
+            enable_sleep_mode=settings["enable_sleep_mode"],
             disable_docs=settings["disable_fastapi_docs"],
             disable_access_log=settings["disable_uvicorn_access_log"],
             shutdown_timeout_s=settings["shutdown_timeout"],

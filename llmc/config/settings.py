@@ -367,6 +367,8 @@ SETTINGS: tuple[Setting, ...] = (
           "Refuse to start when it is not known how the model writes tool calls; tools are taken whenever it is.", negatable=False),
     _flag("enable_tokenizer_info_endpoint", _SERVE, "Server", "GET /tokenizer_info: special tokens, added tokens and the chat template.",
           negatable=False),
+    _flag("enable_sleep_mode", _SERVE, "Server",
+          "POST /sleep ends the engine and frees its memory, POST /wake_up starts it again, GET /is_sleeping tells.", negatable=False),
     Setting(name="shutdown_timeout", parse=seconds, default=30.0, commands=_SERVE, group="Server", metavar="SECONDS",
             help="How long running requests may finish after SIGTERM."),
     Setting(name="renderer_num_workers", parse=integer(1, 64), default=2, commands=_SERVE, group="Server", metavar="N",
