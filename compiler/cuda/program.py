@@ -5,10 +5,11 @@ GraphModule with symbolic sizes, [PlanSize, ...]  ->  CudaProgram
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
+from torch._ops import OpOverload
 from torch.fx import GraphModule
 
 from llmc.artifacts.manifest import TensorSpec
@@ -19,7 +20,7 @@ from llmc.compiler.cuda.planner import PlannedProgram, Stamp, stamp_plan
 from llmc.compiler.cuda.schedule import Schedule, check_calls, direct_schedule, schedule
 from llmc.compiler.cuda.sizes import PlanSize
 from llmc.compiler.cuda.specialise import specialise
-from llmc.errors import InternalError
+from llmc.errors import InternalError, UnsupportedModel
 from llmc.kernels.cuda_targets import CudaTarget
 from llmc.kernels.ops import overload
 from llmc.kernels.registry import OPS
@@ -27,6 +28,12 @@ from llmc.passes import graph as G
 
 # What a call in a schedule may be: an op of ours that has kernels for a GPU. Everything else would be a library call.
 _CALLS = frozenset(f"llmc.{name}.default" for name in OPS)
+# Products that a pass should have taken: Inductor has kernels for them, but not such whose rows have the same bits at every size.
+_PRODUCTS = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in ("linear", "mm", "addmm", "bmm", "baddbmm", "matmul", "einsum", "dot", "mv", "_grouped_mm", "convolution",
+                 "scaled_dot_product_attention")
+)  # fmt: skip
 _EXAMPLE_BLOCKS = 64  # of a cache; plans leave it open, and nothing compiled depends on it
 LOGITS, NEXT_TOKENS = "logits", "next_tokens"
 
@@ -101,6 +108,7 @@ def compile_program(
         UnsupportedModel: an op would be a library call, or no kernel takes its arguments.
         InternalError: Inductor failed, a check of a schedule or plan failed, or a constant is missing in a plan.
     """
+    check_products(graph)
     wanted = set(G.read_constants(graph))
     layers, own = _Layers(target), KernelCache(target)
     plans: dict[PlanSize, PlannedProgram] = {}
@@ -136,6 +144,20 @@ def _plan(
     return stamp_plan(stamps, given, results, dims, own, decode=decode)
 
 
+def check_products(graph: GraphModule) -> None:
+    """Check that no matrix product or attention is left but ours.
+
+    Raises:
+        UnsupportedModel: names the op.
+    """
+    for node in graph.graph.nodes:
+        if isinstance(node.target, OpOverload) and node.target.overloadpacket in _PRODUCTS:
+            raise UnsupportedModel(
+                f"compiled for CUDA, the model would call {node.target} ({node.name}), for which llmc has no kernel in this place; "
+                "compile for a CPU with --target cpu"
+            )
+
+
 def check_weights(program: PlannedProgram, wanted: set[str], where: str) -> None:
     """Check that a plan reads every constant of the graph, and no other.
 
@@ -148,8 +170,3 @@ def check_weights(program: PlannedProgram, wanted: set[str], where: str) -> None
             f"the plan for {where} reads {len(held)} constants, the graph {len(wanted)} "
             f"(first difference: {sorted(held ^ wanted)[0]}); please report this"
         )
-
-
-def launches(program: CudaProgram) -> Counter[PlanSize]:
-    """Kernel launches of each plan."""
-    return Counter({size: len(made.plan.launches) for size, made in program.plans.items()})
