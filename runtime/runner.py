@@ -9,6 +9,7 @@ import numpy as np
 
 from llmc.errors import DeviceLost, InternalError
 from llmc.runtime.batch import BatchBuilder, BuiltBatch, LogitsRows
+from llmc.runtime.greedy import greedy_tokens
 from llmc.runtime.messages import TokenLogprobs
 from llmc.runtime.sampler import Sampler
 from llmc.runtime.step import Executor, SampledToken, ScheduledSequence, StepOutput, StepPlan
@@ -106,9 +107,13 @@ class ModelRunner:
         return accepted
 
     def _run(self, sequences: list[ScheduledSequence], failed: dict[str, SampledToken], built: BuiltBatch | None = None) -> list[_Result]:
-        """Run all at once; when that fails, each alone, so that only the one at fault ends. Writes errors to `failed`."""
+        """Run all at once; when that fails, each alone, so that only the one at fault ends. Writes errors to `failed`, and tokens that
+        are known without logits."""
         try:
             built = built if built is not None else self._builder.build(sequences)
+            if (tokens := greedy_tokens(self._executor, self._sampler, sequences, built)) is not None:
+                failed.update(tokens)
+                return []
             logits = self._executor.run(built.batch)
             return [(sequences, built.rows, logits)]
         except DeviceLost:

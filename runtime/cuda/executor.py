@@ -24,7 +24,7 @@ from llmc.runtime.executors.logits import LogitsBuffer
 from llmc.runtime.memory import round_up
 from llmc.runtime.step import DeviceBatch
 
-LOGITS = "logits"
+LOGITS, TOKENS = "logits", "next_tokens"
 
 
 @dataclass(slots=True)
@@ -36,6 +36,7 @@ class _Program:
     layout: InputLayout
     inputs: StagedInputs
     logits: PlanOutput
+    tokens: PlanOutput | None  # the argmax of each row, int64 [N]
     executable: int = 0
 
 
@@ -72,11 +73,13 @@ class PlanExecutor:
         self._staging = device.pinned(largest, what="the inputs of a step")
         arenas = [region.size_bytes or 0 for plan in plans for region in plan.regions if region.kind == "arena"]
         self._arena_address = device.allocate(max(arenas, default=0), what="the memory of a step")
-        self._result = device.pinned(max(nbytes_of(out.dtype, out.shape) for out in results), what="the logits of a step")
+        most = max(output.shape[0] for output in results)
+        self._result = device.pinned(max(8 * most, *(nbytes_of(out.dtype, out.shape) for out in results)), what="the logits of a step")
+        self._picked = device.pinned(4 * most, what="the logits of a step")
         self._wide = LogitsBuffer(entry.outputs[0].dtype)
         self._stream = device.stream()
         self._programs = [
-            _Program(record, plan, layout, layout.on(self._staging), output)
+            _Program(record, plan, layout, layout.on(self._staging), output, _tokens(plan, record.path))
             for record, (plan, layout), output in zip(entry.plans, checked, results, strict=True)
         ]
         for program in self._programs:
@@ -116,11 +119,7 @@ class PlanExecutor:
         Raises:
             DeviceLost: a kernel failed; this process cannot use the GPU any more.
         """
-        if not self._caches:
-            raise InternalError("a step ran before the KV cache was allocated; please report this")
-        if threading.get_ident() != self._thread:
-            self._device.enter()
-            self._thread = threading.get_ident()
+        self._prepare()
         program = self._choose(batch)
         rows, most = len(batch.logits_indices), program.record.num_logits
         if rows <= most:
@@ -128,6 +127,41 @@ class PlanExecutor:
         # Writing the same K and V again changes nothing, so a step is run as often as its rows ask for
         parts = [self._run_rows(program, batch, slice(first, min(first + most, rows))).copy() for first in range(0, rows, most)]
         return np.concatenate(parts)
+
+    def run_greedy(self, batch: DeviceBatch) -> np.ndarray | None:
+        """One step of which only each row's largest logit is wanted: the logits stay on the GPU.
+
+        Returns:
+            int64 [N], the lowest id of a row's largest logit, -1 where that is not finite; valid until the next call. A NaN counts as
+            minus infinity. None if the plans do not give tokens, or not for so many rows; then nothing has run.
+
+        Raises:
+            DeviceLost: a kernel failed; this process cannot use the GPU any more.
+        """
+        self._prepare()
+        program = self._choose(batch)
+        rows, spec = len(batch.logits_indices), program.tokens
+        if spec is None or rows > program.record.num_logits:
+            return None
+        self._start(program, batch, slice(0, rows))
+        tokens = self._result[: 8 * rows].view(np.int64)
+        self._device.copy_out(tokens.ctypes.data, self._arena_address + spec.offset, 8 * rows, self._stream)
+        self._device.synchronize(self._stream)
+        width = program.logits.shape[1]
+        if tokens.min() < 0 or tokens.max() >= width:
+            raise InternalError(f"the plan gave token {tokens.min()} or {tokens.max()} of a vocabulary of {width}; please report this")
+        return np.where(np.isfinite(self._logits_at(program, tokens)), tokens, -1)
+
+    def _logits_at(self, program: _Program, tokens: np.ndarray) -> np.ndarray:
+        """The logit of one token of each row, of the step that ran last."""
+        itemsize = NUMPY[program.logits.dtype].itemsize
+        start = self._arena_address + program.logits.offset
+        picked = self._picked[: itemsize * len(tokens)]
+        for row, token in enumerate(tokens.tolist()):
+            address = start + itemsize * (row * program.logits.shape[1] + token)
+            self._device.copy_out(picked.ctypes.data + itemsize * row, address, itemsize, self._stream)
+        self._device.synchronize(self._stream)
+        return self._wide.to_float32(picked.view(NUMPY[program.logits.dtype]))
 
     def close(self) -> None:
         """Free graphs, modules and all memory."""
@@ -139,12 +173,23 @@ class PlanExecutor:
         self._caches = {}
         self._device.close()
 
+    def _prepare(self) -> None:
+        if not self._caches:
+            raise InternalError("a step ran before the KV cache was allocated; please report this")
+        if threading.get_ident() != self._thread:
+            self._device.enter()
+            self._thread = threading.get_ident()
+
+    def _start(self, program: _Program, batch: DeviceBatch, rows: slice) -> None:
+        """Put a step into the stream."""
+        program.inputs.write(batch, rows)
+        self._device.copy_in(self._input_address, self._staging.ctypes.data, program.layout.nbytes, self._stream)
+        self._device.driver.call("cuGraphLaunch", program.executable, self._stream.handle)
+
     def _run_rows(self, program: _Program, batch: DeviceBatch, rows: slice) -> np.ndarray:
         """Logits of some of the rows a step asks for."""
-        driver, stream, output = self._device.driver, self._stream, program.logits
-        program.inputs.write(batch, rows)
-        self._device.copy_in(self._input_address, self._staging.ctypes.data, program.layout.nbytes, stream)
-        driver.call("cuGraphLaunch", program.executable, stream.handle)
+        stream, output = self._stream, program.logits
+        self._start(program, batch, rows)
         count = rows.stop - rows.start
         shape = [count, *output.shape[1:]]
         nbytes = nbytes_of(output.dtype, shape)
@@ -223,3 +268,17 @@ def _logits(plan: Plan, entry: Entry, where: str) -> PlanOutput:
                 )
             return output
     raise ArtifactError(f"{where}: has no output {LOGITS}; compile again")
+
+
+def _tokens(plan: Plan, where: str) -> PlanOutput | None:
+    """The plan's tokens, if it gives them.
+
+    Raises:
+        ArtifactError: they are not int64 [N].
+    """
+    for output in plan.outputs:
+        if output.name == TOKENS:
+            if output.dtype != "int64" or output.shape != [plan.sizes.get("N", 0)]:
+                raise ArtifactError(f"{where}: {TOKENS} are {output.dtype} {output.shape}, int64 [N] is expected; compile again")
+            return output
+    return None

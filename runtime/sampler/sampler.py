@@ -108,6 +108,14 @@ class Sampler:
             if state is not None and state.plain_greedy and good and sequence.sampling.structured_outputs is None
         }
 
+    def only_argmax(self, sequences: Sequence[ScheduledSequence], rows: Sequence[_Rows]) -> bool:
+        """Whether every sequence samples from the row of its place, has sampled before, and wants the argmax and nothing else."""
+        if any(place.sample != index or place.num_prompt for index, place in enumerate(rows)):
+            return False
+        found = [self._states.get(sequence.request_id) for sequence in sequences]
+        plain = all(state is not None and state.plain_greedy for state in found)
+        return plain and all(sequence.sampling.structured_outputs is None for sequence in sequences)
+
     def prompt_logprobs(self, rows: np.ndarray, next_token_ids: list[int], num_top: int) -> list[TokenLogprobs]:
         """Log-probabilities of the prompt tokens that follow each of `rows` (float32 [R, V], raw)."""
         return [token_logprobs(row, token, num_top) for row, token in zip(rows, next_token_ids, strict=True)]

@@ -29,7 +29,7 @@ static struct { const char* name; long value; } knobs[] = {
     {"misalign_at", 0},    // the n-th cuMemAlloc gives an address 16 bytes off
     {"illegal_at", 0},     // the n-th kernel accesses memory it must not
     {"order", 0},          // not 0: seed of a random order of a graph's nodes that its edges allow
-    {"launches", 0}, {"allocations", 0}, {"pinned_allocations", 0}, {"live", 0}, {"copies_in", 0}, {"graphs", 0}, {"modules", 0},  // counted
+    {"launches", 0}, {"allocations", 0}, {"pinned_allocations", 0}, {"live", 0}, {"bytes_out", 0}, {"graphs", 0}, {"modules", 0},  // counted
 };
 static long* knob(const char* name) {
     for (size_t i = 0; i < sizeof knobs / sizeof *knobs; i++)
@@ -258,7 +258,7 @@ int cuMemFreeHost(void* address) {
 }
 static int copy(int kind, uint64_t device, void* host, size_t size, Stream* stream) {  // only from and to pinned memory, as llmc promises
     if (extent(ranges, num_ranges, device) < size || extent(pinned, num_pinned, (uint64_t)host) < size) return INVALID_VALUE;
-    if (kind == COPY_IN) ++*knob("copies_in");
+    if (kind == COPY_OUT) *knob("bytes_out") += size;
     return put(stream, (Op){.kind = kind, .device = device, .host = host, .size = size});
 }
 int cuMemcpyHtoDAsync_v2(uint64_t device, void* host, size_t size, Stream* stream) { ENTER LEAVE(copy(COPY_IN, device, host, size, stream)); }

@@ -120,7 +120,7 @@ def test_a_step_that_wants_more_rows_than_its_plan_has_is_run_again(artifact: Pa
         query_start_loc=np.array([0, 40], dtype=np.int32),
     )
     found = engine._executor.run(batch)
-    assert driver.get("launches") == 3 * 3  # 40 rows by 16
+    assert driver.get("launches") == 3 * len(KERNELS)  # 40 rows by 16
     expected = np.stack([toy_logits(weights, tokens[: end + 1]) for end in range(40)])
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(InternalError, match="of 17 tokens in 17 sequences .* fits no plan"):
@@ -135,6 +135,37 @@ def test_a_step_that_wants_more_rows_than_its_plan_has_is_run_again(artifact: Pa
                 query_start_loc=np.arange(18, dtype=np.int32),
             )
         )
+    engine.close()
+
+
+def test_greedy_steps_leave_the_logits_on_the_gpu(artifact: Path, weights: Weights, use: MakeStandIn) -> None:
+    driver = use()
+    engine = Engine(config(artifact, canary=False))
+    prompts = prompts_of([5, 9])
+    assert generate(engine, prompts, 20) == [toy_greedy(weights, prompt, 20)[0] for prompt in prompts]
+    # one step reads the prompts and gives logits, 19 decode by a plan of 4 rows and give a token and a logit per sequence
+    assert driver.get("bytes_out") == 2 * VOCAB * 4 + 19 * 2 * (8 + 4)
+    engine.close()
+
+
+def test_a_row_without_a_finite_logit_is_an_error_of_its_sequence_alone(weights: Weights, use: MakeStandIn, tmp_path: Path) -> None:
+    use()
+    said = {tuple(prompt): toy_greedy(weights, prompt, 6)[0] for prompt in prompts_of([4] * 40)}
+    bad, poison = next((list(p), made[1]) for p, made in said.items() if made[1] not in (*p, made[0]))
+    good = next(list(p) for p, made in said.items() if poison not in (*p, *made))
+    broken = {**weights, "embed": weights["embed"].copy()}
+    broken["embed"][poison] = np.nan  # whoever reads this token has no logits; nobody else sees it
+    engine = Engine(config(write_toy_plans(tmp_path / "out", broken, canary=False)))
+    for name, prompt in (("good", good), ("bad", bad)):
+        params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+        engine.add(GenerateRequest(request_id=name, prompt_token_ids=prompt, sampling=params))
+    events: dict[str, list[TokenEvent]] = {"good": [], "bad": []}
+    while engine.has_work():
+        for event in engine.step():
+            events[event.request_id].append(event)
+    assert [token for event in events["good"] for token in event.token_ids] == toy_greedy(weights, good, 6)[0]
+    assert [token for event in events["bad"] for token in event.token_ids] == toy_greedy(weights, bad, 2)[0]
+    assert "no usable logits" in (events["bad"][-1].error or "")
     engine.close()
 
 

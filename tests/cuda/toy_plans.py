@@ -1,4 +1,4 @@
-"""The toy program (tests/runtime/toy_program.py) as plans of three kernels, and an artifact of them. Needs neither torch nor Triton."""
+"""The toy program (tests/runtime/toy_program.py) as plans of four kernels, and an artifact of them. Needs neither torch nor Triton."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.runtime.toy_program import BLOCK, DIM, INPUTS, VOCAB
 
 FLOAT = 4
 # Numbers come as the kernel's last parameters.
-KERNELS = {"remember": [8, 8, 8, 8, 4], "answer": [8] * 9 + [4] * 4, "head": [8, 8, 8, 4]}
+KERNELS = {"remember": [8, 8, 8, 8, 4], "answer": [8] * 9 + [4] * 4, "head": [8, 8, 8, 4], "best": [8, 8, 4]}
 IMAGE = toy_cubin(KERNELS)
 SHA256 = hashlib.sha256(IMAGE).hexdigest()
 SIZES = [(True, 1, 1, 1), (True, 4, 4, 4), (False, 8, 4, 2), (False, 64, 16, 16)]  # decode, T, B, N
@@ -75,11 +75,18 @@ def _head(launch: KernelLaunch) -> None:
     out.array("<f4", count.number * VOCAB).reshape(-1, VOCAB)[:] = rows @ head.array("<f4", VOCAB * DIM).reshape(VOCAB, DIM).T
 
 
-RUN = {"remember": _remember, "answer": _answer, "head": _head}
+def _best(launch: KernelLaunch) -> None:
+    """The first of each row's largest logits; a NaN counts as minus infinity."""
+    logits, out, count = launch.arguments
+    rows = logits.array("<f4", count.number * VOCAB).reshape(-1, VOCAB)
+    out.array("<i8", count.number)[:] = np.where(np.isnan(rows), -np.inf, rows).argmax(axis=1)
+
+
+RUN = {"remember": _remember, "answer": _answer, "head": _head, "best": _best}
 
 
 def toy_plan(decode: bool, tokens: int, sequences: int, rows: int, *, columns: int = 16) -> Plan:
-    """remember -> answer -> head at one size."""
+    """remember -> answer -> head -> best at one size."""
     sizes = {"T": tokens, "B": sequences, "N": rows, "M": columns, "NB": 64, "B1": sequences + 1}
     counts = {
         "input_ids": 8 * tokens, "positions": 8 * tokens, "logits_indices": 8 * rows, "slot_mapping": 8 * tokens,
@@ -89,7 +96,8 @@ def toy_plan(decode: bool, tokens: int, sequences: int, rows: int, *, columns: i
     regions = [Region(name=name, kind="input", size_bytes=size) for name, size in counts.items()]
     regions += [Region(name=name, kind="weight", size_bytes=FLOAT * VOCAB * DIM) for name in ("embed", "head")]
     regions += [Region(name=name, kind="cache", size_bytes=None) for name in ("k_cache.0", "v_cache.0")]
-    regions.append(Region(name="arena", kind="arena", size_bytes=x_bytes + logits_bytes))
+    end = -(-(x_bytes + logits_bytes) // 256) * 256
+    regions.append(Region(name="arena", kind="arena", size_bytes=end + 8 * rows))
     index = {region.name: number for number, region in enumerate(regions)}
 
     def launch(kernel: str, reads: Sequence[str | tuple[int, int]], writes: Sequence[str | tuple[int, int]], *numbers: int) -> Launch:
@@ -116,6 +124,7 @@ def toy_plan(decode: bool, tokens: int, sequences: int, rows: int, *, columns: i
         launch("remember", ["input_ids", "slot_mapping", "embed"], ["k_cache.0"], tokens),
         launch("answer", asked, [x], tokens, sequences, rows, columns),
         launch("head", [x, "head"], [logits], rows),
+        launch("best", [logits], [(end, end + 8 * rows)], rows),
     ]
     kernels = [
         PlanKernel(
@@ -137,7 +146,10 @@ def toy_plan(decode: bool, tokens: int, sequences: int, rows: int, *, columns: i
         kernels=kernels,
         launches=launches,
         edges=hazard_edges(launches),
-        outputs=[PlanOutput(name="logits", dtype="float32", shape=[rows, VOCAB], region=index["arena"], offset=x_bytes)],
+        outputs=[
+            PlanOutput(name="logits", dtype="float32", shape=[rows, VOCAB], region=index["arena"], offset=x_bytes),
+            PlanOutput(name="next_tokens", dtype="int64", shape=[rows], region=index["arena"], offset=end),
+        ],
     )
 
 
