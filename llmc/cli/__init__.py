@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "diff": ("llmc.cli.artifact", "diff_command", "Show how two artifacts differ."),
     "sign": ("llmc.cli.artifact", "sign_command", "Sign an artifact with a private key."),
     "bench": ("llmc.cli.bench", "bench_group", "Measure levels, artifacts, servers and kernels."),
+    "bisect": ("llmc.cli.bisect", "bisect_command", "Find the pass that changed an answer."),
     "why": ("llmc.cli.cache", "why_command", "Say which part of a cache key differs."),
     "cache": ("llmc.cli.cache", "cache_group", "List or shrink the compile cache."),
     "config": ("llmc.cli.config", "config_group", "Show settings and where each value comes from."),
