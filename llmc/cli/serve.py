@@ -62,6 +62,7 @@ def serve_command(artifact: Path, config_file: Path | None, **options: Any) -> i
             otlp_traces_endpoint=settings["otlp_traces_endpoint"],
             trace_startup=settings["trace_startup"],
             enable_sleep_mode=settings["enable_sleep_mode"],
+            allow_weights=tuple(settings["allow_weights"] or ()),
             disable_docs=settings["disable_fastapi_docs"],
             disable_access_log=settings["disable_uvicorn_access_log"],
             shutdown_timeout_s=settings["shutdown_timeout"],

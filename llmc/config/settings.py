@@ -369,6 +369,8 @@ SETTINGS: tuple[Setting, ...] = (
           negatable=False),
     _flag("enable_sleep_mode", _SERVE, "Server",
           "POST /sleep ends the engine and frees its memory, POST /wake_up starts it again, GET /is_sleeping tells.", negatable=False),
+    Setting(name="allow_weights", parse=text, default=None, commands=_SERVE, group="Server", metavar="DIR", many=True,
+            help="Folders from which POST /v1/weights may take another artifact of the same model; with --uds alone."),
     Setting(name="shutdown_timeout", parse=seconds, default=30.0, commands=_SERVE, group="Server", metavar="SECONDS",
             help="How long running requests may finish after SIGTERM."),
     Setting(name="renderer_num_workers", parse=integer(1, 64), default=2, commands=_SERVE, group="Server", metavar="N",

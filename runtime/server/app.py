@@ -29,6 +29,7 @@ from llmc.runtime.server.openai_chat import chat_router
 from llmc.runtime.server.openai_completions import completions_router
 from llmc.runtime.server.openai_responses import responses_router
 from llmc.runtime.server.playground_page import playground_router
+from llmc.runtime.server.reload import Reload, weights_router
 from llmc.runtime.server.routes import Router
 from llmc.runtime.server.tokenize import tokenize_router
 from llmc.runtime.server.tracing import Tracing
@@ -36,7 +37,7 @@ from llmc.runtime.server.tracing import Tracing
 _MESSAGES = {404: "there is nothing at this path; GET /v1/models lists what is served", 405: "this path does not take this method"}
 
 
-def build_app(front: Front, tracing: Tracing | None = None) -> Any:
+def build_app(front: Front, tracing: Tracing | None = None, reload: Reload | None = None) -> Any:
     """The whole ASGI application of a server."""
     settings = front.settings
     app = _Application(settings.root_path)
@@ -44,6 +45,8 @@ def build_app(front: Front, tracing: Tracing | None = None) -> Any:
     generating = (chat_router, completions_router, responses_router, messages_router)
     for make_router in (*generating, embeddings_router, tokenize_router, operator_router):
         app.router.routes += make_router(front).routes
+    if reload is not None:
+        app.router.routes += weights_router(reload).routes
     if not settings.disable_docs:
         app.router.routes += playground_router(front).routes + _description_router(app, settings.root_path).routes
     _add_error_answers(app)

@@ -20,9 +20,9 @@ T = TypeVar("T")
 _INLINE_SIZE = 16 * 1024  # characters or tokens; about 10 ms of encoding
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Front:
-    """The front process's parts."""
+    """The front process's parts. Only `model` ever changes, and only by reload.py, while no request runs."""
 
     settings: ServerSettings
     model: ServedModel

@@ -14,6 +14,7 @@ from llmc.runtime.server.schemas import ChatCompletionRequest, CompletionRequest
 from llmc.runtime.server.schemas_embeddings import EmbeddingsRequest, RerankRequest, ScoreRequest
 from llmc.runtime.server.schemas_messages import CountTokensRequest, MessagesRequest
 from llmc.runtime.server.schemas_responses import ResponsesRequest
+from llmc.runtime.server.schemas_weights import WeightsRequest
 from llmc.runtime.server.version import VERSION
 
 _BODIES = {
@@ -25,6 +26,7 @@ _BODIES = {
     "/v1/embeddings": EmbeddingsRequest,
     **dict.fromkeys(("/v1/score", "/score"), ScoreRequest),
     **dict.fromkeys(("/v1/rerank", "/v2/rerank", "/rerank"), RerankRequest),
+    "/v1/weights": WeightsRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }

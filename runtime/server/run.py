@@ -27,6 +27,7 @@ from llmc.runtime.server.app import build_app
 from llmc.runtime.server.front import Front
 from llmc.runtime.server.limits import limited_protocol
 from llmc.runtime.server.metrics import Metrics
+from llmc.runtime.server.reload import Reload
 from llmc.runtime.server.served_model import ServedModel, load_served_model
 from llmc.runtime.server.settings import ServerSettings
 from llmc.runtime.server.startup_trace import startup_events, write_trace
@@ -70,8 +71,9 @@ async def _run(
     stages: dict[str, float],
     entered_at: float,
 ) -> int:
+    engine = dict(settings.engine)
     client = EngineClient(
-        lambda: spawn_engine(settings.engine, command=settings.engine_command, stream_interval=settings.stream_interval),
+        lambda: spawn_engine(engine, command=settings.engine_command, stream_interval=settings.stream_interval),
         max_waiting=settings.max_queue,
         hang_s=settings.hang_timeout_s,
         log=logs.log,
@@ -79,7 +81,7 @@ async def _run(
     tracing = Tracing(settings.otlp_traces_endpoint, model.name) if settings.otlp_traces_endpoint is not None else None
     workers = asyncio.Semaphore(settings.renderer_num_workers)
     front = Front(settings=settings, model=model, client=client, metrics=Metrics(model.name, client), workers=workers)
-    server = _server(settings, front, tracing)
+    server = _server(settings, front, tracing, Reload(front, engine) if settings.allow_weights else None)
     client.start(handle)
     stopping = _stop_signals()
     serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -110,11 +112,11 @@ async def _run(
     return 0
 
 
-def _server(settings: ServerSettings, front: Front, tracing: Tracing | None) -> _Server:
+def _server(settings: ServerSettings, front: Front, tracing: Tracing | None, reload: Reload | None) -> _Server:
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     protocol = limited_protocol(header_timeout_s=settings.header_timeout_s, max_connections=settings.max_connections or max(16, limit // 4))
     config = uvicorn.Config(
-        build_app(front, tracing),
+        build_app(front, tracing, reload),
         http=protocol,
         loop="none",
         ws="none",

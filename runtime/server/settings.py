@@ -75,6 +75,7 @@ class ServerSettings:
     ssl_certfile: str | None = None  # given: HTTPS
     ssl_ca_certs: str | None = None
     ssl_cert_reqs: int = 0  # as in Python's ssl module: 0 none, 1 optional, 2 required
+    allow_weights: tuple[str, ...] = ()  # folders from which POST /v1/weights may take an artifact; needs uds
     enable_sleep_mode: bool = False  # POST /sleep and /wake_up
     disable_log_stats: bool = False
     disable_access_log: bool = False
@@ -99,6 +100,11 @@ class ServerSettings:
         for name in ("header_timeout_s", "body_timeout_s", "keep_alive_timeout_s", "stall_timeout_s", "hang_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be more than 0")
+        if self.allow_weights and self.uds is None:
+            raise ConfigError("allow_weights lets a client choose code to run; it needs uds, a Unix socket this user alone may use")
+        for folder in self.allow_weights:
+            if not os.path.isdir(folder):
+                raise ConfigError(f"allow_weights: {folder} is no folder")
         _check_sampling(self.override_generation_config)
         if any(not name.strip() for name in self.served_model_names):
             raise ConfigError("a served model name is empty; leave --served-model-name out to use the model's own")

@@ -36,7 +36,11 @@ def toy_tokenizer() -> bytes:
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory, toy_folder: Path, toy_weights: dict[str, np.ndarray]) -> Path:  # noqa: F811
-    out = tmp_path_factory.mktemp("served") / "toy"
+    return write_artifact(tmp_path_factory.mktemp("served") / "toy", toy_folder, toy_weights)
+
+
+def write_artifact(out: Path, toy_folder: Path, toy_weights: dict[str, np.ndarray], tokenizer: bytes | None = None) -> Path:  # noqa: F811
+    """An artifact of the toy program with these weights."""
     with ArtifactWriter(out) as writer:
         image = writer.add_image((toy_folder / "toy.so").read_bytes(), "model")
         tensors = [
@@ -44,7 +48,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory, toy_folder: Path, toy_wei
             for name, array in sorted(toy_weights.items())
         ]
         weight_file, records = writer.add_weights("weights/model.safetensors", tensors)
-        writer.add_file("tokenizer/tokenizer.json", toy_tokenizer())
+        writer.add_file("tokenizer/tokenizer.json", tokenizer or toy_tokenizer())
         writer.add_file("tokenizer/chat_template.jinja", b"{% for m in messages %}{{ m.content }} {% endfor %}")
         facts = TokenizerFacts(
             tokenizer_json="tokenizer/tokenizer.json",
