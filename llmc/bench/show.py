@@ -55,7 +55,8 @@ def _show_table(table: Table, console: Console) -> None:
 
     lines = [[head(column) for column in table.columns]]
     lines += [[cell_text(row.get(column.key), column) for column in table.columns] for row in table.rows]
-    if sum(max(map(len, column)) + 3 for column in zip(*lines, strict=True)) + 1 > console.width:
+    width = sum(max(map(len, column)) + 3 for column in zip(*lines, strict=True)) + 1
+    if width > console.width and len(table.rows) < len(table.columns):
         lines = [list(line) for line in zip(*lines, strict=True)]
     shown = RichTable(title=escape(table.title), title_justify="left")
     for number, title in enumerate(lines[0]):

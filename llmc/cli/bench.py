@@ -277,3 +277,81 @@ def bound(text: str) -> tuple[str, float]:
         return name, float(value)
     except ValueError:
         raise ConfigError(f"--goodput {text!r}: expected a name and milliseconds, such as ttft:200") from None
+
+
+@bench_group.command("kernels")
+@click.argument("artifact", type=_FOLDER)
+@click.option("--rows", default="1,8,512", show_default=True, help="Tokens of a step: up to 64 decoding sequences, more one prompt.")
+@click.option("--context", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of each decoding sequence.")
+@click.option("--seconds", type=click.FloatRange(min=0.01), default=1.0, show_default=True, help="Per kernel and number of rows.")
+@click.option(
+    "--megabytes", type=click.IntRange(min=1), default=256, show_default=True, help="Of distinct weights, more than the caches hold."
+)
+@click.option("--threads", type=click.IntRange(min=1), default=None, help="[default: all processors]")
+@outputs
+def kernels_command(
+    artifact: Path,
+    rows: str,
+    context: int,
+    seconds: float,
+    megabytes: int,
+    threads: int | None,
+    json_file: Path | None,
+    html_file: Path | None,
+) -> int:
+    """Time the CPU kernels of ARTIFACT on its own shapes, against what this machine can read and compute at most (roofline)."""
+    from llmc.bench.kernels import KernelsConfig, bench_kernels
+
+    config = KernelsConfig(
+        artifact=artifact,
+        rows=tuple(numbers("--rows", rows)),
+        context=context,
+        seconds=seconds,
+        megabytes=megabytes,
+        threads=processors(threads),
+    )
+    return finish(bench_kernels(config, say), json_file, html_file)
+
+
+@bench_group.command("sweep")
+@click.argument("model", type=_FOLDER)
+@click.option("--levels", default="2", show_default=True, help="Optimisation levels.")
+@click.option("--quantization", default="none", show_default=True, metavar="none,int8", help="Schemes; none: weights as they are.")
+@click.option("--batch", default="1,2,4,8", show_default=True, help="Sequences at once.")
+@click.option("--threads", default=None, help="Numbers of threads [default: all processors].")
+@click.option("--input-len", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--output-len", type=click.IntRange(min=3), default=64, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option("--warmup", type=click.IntRange(min=0), default=1, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@outputs
+def sweep_command(
+    model: Path,
+    levels: str,
+    quantization: str,
+    batch: str,
+    threads: str | None,
+    input_len: int,
+    output_len: int,
+    rounds: int,
+    warmup: int,
+    seed: int,
+    json_file: Path | None,
+    html_file: Path | None,
+) -> int:
+    """Measure every combination for the folder MODEL: what each sequence gets against what all get, and which no other beats (Pareto)."""
+    from llmc.bench.sweep import SweepConfig, bench_sweep
+
+    config = SweepConfig(
+        model=model,
+        levels=tuple(numbers("--levels", levels)),
+        quantizations=tuple(words(quantization)),
+        batches=tuple(numbers("--batch", batch)),
+        threads=tuple(numbers("--threads", threads)) if threads is not None else (processors(None),),
+        prompt_tokens=input_len,
+        new_tokens=output_len,
+        rounds=rounds,
+        warmup=warmup,
+        seed=seed,
+    )
+    return finish(bench_sweep(config, say), json_file, html_file)

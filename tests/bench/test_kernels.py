@@ -1,0 +1,99 @@
+"""Roofline arithmetic, the Pareto front, and the kernels of an artifact whose shapes are known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from llmc.bench.figure import figure
+from llmc.bench.kernels import KernelsConfig, against_limits
+from llmc.bench.show import html
+from llmc.bench.sweep import Measured, SweepConfig, pareto, summarised
+from llmc.cli import main
+from llmc.errors import ConfigError
+
+
+def row(name: str, rows: int, us: float, moved: int, flop: int, count: int = 1) -> dict[str, object]:
+    return {"name": name, "rows": rows, "us": us, "bytes": moved, "flop": flop, "count": count}
+
+
+def test_the_limit_is_the_slower_of_reading_and_computing() -> None:
+    found = against_limits(
+        {
+            "bandwidth_gb_s": 10.0,  # 10 kB a microsecond
+            "peak_gflop_s": 100.0,  # 100 000 flop a microsecond
+            "rows": [
+                row("reads", 1, 20.0, 100_000, 1000, count=3),  # ten microseconds at least
+                row("computes", 1, 40.0, 1000, 2_000_000),  # twenty
+                row("computes", 8, 80.0, 1000, 4_000_000),
+            ],
+        }
+    )["rows"]
+    assert [one["of_limit"] for one in found] == [0.5, 0.5, 0.5]
+    assert [one["share"] for one in found] == [0.6, 0.4, 1.0]  # of the kernels with as many rows, calls counted
+
+
+def test_the_front_holds_what_nothing_beats() -> None:
+    points = [(1.0, 5.0), (2.0, 4.0), (1.5, 3.0), (3.0, 4.0), (3.0, 1.0), (0.5, 5.0)]
+    assert pareto(points) == [0, 3]  # (2, 4) loses to (3, 4), (0.5, 5) to (1, 5)
+    assert pareto([(1.0, 1.0)]) == [0] and pareto([]) == []
+    for index, (x, y) in enumerate(points):
+        beaten = any((a >= x and b >= y) and (a, b) != (x, y) for a, b in points)
+        assert (index in pareto(points)) != beaten
+
+
+def test_a_sweep_is_a_table_and_a_plot(tmp_path: object) -> None:
+    found = [
+        Measured(name="batch 1", each=figure([100, 110]), together=figure([100, 110])),
+        Measured(name="batch 8", each=figure([50, 52]), together=figure([400, 410])),
+        Measured(name="batch 8, int4", each=figure([40, 42]), together=figure([300, 310])),
+    ]
+    result = summarised(SweepConfig(model="m", batches=(1, 8)), found)  # type: ignore[arg-type]
+    assert [row["front"] for row in result.tables[0].rows] == ["yes", "yes", ""]
+    assert [point.marked for point in result.charts[0].points] == [True, True, False]
+    assert list(result.charts[0].line) == [(51, 405), (105, 105)]
+    assert html(result).count("<circle") == 3
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: KernelsConfig(artifact="a", rows=()),  # type: ignore[arg-type]
+        lambda: KernelsConfig(artifact="a", rows=(0, 1)),  # type: ignore[arg-type]
+        lambda: SweepConfig(model="m", batches=()),  # type: ignore[arg-type]
+        lambda: SweepConfig(model="m", threads=(0,)),  # type: ignore[arg-type]
+    ],
+)
+def test_settings_that_make_no_run(make: object) -> None:
+    with pytest.raises(ConfigError):
+        make()  # type: ignore[operator]
+
+
+def test_commands_say_what_is_wrong(tmp_path: object, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "kernels", str(tmp_path)]) == 4
+    assert main(["bench", "sweep", str(tmp_path), "--batch", "x"]) == 2
+    assert "--batch 'x': expected integers" in capsys.readouterr().err
+
+
+def test_the_worker_times_the_shapes_of_a_report() -> None:
+    """Small shapes by the machine's own kernels: times are positive, and the bytes are those of the shapes."""
+    import torch
+
+    from llmc.artifacts.stamps import cache_root
+    from llmc.bench.kernel_worker import _case, time_attention, time_linear
+    from llmc.kernels.build import build_kernels
+    from llmc.kernels.isa import resolve_target
+    from llmc.kernels.native import NativeKernels
+
+    built = build_kernels(resolve_target("cpu").isa, cache_root() / "kernels", 2)
+    native, request = NativeKernels(built.kernels_so, 1), {"megabytes": 1, "seconds": 0.01, "threads": 1}
+    for op, dtype in (("linear", "bfloat16"), ("quantized_linear", "int8"), ("quantized_linear", "uint8")):
+        taken = time_linear(native, {"op": op, "dtype": dtype, "rows": 48, "columns": 64}, 3, torch.bfloat16, request)
+        assert math.isfinite(taken) and taken > 0
+    kernel = {"rows": 4, "columns": 32, "kv_bytes_per_token": 2 * 2 * 32 * 2}
+    decode, prefill = (_case(kernel, m, 40, 16, torch.bfloat16) for m in (2, 65))
+    assert (decode.batch, decode.queries, decode.context, decode.num_kv_heads) == (2, 1, 40, 2)
+    assert (prefill.batch, prefill.queries, prefill.context) == (1, 65, 65)
+    assert decode.kv_bytes == 2 * 40 * kernel["kv_bytes_per_token"]
+    assert time_attention(built.kernels_so, decode, request) > 0
