@@ -21,7 +21,7 @@ class LogitsRows:
 
     first: int
     num_prompt: int
-    sample: int | None  # row to sample from; None when the prompt goes on in a later step
+    sample: int | None  # row to sample from, then one row per guess; None when the prompt goes on in a later step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,7 +178,7 @@ class BatchBuilder:
             self._seq_lens[index] = sequence.end
             self._query_start_loc[index + 1] = row_end
             rows.append(self._ask_logits(sequence, row, num_logits))
-            num_logits += rows[-1].num_prompt + (rows[-1].sample is not None)
+            num_logits += rows[-1].num_prompt + (sequence.num_drafts + 1 if rows[-1].sample is not None else 0)
             row = row_end
         if num_logits == 0:
             self._logits_indices[0] = row - 1
@@ -219,5 +219,6 @@ class BatchBuilder:
             self._logits_indices[num_logits : num_logits + num_prompt] = np.arange(row, row + num_prompt)
         if not sequence.samples:
             return LogitsRows(first=num_logits, num_prompt=num_prompt, sample=None)
-        self._logits_indices[num_logits + num_prompt] = row + sequence.end - sequence.start - 1
+        first, row_end, count = num_logits + num_prompt, row + sequence.end - sequence.start, sequence.num_drafts + 1
+        self._logits_indices[first : first + count] = np.arange(row_end - count, row_end)
         return LogitsRows(first=num_logits, num_prompt=num_prompt, sample=num_logits + num_prompt)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from llmc.artifacts.kv_bytes import block_bytes
 from llmc.artifacts.manifest import Manifest
 from llmc.errors import ConfigError
 from llmc.runtime.kv import peak_blocks
 from llmc.runtime.scheduler import Policy, SchedulerConfig
+from llmc.runtime.scheduler.drafts import SpeculationConfig, speculation_config
 
 VerifyWeights = Literal["always", "once", "never"]
 
@@ -44,10 +45,19 @@ class EngineConfig:
     weights_mmap: bool = False
     checkpoint: str | None = None  # folder with the weights of an artifact that has none
     max_logprobs: int = 20  # -1: the whole vocabulary
+    speculative_config: dict[str, Any] | None = None  # as vLLM spells it; see scheduler/drafts.py
     seed: int | None = None  # base for requests without a seed; None: from the operating system
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes", "threads", "max_queue", "max_num_partial_prefills"):
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "kv_cache_memory_bytes",
+            "threads",
+            "max_queue",
+            "max_num_partial_prefills",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1")
@@ -98,7 +108,18 @@ def resolve(config: EngineConfig, manifest: Manifest, *, available_bytes: int) -
         reserve_blocks=min(8, num_blocks // 4),
         max_queue=config.max_queue,
         eos_token_ids=frozenset(manifest.tokenizer.eos_token_ids),
+        speculation=_speculation(config, manifest),
     )
+
+
+def _speculation(config: EngineConfig, manifest: Manifest) -> SpeculationConfig | None:
+    if config.speculative_config is None:
+        return None
+    if manifest.pooling is not None:
+        raise ConfigError("speculative_config guesses tokens, and this artifact was compiled for embeddings; leave it out")
+    if any(entry.executor == "plans" for entry in manifest.entries):
+        raise ConfigError("speculative_config: plans for a GPU have no step for several tokens of decoding sequences; leave it out")
+    return speculation_config(config.speculative_config)
 
 
 def _at_most(name: str, asked: int | None, compiled: int) -> int:

@@ -304,15 +304,19 @@ class _Sequence:
 
     def take(self, event: TokenEvent, engine: Engine) -> str:
         """Take in one event of this sequence; returns its new text. Ends the sequence in `engine` where a stop string is complete."""
-        self._token_ids += event.token_ids
-        self._logprobs += event.logprobs or []
         self.prompt_logprobs = event.prompt_logprobs if event.prompt_logprobs is not None else self.prompt_logprobs
         self.num_cached_tokens = max(self.num_cached_tokens, event.num_cached_tokens)
+        before = self._stream.num_tokens if self._stream is not None else 0
         piece = self._push(event)
         self._text.append(piece)
+        stopped = self._stream is not None and self._stream.matched_stop is not None
+        # Tokens behind a stop string, which speculative decoding may have given in the same step, are not part of the output.
+        used = self._stream.num_tokens - before if self._stream is not None and stopped else len(event.token_ids)
+        self._token_ids += event.token_ids[:used]
+        self._logprobs += (event.logprobs or [])[:used]
         if event.finish_reason is not None:
             self.finished, self.error, self._end = True, event.error, event
-        elif self._stream is not None and self._stream.matched_stop is not None:
+        elif stopped:
             self.finished = True
             engine.abort(self.request.request_id, "stop")
         return piece

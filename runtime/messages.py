@@ -138,6 +138,9 @@ class EngineStats(_Message, frozen=True):
     num_preemptions: int
     prompt_tokens: int
     generation_tokens: int
+    spec_num_drafts: int = 0  # steps of a sequence that had guesses, with speculative decoding
+    spec_draft_tokens: int = 0  # guesses computed
+    spec_accepted_tokens: int = 0  # of those, right ones
 
 
 EngineEvent = TokenEvent | EngineReady | EngineFailed | EngineStats

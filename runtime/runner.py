@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
 from llmc.errors import DeviceLost, InternalError
@@ -77,7 +78,9 @@ class ModelRunner:
                     row = self._finish(sequence, rows, logits, tokens, prompt_logprobs)
                     if row is None:
                         continue
-                    if sequence.sampling.structured_outputs is not None:
+                    if sequence.num_drafts:
+                        tokens[sequence.request_id] = self._verified(sequence, rows, logits)
+                    elif sequence.sampling.structured_outputs is not None:
                         masked.append((sequence, row))
                     else:
                         tokens[sequence.request_id] = self._sampler.sample(row, sequence)
@@ -127,6 +130,22 @@ class ModelRunner:
             # copied: an executor's logits are valid until its next run
             results += [(ones, rows, logits.copy()) for ones, rows, logits in self._run([sequence], failed)]
         return results
+
+    def _verified(self, sequence: ScheduledSequence, rows: LogitsRows, logits: np.ndarray) -> SampledToken:
+        """The sequence's next token, and as long as guesses are right the ones behind them, each chosen as in a step of its own."""
+        assert rows.sample is not None
+        num_known = len(sequence.token_ids) - sequence.num_drafts
+        chosen: list[SampledToken] = []
+        for index in range(sequence.num_drafts + 1):
+            length = num_known + index
+            so_far = msgspec.structs.replace(sequence, token_ids=sequence.token_ids[:length], end=length, num_drafts=0)
+            sampled = self._sampler.sample(logits[rows.sample + index], so_far)
+            if sampled.error is not None and chosen:
+                break  # the step after the good ones says it again
+            chosen.append(sampled)
+            if sampled.error is not None or index == sequence.num_drafts or sampled.token_id != sequence.token_ids[length]:
+                break
+        return msgspec.structs.replace(chosen[0], more=tuple(chosen[1:])) if len(chosen) > 1 else chosen[0]
 
     def _finish(
         self,

@@ -27,6 +27,7 @@ class ScheduledSequence(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     block_ids: tuple[list[int], ...]  # per KV group: physical block of each logical block; -1 where a window has moved on
     sampling: SamplingParams
     needs_prompt_logprobs: bool  # the rows [start, end) also give prompt log-probabilities
+    num_drafts: int = 0  # the last of `token_ids`, which is then a list of its own, are guesses: each is checked by what is sampled
 
     @property
     def samples(self) -> bool:
@@ -65,6 +66,7 @@ class SampledToken(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     token_id: int
     logprobs: TokenLogprobs | None = None
     embedding: bytes | None = None  # float32 [hidden], in place of a token: the sequence is done
+    more: tuple[SampledToken, ...] = ()  # those behind it, one for each guess that was right
     error: str | None = None
     error_status: int = 500  # 400 where the request itself left nothing to choose
 

@@ -25,6 +25,7 @@ _SAME_NAME = (
     "weights_mmap",
     "checkpoint",
     "max_logprobs",
+    "speculative_config",
     "kv_cache_memory_bytes",
 )
 

@@ -322,6 +322,8 @@ SETTINGS: tuple[Setting, ...] = (
             help="Seed of compile-time choices; requests without a seed draw their own."),
     Setting(name="threads", parse=integer(1, 1024), default=None, commands=ENGINE, group="Engine", metavar="N",
             help="Threads of a step; default: the processors this process may use."),
+    Setting(name="speculative_config", aliases=("-sc",), parse=json_object, default=None, commands=ENGINE, group="Engine", metavar="JSON",
+            help='Speculative decoding by prompt lookup: {"method": "ngram", "num_speculative_tokens": N}, also prompt_lookup_max, _min.'),
     Setting(name="max_logprobs", parse=integer(-1), default=20, commands=ENGINE, group="Engine", metavar="N",
             help="Most log-probabilities a request may ask for per token; -1: as many as the vocabulary has."),
     Setting(name="generation_config", parse=choice("auto", "vllm", "llmc"), default="auto", commands=ENGINE, group="Engine",

@@ -18,6 +18,9 @@ class Counters:
     num_preemptions: int = 0
     prompt_tokens: int = 0  # of requests that got their first token
     generation_tokens: int = 0
+    num_drafts: int = 0  # steps of a sequence that had guesses
+    draft_tokens: int = 0  # guesses computed
+    accepted_tokens: int = 0  # of those, right ones
 
     def as_stats(self, *, step: int, num_running: int, num_waiting: int, pool: BlockPool) -> EngineStats:
         """The totals and the present state as the message the engine sends."""
@@ -33,4 +36,7 @@ class Counters:
             num_preemptions=self.num_preemptions,
             prompt_tokens=self.prompt_tokens,
             generation_tokens=self.generation_tokens,
+            spec_num_drafts=self.num_drafts,
+            spec_draft_tokens=self.draft_tokens,
+            spec_accepted_tokens=self.accepted_tokens,
         )

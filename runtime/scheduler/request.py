@@ -8,7 +8,7 @@ from typing import Literal
 
 from llmc.errors import RequestRejected
 from llmc.runtime.kv import KVManager, SequenceBlocks
-from llmc.runtime.messages import GenerateRequest, SamplingParams, TokenLogprobs
+from llmc.runtime.messages import FinishReason, GenerateRequest, SamplingParams, TokenLogprobs
 from llmc.runtime.scheduler.config import SchedulerConfig
 from llmc.runtime.scheduler.policy import Rank, rank_of
 
@@ -37,6 +37,12 @@ class Sequence:
     prefilling: bool = True  # more than the newest token has no K and V yet
     num_computed: int = 0
     num_cached_tokens: int = -1  # found in the prefix cache at first admission; -1 before
+
+    def end_after(self, token: int) -> FinishReason | None:
+        """Why the sequence ends with `token`, its newest, if it does."""
+        if token in self.stop_token_ids and len(self.token_ids) >= self.earliest_stop:
+            return "stop"
+        return "length" if len(self.token_ids) >= self.max_length else None
 
     @property
     def num_prompt_rows(self) -> int:

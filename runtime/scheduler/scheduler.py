@@ -19,6 +19,7 @@ from llmc.runtime.kv import KVManager, PrefixHit, max_tokens_that_fit
 from llmc.runtime.messages import EngineStats, FinishReason, GenerateRequest, TokenEvent
 from llmc.runtime.scheduler.config import SchedulerConfig
 from llmc.runtime.scheduler.counters import Counters
+from llmc.runtime.scheduler.drafts import NgramDrafter
 from llmc.runtime.scheduler.invariants import check_sequences
 from llmc.runtime.scheduler.policy import insert_ranked, remove_ranked
 from llmc.runtime.scheduler.request import Sequence, make_sequence
@@ -63,6 +64,7 @@ class Scheduler:
         self._num_prefilling = 0  # of the running ones
         self._in_flight: tuple[StepPlan, list[Sequence]] | None = None
         self._step = 0
+        self._drafter = NgramDrafter(config.speculation) if config.speculation is not None else None
         self._clock = clock
         self._counters = Counters(last_progress=clock())
 
@@ -89,6 +91,8 @@ class Scheduler:
         """
         self._kv.check(sequence.blocks for sequence in self._sequences.values())
         check_sequences(self._sequences.values(), self._waiting, self._running, num_prefilling=self._num_prefilling)
+        if self._drafter is not None and not self._drafter.check(set(self._sequences)):
+            raise InternalError("scheduler: guesses are kept for a sequence that has ended")
 
     # Doing.
 
@@ -172,6 +176,8 @@ class Scheduler:
         # After a preemption nobody is admitted: the blocks just freed are needed by those who run.
         if self._waiting and self._counters.num_preemptions == preemptions_before:
             self._admit(sequences, scheduled, prefill_budget, num_partial)
+        if self._drafter is not None:
+            self._add_drafts(self._drafter, sequences, scheduled)
         plan = StepPlan(step=self._step, sequences=scheduled)
         self._in_flight = (plan, sequences)
         return plan
@@ -191,7 +197,7 @@ class Scheduler:
         for sequence, share in zip(sequences, plan.sequences, strict=True):
             if sequence.state != "running":
                 continue  # aborted while the step was in flight
-            token_ids, end = sequence.token_ids, share.end
+            token_ids, end = sequence.token_ids, share.end - share.num_drafts
             samples = end == len(token_ids)
             sampled = tokens.get(sequence.request_id)
             if sampled is None or sampled.error is not None or sequence.prompt_logprobs is not None:
@@ -208,6 +214,10 @@ class Scheduler:
                 continue
             if sampled.embedding is not None:
                 events.append(self._finish_pooled(sequence, sampled.embedding))
+                continue
+            if share.num_drafts:
+                events.append(self._verified_tokens(sequence, share, sampled))
+                num_generated += len(events[-1].token_ids)
                 continue
             token = sampled.token_id
             token_ids.append(token)
@@ -226,6 +236,29 @@ class Scheduler:
         return events
 
     # Parts of plan.
+
+    def _add_drafts(self, drafter: NgramDrafter, sequences: list[Sequence], scheduled: list[ScheduledSequence]) -> None:
+        """Let decoding sequences compute guesses too, with budget and blocks that nobody else wants in this step."""
+        kv = self._kv
+        budget = self.config.max_num_batched_tokens - sum(share.end - share.start for share in scheduled)
+        spare = -self.config.reserve_blocks - sum(kv.blocks_to_finish(s.blocks, len(s.token_ids)) for s in self._running if s.prefilling)
+        for index, (sequence, share) in enumerate(zip(sequences, scheduled, strict=True)):
+            # Rows of a grammar are masked by what stands before them, which only one token at a time can tell.
+            if sequence.prefilling or sequence.sampling.structured_outputs is not None:
+                continue
+            limit = min(budget, sequence.max_length - len(sequence.token_ids) - 1)  # one token comes out beside the guesses
+            if limit < 1:
+                continue
+            drafts = drafter.propose(sequence.request_id, sequence.token_ids, limit)
+            if share.end + len(drafts) > sequence.blocks.ready_tokens:
+                kv.return_passed(sequence.blocks, share.start)
+                if kv.blocks_to_extend(sequence.blocks, share.end + len(drafts)) <= kv.pool.num_available + spare:
+                    kv.extend(sequence.blocks, share.end + len(drafts))
+                else:
+                    drafts = drafts[: sequence.blocks.ready_tokens - share.end]
+            if drafts:
+                budget -= len(drafts)
+                scheduled[index] = _scheduled(sequence, share.start, share.end, drafts)
 
     def _chunk(self, remaining: int, budget: int, *, begun: bool) -> int:
         """How many of a prompt's `remaining` tokens may run now; 0: none."""
@@ -354,11 +387,7 @@ class Scheduler:
         if sequence.prefilling:
             sequence.prefilling = False
             self._num_prefilling -= 1
-        finish_reason: FinishReason | None = None
-        if token in sequence.stop_token_ids and length >= sequence.earliest_stop:
-            finish_reason = "stop"
-        elif length >= sequence.max_length:
-            finish_reason = "length"
+        finish_reason = sequence.end_after(token)
         if finish_reason is not None:
             self._remove(sequence)
         return TokenEvent(
@@ -369,6 +398,32 @@ class Scheduler:
             finish_reason=finish_reason,
             stop_token_id=token if finish_reason == "stop" else None,
             num_cached_tokens=num_cached_tokens,
+        )
+
+    def _verified_tokens(self, sequence: Sequence, share: ScheduledSequence, sampled: SampledToken) -> TokenEvent:
+        """The event of a step with guesses: as many tokens as steps of one token each would have given before an end."""
+        self._counters.num_drafts += 1
+        self._counters.draft_tokens += share.num_drafts
+        token_ids, given = sequence.token_ids, []
+        finish_reason: FinishReason | None = None
+        for one in (sampled, *sampled.more):
+            token_ids.append(one.token_id)
+            given.append(one)
+            finish_reason = sequence.end_after(one.token_id)
+            if finish_reason is not None:
+                break
+        self._counters.accepted_tokens += len(given) - 1
+        sequence.num_computed = len(token_ids) - 1  # guesses that were right are computed; the slots of the others are written again
+        if sequence.num_computed // self.config.block_size > sequence.blocks.num_published:
+            self._kv.publish(sequence.blocks, token_ids, sequence.num_computed)
+        if finish_reason is not None:
+            self._remove(sequence)
+        return TokenEvent(
+            request_id=sequence.request_id,
+            token_ids=[one.token_id for one in given],
+            logprobs=[one.logprobs for one in given if one.logprobs is not None] if sampled.logprobs is not None else None,
+            finish_reason=finish_reason,
+            stop_token_id=given[-1].token_id if finish_reason == "stop" else None,
         )
 
     def _finish_pooled(self, sequence: Sequence, embedding: bytes) -> TokenEvent:
@@ -390,16 +445,19 @@ class Scheduler:
         else:
             remove_ranked(self._waiting, sequence)
         sequence.state = "finished"
+        if self._drafter is not None:
+            self._drafter.forget(sequence.request_id)
         self._kv.free(sequence.blocks)
 
 
-def _scheduled(sequence: Sequence, start: int, end: int) -> ScheduledSequence:
+def _scheduled(sequence: Sequence, start: int, end: int, drafts: list[int] | None = None) -> ScheduledSequence:
     return ScheduledSequence(
         request_id=sequence.request_id,
-        token_ids=sequence.token_ids,
+        token_ids=sequence.token_ids if drafts is None else sequence.token_ids + drafts,
         num_prompt_tokens=sequence.num_prompt_tokens,
         start=start,
-        end=end,
+        end=end if drafts is None else end + len(drafts),
+        num_drafts=0 if drafts is None else len(drafts),
         block_ids=sequence.blocks.groups,
         sampling=sequence.sampling,
         needs_prompt_logprobs=sequence.prompt_logprobs is not None and start < sequence.num_prompt_tokens - 1,

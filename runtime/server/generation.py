@@ -198,7 +198,6 @@ class Generation:
         if event.finish_reason == "error":
             self._end(event.request_id, "error")
             raise RequestRejected(event.error or "the engine failed on this request", status=event.error_status, code="engine_error")
-        self._count(sequence, event)
         finish = event.finish_reason
         stop_reason: int | str | None = event.stop_token_id
         before = sequence.text.num_tokens
@@ -215,6 +214,7 @@ class Generation:
                 self._front.client.abort(event.request_id, "stop")
         else:
             event_ids = event.token_ids
+        self._count(sequence, event, len(event_ids))
         if finish is not None:
             self._end(event.request_id, finish)
         return Delta(
@@ -228,8 +228,8 @@ class Generation:
             embedding=event.embedding,
         )
 
-    def _count(self, sequence: _Sequence, event: TokenEvent) -> None:
-        num_new = len(event.token_ids)
+    def _count(self, sequence: _Sequence, event: TokenEvent, num_new: int) -> None:
+        """Count the event's tokens up to a stop string; speculative decoding may have given more."""
         if not num_new:
             return
         now, metrics = time.monotonic(), self._front.metrics

@@ -19,6 +19,9 @@ _ENGINE_COUNTERS = {
     "prefix_queries_tokens": ("llmc:prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
     "prefix_hits_tokens": ("llmc:prefix_cache_hits", "Prompt tokens found in the prefix cache."),
     "num_preemptions": ("llmc:num_preemptions", "Sequences whose blocks were taken and that were computed again."),
+    "spec_num_drafts": ("llmc:spec_decode_num_drafts", "Steps of a sequence that had guesses (speculative decoding)."),
+    "spec_draft_tokens": ("llmc:spec_decode_num_draft_tokens", "Guessed tokens that were computed."),
+    "spec_accepted_tokens": ("llmc:spec_decode_num_accepted_tokens", "Guessed tokens that were right."),
     "step": ("llmc:engine_steps", "Steps the engine made."),
 }
 

@@ -26,6 +26,7 @@ from llmc.artifacts.manifest import KVFacts, KVGroup
 from llmc.errors import LlmcError, RequestRejected
 from llmc.runtime.messages import GenerateRequest, SamplingParams, TokenEvent, TokenLogprobs
 from llmc.runtime.scheduler import Scheduler, SchedulerConfig
+from llmc.runtime.scheduler.drafts import NgramDrafter, SpeculationConfig
 from llmc.runtime.scheduler.policy import rank_of
 from llmc.runtime.step import SampledToken, ScheduledSequence, StepOutput, StepPlan
 
@@ -50,6 +51,7 @@ class Scenario:
     sampler_error_rate: float  # per sampled token
     step_failure_rate: float  # per step
     cache_reset_rate: float  # per step
+    knowing_drafter: bool  # guesses are mostly right, which those of prompt lookup are not where tokens are hashes
 
 
 @dataclass(kw_only=True)
@@ -80,6 +82,8 @@ class Totals:
     errors: int = 0
     rejections: int = 0
     largest_batch: int = 0
+    drafts: int = 0
+    accepted: int = 0
 
 
 def identity_chain(tokens: list[int], salt: str) -> list[int]:
@@ -143,9 +147,14 @@ class FakeRunner:
             client = clients[share.request_id]
             known = len(client.request.prompt_token_ids) + len(client.received)
             _require(client.ended is None, f"{share.request_id} has ended and runs again")
-            _require(len(share.token_ids) == known, f"{share.request_id} has {len(share.token_ids)} tokens instead of {known}")
+            _require(len(share.token_ids) == known + share.num_drafts, f"{share.request_id} has {len(share.token_ids)} tokens, not {known}")
+            self._totals.drafts += share.num_drafts
+            if share.num_drafts:
+                most = config.speculation.num_speculative_tokens if config.speculation is not None else 0
+                _require(share.num_drafts <= most and share.end == len(share.token_ids), f"{share.request_id}: {share.num_drafts} guesses")
+                known += share.num_drafts
             _require(0 <= share.start < share.end <= known, f"{share.request_id}: share [{share.start}, {share.end}) of {known} tokens")
-            limit = config.long_prefill_token_threshold
+            limit = config.long_prefill_token_threshold if not share.num_drafts else 0
             _require(not limit or share.end - share.start <= limit, f"{share.request_id}: {share.end - share.start} tokens in one step")
             if not config.enable_chunked_prefill and share.end < known:
                 _require(known > config.max_num_batched_tokens, f"{share.request_id} runs in chunks, which are off")
@@ -157,7 +166,7 @@ class FakeRunner:
         size = self._scenario.config.block_size
         written: set[int] = set()
         for share in plan.sequences:
-            identities = clients[share.request_id].identities
+            identities = self.identities(share, clients[share.request_id])
             for group, table in enumerate(share.block_ids):
                 _require(len(table) * size >= share.end, f"{share.request_id}: {len(table)} blocks for {share.end} tokens")
                 for position in range(share.start, share.end):
@@ -171,9 +180,18 @@ class FakeRunner:
                     else:
                         self._kv[group][block][offset] = identities[position]
 
+    @staticmethod
+    def identities(share: ScheduledSequence, client: Client) -> list[int]:
+        """What the slots of a share must hold: behind what is known, that of its guesses."""
+        known = len(share.token_ids) - share.num_drafts
+        chain = client.identities[:known]
+        for position in range(known, len(share.token_ids)):
+            chain.append(hash((chain[-1], position, share.token_ids[position])))
+        return chain
+
     def read(self, share: ScheduledSequence, client: Client) -> int:
         """Compare all slots that queries [start, end) attend to with the truth. Returns the content of the last one."""
-        size, identities, end = self._scenario.config.block_size, client.identities, share.end
+        size, identities, end = self._scenario.config.block_size, self.identities(share, client), share.end
         content = UNKNOWN
         for group, (window, table) in enumerate(zip(self._scenario.windows, share.block_ids, strict=True)):
             kv = self._kv[group]
@@ -207,9 +225,20 @@ class FakeRunner:
                 if self._rng.random() < 0.8:
                     tokens[share.request_id] = SampledToken(token_id=0, error="poisoned")
                 continue  # else forgotten: an error too, if a token was due
-            if share.samples:
+            if share.num_drafts:
+                tokens[share.request_id] = self.verified(share, clients[share.request_id])
+            elif share.samples:
                 tokens[share.request_id] = SampledToken(token_id=next_token(content, share.sampling.seed or 0))
         return StepOutput(step=plan.step, tokens=tokens, prompt_logprobs=prompt_logprobs)
+
+    def verified(self, share: ScheduledSequence, client: Client) -> SampledToken:
+        """The tokens behind the last known one and behind each guess that is right."""
+        known, seed, chain = len(share.token_ids) - share.num_drafts, share.sampling.seed or 0, self.identities(share, client)
+        chosen = [next_token(chain[known - 1], seed)]
+        while len(chosen) <= share.num_drafts and chosen[-1] == share.token_ids[known + len(chosen) - 1]:
+            chosen.append(next_token(chain[known + len(chosen) - 1], seed))
+        self._totals.accepted += len(chosen) - 1
+        return SampledToken(token_id=chosen[0], more=tuple(SampledToken(token_id=token) for token in chosen[1:]))
 
 
 def _logprobs_of(token: int) -> TokenLogprobs:
@@ -221,12 +250,32 @@ def _require(condition: bool, message: str) -> None:
         raise SimulationError(message)
 
 
+class KnowingDrafter(NgramDrafter):
+    """Guesses what each client must get, with errors now and then."""
+
+    def __init__(self, config: SpeculationConfig, episode: Episode) -> None:
+        super().__init__(config)
+        self._episode = episode
+
+    def propose(self, request_id: str, token_ids: list[int], limit: int) -> list[int]:
+        super().propose(request_id, token_ids, limit)
+        client, rng = self._episode.clients[request_id], self._episode.guesses
+        known = [*client.request.prompt_token_ids, *client.outputs][len(token_ids) :]
+        guesses = known + [rng.randrange(VOCABULARY) for _ in range(3)]
+        wrong = rng.random() < 0.5
+        return [
+            token if not wrong or rng.random() < 0.8 else rng.randrange(VOCABULARY)
+            for token in guesses[: rng.randint(0, min(limit, self.config.num_speculative_tokens))]
+        ]
+
+
 class Episode:
     """One configuration with its crowd, from empty to empty."""
 
     def __init__(self, seed: str, totals: Totals) -> None:
         self.rng = random.Random(seed)
-        self.scenario = draw_scenario(self.rng)
+        self.guesses = random.Random(f"{seed} guesses")  # of its own: without guesses, lives are the same as before there were any
+        self.scenario = draw_scenario(self.rng, self.guesses)
         self.totals = totals
         config = self.scenario.config
         groups = [KVGroup(layers=[index], window=window) for index, window in enumerate(self.scenario.windows)]
@@ -234,6 +283,8 @@ class Episode:
             block_size=config.block_size, dtype="float32", num_kv_heads=[1] * len(groups), head_dim=[8] * len(groups), groups=groups
         )
         self.scheduler = Scheduler(config, facts, clock=lambda: 0.0, secret=b"simulation")
+        if config.speculation is not None and self.scenario.knowing_drafter:
+            self.scheduler._drafter = KnowingDrafter(config.speculation, self)
         self.runner = FakeRunner(self.scenario, self.rng, totals)
         self.clients: dict[str, Client] = {}  # live ones
         self.num_arrived = 0
@@ -386,7 +437,7 @@ class Episode:
         )
 
 
-def draw_scenario(rng: random.Random) -> Scenario:
+def draw_scenario(rng: random.Random, guesses: random.Random) -> Scenario:
     """A configuration, mostly small enough that sequences fight for blocks."""
     block_size = rng.choice((1, 2, 3, 4, 4, 8))
     windows = rng.choice(((0,), (0,), (0,), (0, 5), (0, 1), (3,), (0, 4, 9), (2, 7)))
@@ -410,6 +461,7 @@ def draw_scenario(rng: random.Random) -> Scenario:
         reserve_blocks=rng.choice((0, 0, 1, min(3, num_blocks - 1))),
         max_queue=rng.choice((2, 8, 100)),
         eos_token_ids=frozenset({EOS}),
+        speculation=guesses.choice((None, None, SpeculationConfig(num_speculative_tokens=guesses.randint(1, 6), prompt_lookup_min=1))),
     )
     rough = rng.random() < 0.3
     return Scenario(
@@ -421,6 +473,7 @@ def draw_scenario(rng: random.Random) -> Scenario:
         sampler_error_rate=0.02 if rough else 0.0,
         step_failure_rate=0.01 if rough else 0.0,
         cache_reset_rate=0.01 if rough else 0.0,
+        knowing_drafter=guesses.random() < 0.7,
     )
 
 

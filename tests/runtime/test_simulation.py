@@ -8,7 +8,8 @@ import pytest
 
 from llmc.runtime.kv import BlockPool, KVManager, PrefixCache, prefix_cache
 from llmc.runtime.scheduler import Scheduler
-from tests.runtime.simulation import SimulationError, simulate
+from llmc.runtime.step import SampledToken
+from tests.runtime.simulation import FakeRunner, SimulationError, simulate
 
 STEPS_IN_SUITE = 100_000
 SEEDS = (1, 2, 3, 4)
@@ -23,6 +24,7 @@ def test_invariants_hold_over_random_lives(seed: int) -> None:
     assert totals.windows_moved > 1000
     assert min(totals.aborts, totals.errors, totals.rejections) > 100
     assert totals.largest_batch == 8
+    assert totals.drafts > 1000 and totals.drafts > totals.accepted > 500
 
 
 def test_same_seed_gives_the_same_life() -> None:
@@ -101,6 +103,27 @@ def _aborted_sequence_gets_its_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Scheduler, "_remove", stay_running)
 
 
+def _wrong_guesses_count_as_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    verified = Scheduler._verified_tokens
+
+    def all_computed(self: Scheduler, sequence: object, share: object, sampled: object) -> object:
+        event = verified(self, sequence, share, sampled)  # type: ignore[arg-type]
+        if len(event.token_ids) > 1:
+            sequence.token_ids.append(event.token_ids[-1])  # type: ignore[attr-defined]
+            sequence.num_computed += 1  # type: ignore[attr-defined]
+        return event
+
+    monkeypatch.setattr(Scheduler, "_verified_tokens", all_computed)
+
+
+def _guesses_are_taken_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def believed(self: FakeRunner, share: object, client: object) -> SampledToken:
+        guesses = share.token_ids[len(share.token_ids) - share.num_drafts :]  # type: ignore[attr-defined]
+        return SampledToken(token_id=guesses[0], more=tuple(SampledToken(token_id=token) for token in guesses[1:]))
+
+    monkeypatch.setattr(FakeRunner, "verified", believed)
+
+
 @pytest.mark.parametrize(
     "plant",
     [
@@ -114,6 +137,8 @@ def _aborted_sequence_gets_its_token(monkeypatch: pytest.MonkeyPatch) -> None:
         _evicted_block_keeps_its_key,
         _preempted_sequence_trusts_its_old_blocks,
         _aborted_sequence_gets_its_token,
+        _wrong_guesses_count_as_computed,
+        _guesses_are_taken_unseen,
     ],
 )
 def test_planted_fault_is_seen(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
