@@ -61,14 +61,14 @@ class Served:
         assert self.process.stdout is not None
         found = re.search(r"llmc ready at (\S+) ", self.process.stdout.readline())
         assert found is not None, self._log.read_text()
-        self.http = httpx.Client(base_url=found[1], timeout=120)
+        self.http = httpx.Client(base_url=found[1], timeout=300)
 
     @property
     def engine(self) -> int:
         (pid,) = children(self.process.pid)
         return pid
 
-    def complete(self, prompt: str, **fields: Any) -> httpx.Response:
+    def complete(self, prompt: str | list[int], **fields: Any) -> httpx.Response:
         return self.http.post("/v1/completions", json={"prompt": prompt, "temperature": 0, **fields})
 
     def mapped(self, pid: int) -> set[str]:

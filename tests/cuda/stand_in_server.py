@@ -165,6 +165,7 @@ def interpreted(sources: list[dict[str, Any]], folder: Path) -> Find:
 
     from tests.cuda.run_plan import DTYPES, load_kernel
 
+    one_at_a_time = threading.Lock()
     functions: dict[tuple[str, str], Kernel] = {}
     by_key = {(record["sha256"], record["entry"]): record["source"] for record in sources}
 
@@ -185,7 +186,8 @@ def interpreted(sources: list[dict[str, Any]], folder: Path) -> Find:
                     arguments[name] = struct.unpack({4: "<f", 8: "<d"}[len(given.data)], given.data)[0]
                 else:
                     arguments[name] = given.number
-            function[launch.grid](**arguments)
+            with one_at_a_time:  # the interpreter changes Triton's modules while it runs a kernel
+                function[launch.grid](**arguments)
 
         return run
 
@@ -206,7 +208,7 @@ def main(path: str, sources: Path) -> None:
     print("ready", flush=True)
     while True:
         connection, _ = listening.accept()
-        serve(connection, find)
+        threading.Thread(target=serve, args=(connection, find), daemon=True).start()
 
 
 if __name__ == "__main__":
