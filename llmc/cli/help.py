@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import rich_click as click
 
@@ -71,7 +72,7 @@ def show(settings: Iterable[Setting]) -> None:
         click.echo(f"      environment: {setting.env}")
 
 
-def panels(command: str) -> list[dict[str, object]]:
+def panels(command: str) -> list[Any]:
     """What rich-click needs to show the options of `command` in groups."""
     groups: dict[str, list[str]] = {}
     for setting in for_command(command):

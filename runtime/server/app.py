@@ -79,7 +79,8 @@ class _Application(Starlette):
 
 def _description_router(app: Starlette, root_path: str) -> Router:
     """GET /openapi.json, made when it is first asked for."""
-    router, made = Router(), []
+    router = Router()
+    made: list[dict[str, Any]] = []
 
     @router.get("/openapi.json")
     async def openapi(_request: Request) -> Response:

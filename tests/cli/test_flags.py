@@ -94,6 +94,41 @@ def test_tier_1_flags_take_a_value_from_each_place(name: str, tmp_path: Path) ->
     assert str(file) in by_file.origins[setting.name]
 
 
+TIER_2 = [name for name, flag in FLAGS.items() if flag["tier"] == 2 and setting_of(name) is not None]
+# Their values are structured or files; the tests of what they do give real ones.
+SAMPLES = {
+    "--override-generation-config": '{"temperature": 0.5}',
+    "--speculative-config": '{"method": "ngram", "num_speculative_tokens": 2}',
+    "--pooler-config": "{}",
+}
+
+
+@pytest.mark.parametrize("name", TIER_2)
+def test_tier_2_flags_that_are_built_keep_aliases_and_type(name: str, tmp_path: Path) -> None:
+    flag, setting = FLAGS[name], setting_of(name)
+    assert setting is not None
+    assert setting.is_flag == (flag["type"] == "bool")
+    assert {alias for alias in flag["aliases"] if not alias.startswith("--no-")} <= set(setting.aliases)
+    for value in flag.get("choices", []):  # each is taken, or turned away with its own reason
+        try:
+            setting.parse(str(value))
+        except ConfigError as error:
+            assert len(str(error)) > 30 and repr(value) in str(error)
+    accepted = list(setting.choices) or ([] if "choices" in flag else [SAMPLES.get(name, "")])
+    for text in [value for value in accepted if value] or ["1" if flag["type"] in ("int", "bool", "float") else "x"]:
+        command = sorted(setting.commands)[0]
+        assert (
+            resolve(command, {setting.name: text}, environ={})[setting.name]
+            == resolve(command, {}, environ={setting.env: text})[setting.name]
+        )
+
+
+@pytest.mark.parametrize("name", [n for n, flag in FLAGS.items() if flag["tier"] <= 2 and setting_of(n) is None])
+def test_refusals_of_tiers_1_and_2_say_more_than_no(name: str) -> None:
+    reason = refused_flags()[name]
+    assert len(reason) > 25 and reason != "not built yet", reason
+
+
 CASES = [
     (case["input"], case["int"]) for rule in SPEC["syntax"] if rule["name"] == "human-int" for case in rule["cases"] + rule["implied_cases"]
 ]
