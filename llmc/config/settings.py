@@ -370,7 +370,7 @@ SETTINGS: tuple[Setting, ...] = (
     _flag("enable_tokenizer_info_endpoint", _SERVE, "Server", "GET /tokenizer_info: special tokens, added tokens and the chat template.",
           negatable=False),
     _flag("enable_sleep_mode", _SERVE, "Server",
-          "POST /sleep ends the engine and frees its memory, POST /wake_up starts it again, GET /is_sleeping tells.", negatable=False),
+          "POST /sleep ends the engine and frees its memory, POST /wake_up starts it again, GET /is_sleeping tells."),
     Setting(name="allow_weights", parse=text, default=None, commands=_SERVE, group="Server", metavar="DIR", many=True,
             help="Folders from which POST /v1/weights may take another artifact of the same model; with --uds alone."),
     Setting(name="shutdown_timeout", parse=seconds, default=30.0, commands=_SERVE, group="Server", metavar="SECONDS",
