@@ -76,3 +76,8 @@ def _rank(count: int) -> tuple[int, float]:
 def _coverage(count: int, rank: int) -> float:
     outside = sum(math.comb(count, k) for k in range(rank + 1))
     return max(0.0, 1.0 - 2.0 * outside / 2**count)
+
+
+def number(value: float, digits: int) -> str:
+    """Fixed digits; small values that would show as zero in scientific notation."""
+    return f"{value:.2e}" if value and abs(value) < 0.5 * 10**-digits else f"{value:.{digits}f}"

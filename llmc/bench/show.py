@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmc.bench.figure import Figure
+from llmc.bench.figure import Figure, number
 from llmc.bench.result import BenchResult, Cell, Column, Table
 
 if TYPE_CHECKING:
@@ -59,8 +59,8 @@ def _show_table(table: Table, console: Console) -> None:
     if width > console.width and len(table.rows) < len(table.columns):
         lines = [list(line) for line in zip(*lines, strict=True)]
     shown = RichTable(title=escape(table.title), title_justify="left")
-    for number, title in enumerate(lines[0]):
-        shown.add_column(title, justify="right" if number else "left", overflow="fold")
+    for place, title in enumerate(lines[0]):
+        shown.add_column(title, justify="right" if place else "left", overflow="fold")
     for line in lines[1:]:
         shown.add_row(*map(escape, line))
     console.print(shown)
@@ -90,11 +90,6 @@ def cell_text(cell: Cell, column: Column) -> str:
             return number(cell.median, column.digits)
         return f"{number(cell.median, column.digits)} [{number(low, column.digits)}, {number(high, column.digits)}]"
     return number(cell, column.digits) if isinstance(cell, float) else str(cell)
-
-
-def number(value: float, digits: int) -> str:
-    """Fixed digits; small values that would show as zero in scientific notation."""
-    return f"{value:.2e}" if value and abs(value) < 0.5 * 10**-digits else f"{value:.{digits}f}"
 
 
 def measured_columns(table: Table) -> list[Column]:

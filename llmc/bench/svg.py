@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 import markupsafe
 
-from llmc.bench.figure import Figure
+from llmc.bench.figure import Figure, number
 from llmc.bench.result import Chart, Column, Table
 
-_WIDTH, _ROW = 640, 26
-_LEFT, _RIGHT = 150, 84
+_WIDTH, _ROW = 440, 26
+_LEFT, _RIGHT = 120, 110
+_LABEL_W, _LABEL_H = 220, 16  # room that a label in a scatter plot keeps to itself
 
 
 def bars(table: Table, column: Column) -> markupsafe.Markup:
@@ -28,7 +29,7 @@ def bars(table: Table, column: Column) -> markupsafe.Markup:
         parts.append(f'<rect class="bar" x="{_LEFT}" y="{y + 5}" width="{max(1.0, width)}" height="16" rx="3"/>')
         if len(cell.samples) > 1:
             parts.append(f'<path class="ci" d="M{_LEFT + x_low} {y + 13}H{_LEFT + x_high}"/>')
-        text = f"{cell.median:.4g} {column.unit}".strip()
+        text = f"{number(cell.median, column.digits)} {column.unit}".strip()
         parts.append(f'<text class="soft" x="{_LEFT + max(width, x_high) + 6}" y="{y + 17}">{markupsafe.escape(text)}</text>')
     return _svg(_WIDTH, _ROW * len(rows), parts, f"{column.title} per {table.columns[0].title}")
 
@@ -58,9 +59,14 @@ def scatter(chart: Chart) -> markupsafe.Markup:
     if chart.line:
         path = "L".join(f"{x} {y}" for x, y in (at(*one) for one in chart.line))
         parts.append(f'<path class="front" d="M{path}"/>')
+    labelled: list[tuple[float, float]] = []
     for point in chart.points:
         x, y = at(point.x, point.y)
-        parts.append(f'<circle class="{"dot best" if point.marked else "dot"}" cx="{x}" cy="{y}" r="5"/>')
+        title = f"<title>{markupsafe.escape(point.label)}</title>" if point.label else ""
+        parts.append(f'<circle class="{"dot best" if point.marked else "dot"}" cx="{x}" cy="{y}" r="5">{title}</circle>')
+        if not point.label or any(abs(x - other) < _LABEL_W and abs(y - above) < _LABEL_H for other, above in labelled):
+            continue  # it would lie on another's; the title still names it
+        labelled.append((x, y))
         end = x > 0.72 * width
         place = f'x="{x + (-9 if end else 9)}" y="{y - 7}" text-anchor="{"end" if end else "start"}"'
         parts.append(f'<text class="soft" {place}>{markupsafe.escape(point.label)}</text>')

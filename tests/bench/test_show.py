@@ -9,9 +9,9 @@ from html.parser import HTMLParser
 
 from rich.console import Console
 
-from llmc.bench.figure import figure
+from llmc.bench.figure import figure, number
 from llmc.bench.result import GATE_FAILED, BenchResult, Chart, Column, Point, Table, at_least, at_most
-from llmc.bench.show import cell_text, html, number, show
+from llmc.bench.show import cell_text, html, show
 
 ROWS = [
     {"level": "-O0", "speed": figure([100, 110, 90]), "size": 5.0, "kl": None},
