@@ -30,8 +30,8 @@ def environment(libcuda: Path, server: Path, **knobs: int) -> dict[str, str]:
     """An environment in which libcuda.so.1 is the stand-in."""
     return os.environ | {
         "LD_LIBRARY_PATH": str(libcuda.parent),
-        "LLMC_STAND_IN_SERVER": str(server),
-        "LLMC_STAND_IN": ",".join(f"{name}={value}" for name, value in knobs.items()),
+        "STAND_IN_SERVER": str(server),
+        "STAND_IN": ",".join(f"{name}={value}" for name, value in knobs.items()),
         "OMP_NUM_THREADS": "1",
     }
 

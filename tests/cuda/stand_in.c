@@ -44,9 +44,9 @@ static char server_path[108];
 void stand_in_server(const char* path) { snprintf(server_path, sizeof server_path, "%s", path); }
 
 __attribute__((constructor)) static void from_environment(void) {  // for processes that a test cannot reach: "memory=1000,oom_at=3"
-    const char* path = getenv("LLMC_STAND_IN_SERVER");
+    const char* path = getenv("STAND_IN_SERVER");
     if (path) stand_in_server(path);
-    char* text = getenv("LLMC_STAND_IN") ? strdup(getenv("LLMC_STAND_IN")) : NULL;
+    char* text = getenv("STAND_IN") ? strdup(getenv("STAND_IN")) : NULL;
     for (char* part = text ? strtok(text, ",") : NULL; part; part = strtok(NULL, ",")) {
         char* value = strchr(part, '=');
         if (!value) abort();
