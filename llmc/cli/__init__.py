@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "verify": ("llmc.cli.artifact", "verify_command", "Check every byte of an artifact, and its signature."),
     "diff": ("llmc.cli.artifact", "diff_command", "Show how two artifacts differ."),
     "sign": ("llmc.cli.artifact", "sign_command", "Sign an artifact with a private key."),
+    "oci": ("llmc.cli.oci", "oci_group", "Put artifacts into OCI image layouts, and take them out."),
     "report": ("llmc.cli.report", "report_command", "Show the report of an artifact, or compare two."),
     "bench": ("llmc.cli.bench", "bench_group", "Measure levels, artifacts, servers and kernels."),
     "bisect": ("llmc.cli.bisect", "bisect_command", "Find the pass that changed an answer."),
