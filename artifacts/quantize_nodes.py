@@ -5,6 +5,9 @@ Symmetric, round to nearest, ties to even. For each row of W [N, K] and each run
     scale = the smallest value of W's dtype that is not below max |w| / top
     q     = w / scale rounded to nearest even, held to [-top, top]; 0 where the scale is 0
 What W is afterwards is q * scale, rounded once to W's dtype. A NaN or an infinity in W cannot be quantised and is refused.
+
+Where all of W's rows are integers of a quantised checkpoint (stored_nodes.py), these and their scales are taken as they are, so that
+W is afterwards exactly what it was.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import numpy.typing as npt
 from llmc.artifacts.casts import cast
 from llmc.artifacts.dtypes import FLOATS, NUMPY, Array
 from llmc.artifacts.recipe_nodes import PACK_K, PACK_N, Data, Node
+from llmc.artifacts.stored_nodes import stored_leaves, stored_rows
 from llmc.errors import ArtifactError
 
 TOP = {8: 127, 4: 7}
@@ -33,18 +37,32 @@ class _Quantizing(Node):
     input: Node
     bits: int
     group: int
+    stored: bool = False  # the input is made of a quantised checkpoint's integers
 
     def rows(self, data: Data, start: int, stop: int) -> Array:
         result = np.empty((stop - start, *self.shape[1:]), dtype=NUMPY[self.dtype])
         per_run = max(1, _RUN_ELEMENTS // (PACK_N * self.input.shape[1]))
         for first in range(start, stop, per_run):
             last = min(first + per_run, stop)
-            result[first - start : last - start] = self._panels(self._groups(data, first, last))
+            result[first - start : last - start] = (
+                self._stored(data, first, last) if self.stored else self._panels(self._groups(data, first, last))
+            )
         return result
 
     def _panels(self, groups: Wide) -> Array:
         """The result's panels for [panels * 16, number of groups, group] weights."""
         raise NotImplementedError
+
+    def _stored(self, data: Data, start: int, stop: int) -> Array:
+        """The result's panels [start, stop) from integers and scales of the checkpoint."""
+        raise NotImplementedError
+
+    def _padded(self, data: Data, start: int, stop: int, width: int, *, scales: bool) -> Array:
+        """Rows of panels [start, stop) of the checkpoint's integers or scales, zero padded to whole panels and `width`."""
+        rows = stored_rows(self.input, data, self.group, start * PACK_N, min(stop * PACK_N, self.input.shape[0]), scales=scales)
+        padded = np.zeros(((stop - start) * PACK_N, width), dtype=rows.dtype)
+        padded[: len(rows), : rows.shape[1]] = rows
+        return padded
 
     def _groups(self, data: Data, start: int, stop: int) -> Wide:
         """Rows of panels [start, stop) in float32, zero padded to whole panels and whole groups."""
@@ -85,7 +103,14 @@ class Quantize(_Quantizing):
         quants = np.rint(groups / divisors)
         np.clip(quants, -TOP[self.bits], TOP[self.bits], out=quants)
         depth = self.shape[1] * 2  # K padded to 32, which may be less than whole groups
-        flat = quants.astype(np.int8).reshape(len(quants), -1)[:, :depth]
+        return self._in_pairs(quants.astype(np.int8).reshape(len(quants), -1)[:, :depth])
+
+    def _stored(self, data: Data, start: int, stop: int) -> Array:
+        return self._in_pairs(self._padded(data, start, stop, self.shape[1] * 2, scales=False).astype(np.int8))
+
+    def _in_pairs(self, flat: npt.NDArray[np.int8]) -> Array:
+        """int8 [panels * 16, depth] as the result's panels."""
+        depth = flat.shape[1]
         pairs = flat.reshape(-1, PACK_N, depth // 2, 2).transpose(0, 2, 1, 3)
         if self.bits == 8:
             return pairs
@@ -106,6 +131,10 @@ class QuantizeScales(_Quantizing):
         scales, _ = self._scales(groups)
         return scales.reshape(-1, PACK_N, scales.shape[1]).transpose(0, 2, 1)
 
+    def _stored(self, data: Data, start: int, stop: int) -> Array:
+        scales = self._padded(data, start, stop, self.shape[1], scales=True)
+        return scales.reshape(-1, PACK_N, scales.shape[1]).transpose(0, 2, 1)
+
 
 def quantizing_node(op: str, bits: Any, group: Any, child: Node) -> Node:
     """The node of a `quantize` or `quantize_scales`.
@@ -119,7 +148,16 @@ def quantizing_node(op: str, bits: Any, group: Any, child: Node) -> Node:
         )
     if child.dtype not in FLOATS or len(child.shape) != 2 or 0 in child.shape:
         raise ArtifactError(f"a recipe's {op} of {child.dtype} {list(child.shape)}; quantised are [N, K] of {', '.join(FLOATS)}")
+    leaves = stored_leaves(child)
+    for leaf in leaves or ():
+        if leaf.held_bits > bits or (leaf.group % group and leaf.group < leaf.shape[1]):
+            raise ArtifactError(
+                f"a recipe's {op} asks for {bits} bits in groups of {group} of a weight stored with {leaf.bits} bits in groups of "
+                f"{leaf.group}{'' if leaf.symmetric else ' and zero points'}; that would round it again"
+            )
     if op == "quantize":
         dtype, shape = Quantize.packed_spec(bits, child.shape)
-        return Quantize(dtype, shape, input=child, bits=bits, group=group)
-    return QuantizeScales(child.dtype, QuantizeScales.packed_shape(group, child.shape), input=child, bits=bits, group=group)
+        return Quantize(dtype, shape, input=child, bits=bits, group=group, stored=leaves is not None)
+    return QuantizeScales(
+        child.dtype, QuantizeScales.packed_shape(group, child.shape), input=child, bits=bits, group=group, stored=leaves is not None
+    )

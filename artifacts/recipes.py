@@ -13,6 +13,7 @@ A recipe is JSON, a tree of
     {"op": "pack", "input": R}                           [.., N, K] into the kernels' layout, zero padded
     {"op": "quantize", "bits": B, "group": G, "input": R}          [N, K] as packed integers (quantize_nodes.py)
     {"op": "quantize_scales", "bits": B, "group": G, "input": R}   and the scales that belong to them
+    {"op": "dequantize", "form": F, ..., "inputs": [R, ..]}        [N, K] from a checkpoint's own integers (stored_nodes.py)
 
 `infer` checks a recipe and gives its dtype and shape without touching data. `blocks` gives the result row block by row block:
 a pack of a concat of casts holds one block of each at a time, so its peak is a few megabytes, not the tensor.
@@ -30,6 +31,7 @@ from llmc.artifacts.dtypes import FLOATS, NUMPY, Array
 from llmc.artifacts.element_sizes import nbytes_of
 from llmc.artifacts.quantize_nodes import quantizing_node
 from llmc.artifacts.recipe_nodes import Cast, Concat, Literal, Node, Pack, Reshape, Slice, Source, Stack, Transpose
+from llmc.artifacts.stored_nodes import dequantizing_node
 from llmc.errors import ArtifactError
 
 Recipe = Mapping[str, Any]
@@ -54,6 +56,7 @@ _FIELDS: dict[str, set[str]] = {
     "pack": {"input"},
     "quantize": {"bits", "group", "input"},
     "quantize_scales": {"bits", "group", "input"},
+    "dequantize": {"form", "bits", "group", "symmetric", "dtype", "shape", "inputs"},
 }
 
 
@@ -221,6 +224,8 @@ def _node(recipe: Recipe, specs: Mapping[str, Spec], computed: Mapping[str, Spec
         return Source(dtype, tuple(shape), name=name, is_computed=op == "computed")
     if op == "literal":
         return _literal(recipe)
+    if op == "dequantize":
+        return dequantizing_node(recipe, [_node(child, specs, computed) for child in recipe["inputs"]])
     if op in ("concat", "stack"):
         inputs = [_node(child, specs, computed) for child in recipe["inputs"]]
         return _joined(op, recipe, inputs)

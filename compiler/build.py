@@ -42,7 +42,7 @@ from llmc.compiler.input_key import toolchain
 from llmc.compiler.lowered_cache import lower
 from llmc.compiler.model import ModelSource, read_model
 from llmc.compiler.nodes import constants_of, to_bytes
-from llmc.compiler.pipeline import QUANTIZATIONS, pipeline
+from llmc.compiler.pipeline import QUANTIZATIONS, STORED, pipeline
 from llmc.compiler.program import Program
 from llmc.compiler.stages import Stage, StageLog
 from llmc.compiler.target_facts import implementations, requirements, target_record
@@ -127,7 +127,7 @@ def build_artifact(
             graph, weights = traced.graph, traced.weight_table()
             with log.stage("passes") as note:
                 context = PassContext(weights=weights, max_positions=limits.max_model_len)
-                passes = pipeline(config.level, config.quantization, kind=target.kind, passes=config.passes)
+                passes = pipeline(config.level, applied_quantization(config, source, target.kind), kind=target.kind, passes=config.passes)
                 reports = run_passes(graph, passes, context, dump_dir=dump_directory())
                 matches = sum(r.result.matches for r in reports)
                 note.detail = f"{len(graph.graph.nodes)} nodes, {matches} rewrites by {sum(r.result.changed for r in reports)} passes"
@@ -158,6 +158,22 @@ def _start_kernels(background: ThreadPoolExecutor, target: Target, config: Compi
     if isinstance(target, CudaTarget):
         return None
     return background.submit(build_kernels, target.isa, cache_root() / "kernels", config.jobs)
+
+
+def applied_quantization(config: CompileConfig, source: ModelSource, kind: str) -> str | None:
+    """What `pipeline` is asked for: the checkpoint's own quantisation where it has one. -O0 and GPUs take its dequantised weights.
+
+    Raises:
+        ConfigError: --quantization of a quantised checkpoint.
+    """
+    if source.stored is None:
+        return config.quantization
+    if config.quantization is not None:
+        raise ConfigError(
+            f"--quantization {config.quantization}: {source.name} is quantised already, by {source.stored.method}; leave the flag out, "
+            "or compile the unquantised checkpoint"
+        )
+    return STORED if kind == "cpu" and config.level > 0 else None
 
 
 def cache_dtype(config: CompileConfig, source: ModelSource) -> str:

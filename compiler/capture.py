@@ -347,6 +347,7 @@ def _parameter(source: ModelSource, model: nn.Module, names: list[str], tensor: 
         model_type=source.model_type,
         base_prefix=str(getattr(model, "base_model_prefix", "")),
         tensors=source.tensors,
+        stored=source.stored,
     )
     return Constant(recipe=recipe, dtype=tensor.dtype, shape=shape)
 

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmc.compiler.model import CheckpointTensor
+from llmc.compiler.checkpoint_tensor import CheckpointTensor
+from llmc.compiler.stored_quantization import StoredQuantization
 from llmc.errors import UnsupportedModel
 
 Recipe = dict[str, Any]
@@ -49,7 +50,14 @@ _RENAMED: dict[str, dict[str, str]] = {
 
 
 def parameter_recipe(
-    names: Sequence[str], shape: tuple[int, ...], dtype: str, *, model_type: str, base_prefix: str, tensors: Mapping[str, CheckpointTensor]
+    names: Sequence[str],
+    shape: tuple[int, ...],
+    dtype: str,
+    *,
+    model_type: str,
+    base_prefix: str,
+    tensors: Mapping[str, CheckpointTensor],
+    stored: StoredQuantization | None = None,
 ) -> Recipe:
     """How to make one parameter from checkpoint tensors.
 
@@ -60,6 +68,7 @@ def parameter_recipe(
         model_type: decides how experts are named.
         base_prefix: the model's name for its decoder ("transformer"), which a checkpoint of the bare decoder leaves out.
         tensors: the checkpoint.
+        stored: how its matrices are quantised already; None: they are not.
 
     Returns:
         A recipe (artifacts/recipes.py) that yields exactly `shape` and `dtype`.
@@ -69,9 +78,10 @@ def parameter_recipe(
     """
     for name in names:
         for candidate in _candidates(name, model_type, base_prefix):
-            if candidate in tensors:
-                return _source(tensors[candidate], shape, dtype)
-    experts = _expert_recipe(names[0], shape, dtype, model_type, tensors)
+            found = _matrix(candidate, shape, dtype, tensors, stored)
+            if found is not None:
+                return found
+    experts = _expert_recipe(names[0], shape, dtype, model_type, tensors, stored)
     if experts is not None:
         return experts
     raise UnsupportedModel(
@@ -84,6 +94,16 @@ def _candidates(name: str, model_type: str, base_prefix: str) -> list[str]:
     for part, in_checkpoint in _RENAMED.get(model_type, {}).items():
         names.append(name.replace(part, in_checkpoint))
     return names + [n.removeprefix(base_prefix + ".") for n in names if n.startswith(base_prefix + ".")]
+
+
+def _matrix(
+    name: str, shape: tuple[int, ...], dtype: str, tensors: Mapping[str, CheckpointTensor], stored: StoredQuantization | None
+) -> Recipe | None:
+    """From the tensor `name`, or from what stands in its place where the checkpoint is quantised; None if there is neither."""
+    quantized = stored.recipe(name, shape, dtype, tensors) if stored is not None else None
+    if quantized is not None:
+        return quantized
+    return _source(tensors[name], shape, dtype) if name in tensors else None
 
 
 def _source(tensor: CheckpointTensor, shape: tuple[int, ...], dtype: str) -> Recipe:
@@ -101,7 +121,12 @@ def _source(tensor: CheckpointTensor, shape: tuple[int, ...], dtype: str) -> Rec
 
 
 def _expert_recipe(
-    name: str, shape: tuple[int, ...], dtype: str, model_type: str, tensors: Mapping[str, CheckpointTensor]
+    name: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    model_type: str,
+    tensors: Mapping[str, CheckpointTensor],
+    stored: StoredQuantization | None,
 ) -> Recipe | None:
     """gate_up_proj [E, 2 * I, H] and down_proj [E, H, I] from one matrix per expert, gate above up."""
     names = _EXPERTS.get(model_type)
@@ -111,9 +136,10 @@ def _expert_recipe(
 
     def part(template: str, expert: int, part_shape: tuple[int, ...]) -> Recipe:
         wanted = template.format(base=base, expert=expert)
-        if wanted not in tensors:
+        found = _matrix(wanted, part_shape, dtype, tensors, stored)
+        if found is None:
             raise UnsupportedModel(f"the checkpoint has no tensor {wanted!r}, which parameter {name!r} is made of")
-        return _source(tensors[wanted], part_shape, dtype)
+        return found
 
     num_experts, rows, columns = shape
     if kind == "down_proj":

@@ -17,6 +17,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from llmc.artifacts.safetensors import read_header
+from llmc.compiler.checkpoint_tensor import CheckpointTensor
+from llmc.compiler.stored_quantization import StoredQuantization, read_stored
 from llmc.compiler.supported import check_supported
 from llmc.errors import ConfigError, UnsupportedModel
 
@@ -32,18 +34,6 @@ _MODULE_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "num_experts", "
 _FLOAT_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointTensor:
-    """Where one tensor of the checkpoint lies."""
-
-    name: str
-    file: str  # relative to the model folder
-    dtype: str  # as safetensors spells it, "BF16"
-    shape: tuple[int, ...]
-    offset: int  # bytes from the start of the file
-    nbytes: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
     """A model folder, read and checked. Nothing in it is "auto" any more."""
@@ -55,6 +45,7 @@ class ModelSource:
     architecture: str  # "Qwen3ForCausalLM"
     dtype: str  # of the computation: one of DTYPES
     tensors: Mapping[str, CheckpointTensor]
+    stored: StoredQuantization | None  # how the checkpoint is quantised already
     tied_embeddings: bool  # the output projection is the input embedding
     num_layers: int
     hidden_size: int
@@ -90,6 +81,7 @@ def read_model(path: str | Path, *, dtype: str = "auto", embed: bool = False) ->
     for key in _MODULE_COUNTS:
         if isinstance(raw.get(key), int | float) and raw[key] > _MAX_MODULES:
             raise UnsupportedModel(f"{folder / 'config.json'}: {key} is {raw[key]}, more than the {_MAX_MODULES} that any model has")
+    stored = read_stored(raw, str(folder / "config.json"))
     tensors = _checkpoint(folder)
     config = _auto_config(folder)
     text = config.get_text_config()
@@ -104,6 +96,7 @@ def read_model(path: str | Path, *, dtype: str = "auto", embed: bool = False) ->
         architecture=str(architectures[0]) if architectures else raw["model_type"],
         dtype=_dtype(folder, raw, tensors) if dtype == "auto" else dtype,
         tensors=MappingProxyType(tensors),
+        stored=stored,
         tied_embeddings=bool(config.tie_word_embeddings),
         num_layers=_size(folder, text, "num_hidden_layers"),
         hidden_size=_size(folder, text, "hidden_size"),

@@ -15,6 +15,7 @@ from llmc.passes.fuse_gelu_mul import FuseGeluMul
 from llmc.passes.fuse_rms_norm import FuseRmsNorm
 from llmc.passes.fuse_rope_kv_write import FuseRopeKVWrite
 from llmc.passes.fuse_silu_mul import FuseSiluMul
+from llmc.passes.keep_quantized import KeepQuantized
 from llmc.passes.lower_experts import LowerExperts
 from llmc.passes.lower_linear import LowerLinear
 from llmc.passes.lower_plain_experts import LowerPlainExperts
@@ -28,6 +29,7 @@ from llmc.passes.quantize_linear import QuantizeLinear
 LEVELS = (0, 1, 2)
 KINDS = ("cpu", "cuda")
 QUANTIZATIONS = {"int8": QuantizeLinear(bits=8), "int4": QuantizeLinear(bits=4)}
+STORED = "stored"  # in place of one of these: as the checkpoint is quantised already
 
 
 def pipeline(level: int, quantization: str | None = None, *, kind: str = "cpu", passes: str = "") -> list[Pass]:
@@ -35,7 +37,7 @@ def pipeline(level: int, quantization: str | None = None, *, kind: str = "cpu", 
 
     Args:
         level: 0 gives no pass at all: the captured graph is the oracle the other levels are held to.
-        quantization: a key of QUANTIZATIONS, or None.
+        quantization: a key of QUANTIZATIONS, STORED, or None.
         kind: of the target, one of KINDS.
         passes: the value of --passes, "+name,-name".
 
@@ -63,7 +65,7 @@ def pipeline(level: int, quantization: str | None = None, *, kind: str = "cpu", 
 def _quantizing(quantization: str | None) -> list[Pass]:
     if quantization is None:
         return []
-    return [QUANTIZATIONS[quantization]]
+    return [KeepQuantized() if quantization == STORED else QUANTIZATIONS[quantization]]
 
 
 def _exact() -> list[Pass]:

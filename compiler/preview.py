@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from llmc.artifacts.kv_bytes import token_bytes
 from llmc.artifacts.manifest import PassRecord
-from llmc.compiler.build import cache_dtype, compile_limits, pass_record
+from llmc.compiler.build import applied_quantization, cache_dtype, compile_limits, pass_record
 from llmc.compiler.capture import capture
 from llmc.compiler.model import read_model
 from llmc.compiler.packing import order_of_use
@@ -43,7 +43,8 @@ def preview(config: CompileConfig) -> Preview:
     nodes = len(traced.graph.graph.nodes)
     weights = traced.weight_table()
     context = PassContext(weights=weights, max_positions=limits.max_model_len)
-    passes = pipeline(config.level, config.quantization, kind=find_target(config.target).kind, passes=config.passes)
+    kind = find_target(config.target).kind
+    passes = pipeline(config.level, applied_quantization(config, source, kind), kind=kind, passes=config.passes)
     reports = run_passes(traced.graph, passes, context, dump_dir=dump_directory())
     held = [weights[name] for name in order_of_use(traced.graph)]
     return Preview(

@@ -111,13 +111,6 @@ def check_supported(config: Mapping[str, Any], where: str, *, embed: bool = Fals
         raise UnsupportedModel(
             f"{where}: model type {model_type!r} cannot be compiled: {reason}. Supported: {', '.join(sorted(SUPPORTED))}"
         )
-    quantization = config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method", "unnamed") if isinstance(quantization, Mapping) else "unnamed"
-        raise UnsupportedModel(
-            f"{where}: the checkpoint is quantised (quantization_config, method {method!r}), which llmc does not read yet; "
-            "use the original float checkpoint"
-        )
 
 
 def _reason(model_type: str, config: Mapping[str, Any], embed: bool) -> str | None:

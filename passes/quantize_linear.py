@@ -20,7 +20,7 @@ from llmc.passes import graph as G
 from llmc.passes.base import Numerics, Pass, PassContext, PassResult
 from llmc.passes.weights import quantize, quantize_scales
 
-_LINEAR, _EMBEDDING, _EXPERTS = "llmc.linear.default", "llmc.embedding.default", "llmc.grouped_linear.default"
+LINEAR, EMBEDDING, EXPERTS = "llmc.linear.default", "llmc.embedding.default", "llmc.grouped_linear.default"
 
 
 @dataclass(frozen=True)
@@ -36,41 +36,43 @@ class QuantizeLinear(Pass):
     head_bits: int = 8
 
     def requires(self, gm: GraphModule) -> str | None:
-        return None if any(G.is_op(n, _LINEAR, _EXPERTS) for n in gm.graph.nodes) else "an llmc.linear; lower-linear makes them"
+        return None if any(G.is_op(n, LINEAR, EXPERTS) for n in gm.graph.nodes) else "an llmc.linear; lower-linear makes them"
 
     def run(self, gm: GraphModule, ctx: PassContext) -> PassResult:
         refusals: Counter[str] = Counter()
         matches = 0
-        linears = [n for n in gm.graph.nodes if G.is_op(n, _LINEAR)]
+        linears = [n for n in gm.graph.nodes if G.is_op(n, LINEAR)]
         head = str(G.args_of(linears[-1])[1].target) if linears else ""  # the output is logits, so the last linear makes them
         shapes = {str(G.args_of(n)[1].target): (int(G.args_of(n)[3]), int(G.val(G.args_of(n)[0]).shape[-1])) for n in linears}
-        for node in [n for n in gm.graph.nodes if G.is_op(n, _LINEAR, _EMBEDDING, _EXPERTS)]:
-            if G.is_op(node, _EXPERTS):
+        for node in [n for n in gm.graph.nodes if G.is_op(n, LINEAR, EMBEDDING, EXPERTS)]:
+            if G.is_op(node, EXPERTS):
                 refusals["experts have no quantised kernel"] += 1
                 continue
             weight = str(G.args_of(node)[1].target)
-            self._rewrite(gm, ctx, node, shapes[weight], self.head_bits if weight == head else self.bits)
+            rewrite(gm, ctx, node, shapes[weight], self.head_bits if weight == head else self.bits, self.group)
             matches += 1
         if matches:
             G.erase_dead(gm)
         return PassResult(changed=matches > 0, matches=matches, refusals=refusals)
 
     def ensures(self, gm: GraphModule) -> str | None:
-        left = [n.name for n in gm.graph.nodes if G.is_op(n, _LINEAR, _EMBEDDING)]
+        left = [n.name for n in gm.graph.nodes if G.is_op(n, LINEAR, EMBEDDING)]
         return f"{left[0]} still reads a weight that is not quantised" if left else None
 
-    def _rewrite(self, gm: GraphModule, ctx: PassContext, node: Node, shape: tuple[int, int], bits: int) -> None:
-        first, weight, *rest = G.args_of(node)
-        packed = ctx.weights[str(weight.target)]
-        names = tuple(quantized_name(str(weight.target), part) for part in ("quantized", "scales"))
-        for name, make in zip(names, (quantize, quantize_scales), strict=True):
-            if name not in ctx.weights:
-                ctx.weights.add(name, make(packed, bits=bits, group=self.group, shape=shape))
-        op = "quantized_linear" if G.is_op(node, _LINEAR) else "quantized_embedding"
-        with gm.graph.inserting_before(node):
-            reads = [G.constant(gm, ctx.weights, name) for name in names]
-            new = G.call(gm, overload(op), (first, *reads, *rest, self.group))
-        G.substitute(gm, node, new)
+
+def rewrite(gm: GraphModule, ctx: PassContext, node: Node, shape: tuple[int, int], bits: int, group: int) -> None:
+    """Replace a linear or embedding over a packed weight of `shape` [N, K] by the one over its integers and scales."""
+    first, weight, *rest = G.args_of(node)
+    packed = ctx.weights[str(weight.target)]
+    names = tuple(quantized_name(str(weight.target), part) for part in ("quantized", "scales"))
+    for name, make in zip(names, (quantize, quantize_scales), strict=True):
+        if name not in ctx.weights:
+            ctx.weights.add(name, make(packed, bits=bits, group=group, shape=shape))
+    op = "quantized_linear" if G.is_op(node, LINEAR) else "quantized_embedding"
+    with gm.graph.inserting_before(node):
+        reads = [G.constant(gm, ctx.weights, name) for name in names]
+        new = G.call(gm, overload(op), (first, *reads, *rest, group))
+    G.substitute(gm, node, new)
 
 
 def quantized_name(packed: str, part: str) -> str:

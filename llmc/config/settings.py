@@ -210,7 +210,7 @@ def on_command_line_only(value: str) -> str:
 
 _CALIBRATED = dict.fromkeys(
     ("awq", "gptq", "gptq_marlin", "gptq_marlin_24", "awq_marlin", "compressed-tensors", "quark", "auto_round", "hqq", "aqlm", "qqq"),
-    "checkpoints that are quantised already are not read yet",
+    "GPTQ, AWQ and compressed-tensors checkpoints are taken as they are, without this flag; the others are not read",
 )
 _OTHER_QUANTIZATIONS = {
     **_CALIBRATED,

@@ -85,7 +85,7 @@ def test_unsupported_models_are_refused_by_name(config: Callable[[], Any], reaso
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised .*'gptq'"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised .*'bitsandbytes'"),
         ({"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "modeling.Mine"}}, "runs no code from a model folder"),
         ({"model_type": None}, "no model_type"),
         ({"architectures": ["Qwen3ForSequenceClassification"]}, "not a causal language model"),

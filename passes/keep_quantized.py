@@ -1,0 +1,69 @@
+"""Hold the weights of a quantised checkpoint as the integers and scales it has.
+
+Before:   llmc.linear(x, packed dequantised w, bias, N); llmc.embedding(ids, packed dequantised w, K) of a tied w
+After:    llmc.quantized_linear(x, w's integers, w's scales, bias, N, group); llmc.quantized_embedding(...)
+Applies:  all rows of the weight are integers of the checkpoint; other weights are kept as they are
+Why:      decode reads every weight once per step: the checkpoint's bits instead of 16
+Order:    after lower-linear, whose packed weights it replaces. Exact: llmc.quantized_linear gives the bits of llmc.linear
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import gcd
+from typing import ClassVar
+
+from torch.fx import GraphModule
+
+from llmc.passes import graph as G
+from llmc.passes.base import Numerics, Pass, PassContext, PassResult
+from llmc.passes.quantize_linear import EMBEDDING, EXPERTS, LINEAR, rewrite
+from llmc.passes.weights import Recipe
+
+_LONGEST_GROUP = 128  # a scale for whole rows is repeated: the kernels know one group size for all
+
+
+@dataclass(frozen=True)
+class KeepQuantized(Pass):
+    name: ClassVar[str] = "keep-quantized"
+    numerics: ClassVar[Numerics] = Numerics.EXACT
+
+    def requires(self, gm: GraphModule) -> str | None:
+        return None if any(G.is_op(n, LINEAR, EXPERTS) for n in gm.graph.nodes) else "an llmc.linear; lower-linear makes them"
+
+    def run(self, gm: GraphModule, ctx: PassContext) -> PassResult:
+        refusals: Counter[str] = Counter()
+        matches = 0
+        linears = [n for n in gm.graph.nodes if G.is_op(n, LINEAR)]
+        shapes = {str(G.args_of(n)[1].target): (int(G.args_of(n)[3]), int(G.val(G.args_of(n)[0]).shape[-1])) for n in linears}
+        for node in [n for n in gm.graph.nodes if G.is_op(n, LINEAR, EMBEDDING, EXPERTS)]:
+            weight = str(G.args_of(node)[1].target)
+            leaves = [] if G.is_op(node, EXPERTS) else _leaves(ctx.weights[weight].recipe["input"])
+            if not leaves:
+                refusals["experts have no quantised kernel" if G.is_op(node, EXPERTS) else "the checkpoint holds it unquantised"] += 1
+                continue
+            bits = 4 if all(leaf["bits"] == 4 and leaf["symmetric"] for leaf in leaves) else 8
+            group = gcd(*(leaf["group"] if leaf["group"] < leaf["shape"][1] else _LONGEST_GROUP for leaf in leaves))
+            rewrite(gm, ctx, node, shapes[weight], bits, group)
+            matches += 1
+        if matches:
+            G.erase_dead(gm)
+        return PassResult(changed=matches > 0, matches=matches, refusals=refusals)
+
+
+def _leaves(recipe: Recipe) -> list[Recipe]:
+    """The quantised matrices that a matrix's rows are made of; none if anything else has a part in it."""
+    found = list(_walk(recipe))
+    return [] if None in found else [leaf for leaf in found if leaf is not None]
+
+
+def _walk(recipe: Recipe) -> Iterator[Recipe | None]:
+    if recipe["op"] == "dequantize":
+        yield recipe
+    elif recipe["op"] == "concat" and recipe["axis"] == 0:
+        for part in recipe["inputs"]:
+            yield from _walk(part)
+    else:
+        yield None
