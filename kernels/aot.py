@@ -27,7 +27,8 @@ from triton.compiler import ASTSource
 from llmc.errors import InternalError
 
 from .catalogue import catalogue
-from .launch import Argument, Launch
+from .cuda_targets import cuda_target
+from .launch import Argument, Device, Launch
 
 SM_90 = GPUTarget("cuda", 90, 32)
 _POINTERS = {
@@ -133,24 +134,28 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compile every GPU kernel for sm_90 without a GPU; one JSON object a kernel.")
+    parser = argparse.ArgumentParser(description="Compile every GPU kernel without a GPU; one JSON object a kernel.")
+    parser.add_argument("--target", default="cuda:h200", help="one of `llmc compile --target list`'s GPUs")
     parser.add_argument("--builds", type=int, default=2, help="how often each is compiled from source, to compare the bits")
     parser.add_argument("case", nargs="*", help="only these cases of the catalogue")
     chosen = parser.parse_args()
-    for name, launches in catalogue().items():
+    described = cuda_target(chosen.target)
+    target = GPUTarget("cuda", described.capability_number, 32)
+    device = Device(num_sms=described.num_sms, shared_bytes=described.shared_memory_per_block_bytes)
+    for name, launches in catalogue(device).items():
         different = {signature_text(launch): launch for launch in launches}  # a search launches one kernel many times
         for launch in different.values() if not chosen.case or name in chosen.case else ():
-            images = [_build(launch) for _ in range(chosen.builds)]
+            images = [_build(launch, target) for _ in range(chosen.builds)]
             facts = {k: v for k, v in dataclasses.asdict(images[0]).items() if k not in ("cubin", "ptx")}
             sizes = {"cubin_bytes": len(images[0].cubin), "sha256": images[0].sha256, "images": len({i.sha256 for i in images})}
             print(json.dumps({"case": name, **facts, **sizes}), flush=True)
 
 
-def _build(launch: Launch) -> CompiledLaunch:
+def _build(launch: Launch, target: GPUTarget) -> CompiledLaunch:
     """From source, whatever Triton's cache holds."""
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
-        return compile_launch(launch)
+        return compile_launch(launch, target)
 
 
 if __name__ == "__main__":

@@ -9,24 +9,24 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .launch import Launch
+from .launch import H200, Device, Launch
 from .moe.reference import most_tiles
 from .registry import choose
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
-def launches_of(op: str, *args: Any) -> list[Launch]:
+def launches_of(op: str, *args: Any, device: Device = H200) -> list[Launch]:
     """The launches, in order, that the chosen implementation of `op` makes for these (fake) arguments."""
     found: list[Launch] = []
-    choose(op, *args).call(*args, launch=found.append)
+    choose(op, *args).call(*args, launch=found.append, device=device)
     return found
 
 
-def catalogue() -> dict[str, list[Launch]]:
-    """Case name -> launches."""
+def catalogue(device: Device = H200) -> dict[str, list[Launch]]:
+    """Case name -> launches for a GPU."""
     with FakeTensorMode():
-        return {name: launches_of(op, *args) for name, (op, args) in _cases(torch.empty).items()}
+        return {name: launches_of(op, *args, device=device) for name, (op, args) in _cases(torch.empty).items()}
 
 
 def _cases(empty: Callable[..., Tensor]) -> dict[str, tuple[str, tuple[Any, ...]]]:
@@ -56,6 +56,9 @@ def _cases(empty: Callable[..., Tensor]) -> dict[str, tuple[str, tuple[Any, ...]
         tables, starts = t(1, 8, 256, dtype=torch.int32), t(9, dtype=torch.int32)
         rest = (tables, ints, starts, 0, 0, dim**-0.5, window, softcap, t(heads, dtype=dtype) if sinks else None)
         cases[f"paged_attention {name}"] = ("paged_attention", (q, k, v, cache, cache, t(1, 64, dtype=torch.int64), *rest))
+        if name in ("llama-8b", "gemma"):  # a cache of fp8
+            cache = t(1000, kv_heads, 16, dim, dtype=torch.uint8)
+            cases[f"paged_attention {name} fp8"] = ("paged_attention", (q, k, v, cache, cache, t(1, 64, dtype=torch.int64), *rest))
         tables = t(4096, dim, dtype=F32)
         weight = t(dim, dtype=dtype) if name in ("qwen-0.6b", "gemma") else None
         write = (cache, cache, t(1, 64, dtype=torch.int64), 0)

@@ -25,17 +25,33 @@ def as_bytes(x: Tensor) -> Tensor:
 
 @triton.jit
 def from_fp8(bits):
-    """uint8 -> fp32. The two NaN codes read as 480 and -480: `to_fp8` never writes them."""
+    """uint8 -> fp32. The two NaN codes read as 480 and -480, which no number is."""
     wide = bits.to(tl.int32)
     return (((wide & 0x80) << 24) | ((wide & 0x7F) << 20)).to(tl.float32, bitcast=True) * _UP
 
 
 @triton.jit
 def to_fp8(x):
-    """fp32 -> uint8, to nearest even; magnitudes past 448 become 448, NaN too (with its sign)."""
-    clipped = tl.minimum(tl.abs(x), 448.0)
-    clipped = tl.where(x == x, clipped, 448.0)
-    bits = (clipped * _DOWN).to(tl.int32, bitcast=True)
+    """fp32 -> uint8, to nearest even; magnitudes past 448 become 448, a NaN a NaN code."""
+    bits = (tl.minimum(tl.abs(x), 448.0) * _DOWN).to(tl.int32, bitcast=True)
     rounded = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20
     sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
-    return (rounded | sign).to(tl.uint8)
+    return (tl.where(x == x, rounded, 0x7F) | sign).to(tl.uint8)
+
+
+@triton.jit
+def cache_value(x, cache):
+    """x as the cache behind the pointer `cache` holds it: fp8 where that is bytes, else unchanged."""
+    if cache.dtype.element_ty == tl.uint8:
+        x = to_fp8(x.to(tl.float32))
+    return x
+
+
+@triton.jit
+def load_cache(at, mask, dtype: tl.constexpr):
+    """What a cache holds as `dtype`, 0 where the mask is off."""
+    if at.dtype.element_ty == tl.uint8:
+        x = from_fp8(tl.load(at, mask=mask, other=0)).to(dtype)
+    else:
+        x = tl.load(at, mask=mask, other=0.0)
+    return x

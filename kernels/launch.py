@@ -76,6 +76,11 @@ def cdiv(n: int, d: int) -> int:
     return -(-n // d)
 
 
+def fitting_stages(stages: int, stage_bytes: int, device: Device) -> int:
+    """As many stages of a pipelined loop, up to `stages`, as the device's shared memory holds. No bit of a result depends on them."""
+    return max(2, min(stages, (device.shared_bytes - 2048) // stage_bytes))  # a program's reductions need some as well
+
+
 def as_rows(x: Tensor) -> Tensor:
     """x [..., n] as a view [rows, n]; only for tensors that `row_reason` takes."""
     return x.view(-1, x.shape[-1])

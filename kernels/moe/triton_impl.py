@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import FLOATS, H200, Argument, Device, Launch, Launcher, cdiv, dtype_reason, next_power_of_2, run
-from ..plain_linear.triton_impl import tile_for, weight_dot
+from ..plain_linear.triton_impl import stages_of, tile_for, weight_dot
 from ..registry import Implementation
 from .reference import most_tiles
 
@@ -244,7 +244,7 @@ def moe_linear(
                 "BLOCK_T": tile.block_t, "BLOCK_K": tile.block_k,
             },
             num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            num_stages=stages_of(tile, x.itemsize, device),
         )
     )  # fmt: skip
     return out

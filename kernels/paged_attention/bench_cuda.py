@@ -18,11 +18,13 @@ from ..gpu_bench import DEVICE, Case, main, random
 BLOCK = 16
 
 
-def arguments(batch: int, context: int, queries: int, heads: int, kv_heads: int, dim: int) -> tuple[Any, ...]:
-    """The op's arguments; every sequence has `context` keys, the last `queries` of them new."""
+def arguments(batch: int, context: int, queries: int, heads: int, kv_heads: int, dim: int, fp8: bool = False) -> tuple[Any, ...]:
+    """The op's arguments; every sequence has `context` keys, the last `queries` of them new. fp8: so the cache holds them."""
     blocks = -(-context // BLOCK)
     q, k, v = random(batch * queries, heads + 2 * kv_heads, dim).split([heads, kv_heads, kv_heads], dim=1)
     k_cache, v_cache = (random(batch * blocks, kv_heads, BLOCK, dim) for _ in range(2))
+    if fp8:
+        k_cache, v_cache = (torch.randint(0, 120, c.shape, dtype=torch.uint8, device=DEVICE) for c in (k_cache, v_cache))
     tables = torch.randperm(batch * blocks, device=DEVICE, dtype=torch.int32).view(1, batch, blocks)
     positions = torch.arange(context - queries, context, device=DEVICE)
     slots = (tables[0].long()[:, positions // BLOCK] * BLOCK + positions % BLOCK).view(1, -1)
@@ -52,6 +54,14 @@ def cases() -> Iterator[Case]:
                 moved_bytes=batch * context * kv_heads * 128 * 2 * 2,
                 flop=4 * batch * context * heads * 128,
                 baselines={"sdpa": partial(sdpa, batch, 1)},
+            )
+        for batch, context in ((1, 16384), (64, 4096)):
+            yield Case(
+                name=f"decode fp8 {batch}x{context}, {heads}/{kv_heads} heads",
+                make=partial(arguments, batch, context, 1, heads, kv_heads, 128, True),
+                ours=partial(paged_attention, decode=True),
+                moved_bytes=batch * context * kv_heads * 128 * 2,
+                flop=4 * batch * context * heads * 128,
             )
         for batch, tokens in ((1, 512), (1, 2048), (1, 8192), (4, 2048)):
             yield Case(

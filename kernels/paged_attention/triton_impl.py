@@ -113,6 +113,7 @@ def _attend(
     num_segments = cdiv(max_keys, segment)
     block_d = max(16, next_power_of_2(head_dim))
     shape = _shape(head_dim, q.dtype)
+    stages = 2 if k_cache.dtype == torch.uint8 else shape.stages  # a third leaves too few registers to widen fp8 in; no bit depends on it
     common: dict[str, Any] = {
         "query_start_loc": query_start_loc, "seq_lens": seq_lens, "k_cache": k_cache, "v_cache": v_cache, "block_tables": block_tables,
         "table_offset": group * block_tables.stride(0), "table_stride": block_tables.stride(1),
@@ -133,7 +134,7 @@ def _attend(
             args={"q": q, "partial": partial, "peaks": peaks, "totals_offset": peaks.stride(0), **common},
             constants={**constants, "ROWS": shape.rows},
             num_warps=shape.warps,
-            num_stages=shape.stages,
+            num_stages=stages,
         )
     )
     launch(
@@ -162,7 +163,7 @@ def _attend(
             args={"q": q, "sinks": sink_logits, "out": out, "num_sequences": num_sequences, "num_heads": num_heads, **common},
             constants={**constants, "ROWS": shape.prefill_rows, "QUERIES": queries, "HAS_SINKS": sinks is not None},
             num_warps=shape.prefill_warps,
-            num_stages=shape.stages,
+            num_stages=stages,
         )
     )
 
@@ -194,6 +195,8 @@ def paged_attend_reason(
         return "block_tables, seq_lens and query_start_loc must be int32"
     if sinks is not None and (sinks.dtype not in FLOATS or sinks.stride(0) != 1):
         return f"sinks must be contiguous and floating, they are {sinks.dtype}"
+    if k_cache.dtype == v_cache.dtype == torch.uint8:  # fp8 e4m3
+        return dtype_reason(FLOATS, q=q)
     return dtype_reason(FLOATS, q=q, k_cache=k_cache, v_cache=v_cache)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..fp8 import cache_value, load_cache
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -34,10 +36,10 @@ def write_kernel(
             inside = (head < kv_heads) & (d < D)
             if part == 1:
                 tile = tl.load(k + token * k_token + head * k_head + d, mask=inside)
-                tl.store(k_cache + block * kc_block + head * kc_kv_head + place * kc_slot + d, tile, mask=inside)
+                tl.store(k_cache + block * kc_block + head * kc_kv_head + place * kc_slot + d, cache_value(tile, k_cache), mask=inside)
             else:
                 tile = tl.load(v + token * v_token + head * v_head + d, mask=inside)
-                tl.store(v_cache + block * vc_block + head * vc_kv_head + place * vc_slot + d, tile, mask=inside)
+                tl.store(v_cache + block * vc_block + head * vc_kv_head + place * vc_slot + d, cache_value(tile, v_cache), mask=inside)
 
 
 @triton.jit
@@ -60,7 +62,7 @@ def _segment(
         block = tl.load(table + key // BLOCK_SIZE, mask=present, other=0).to(tl.int64)
         place = key % BLOCK_SIZE
         loaded = present[:, None] & (d < D)[None, :]
-        k_LD = tl.load(k_head + (block * kc_block + place * kc_slot)[:, None] + d[None, :], mask=loaded, other=0.0)
+        k_LD = load_cache(k_head + (block * kc_block + place * kc_slot)[:, None] + d[None, :], loaded, q_RD.dtype)
         score = tl.dot(q_RD, tl.trans(k_LD), input_precision="ieee")
         if HAS_SOFTCAP:
             # tanh(x) = 1 - 2 / (e^2x + 1), good to a unit in the last place of 1, which is softcap's own
@@ -76,7 +78,7 @@ def _segment(
         base = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet: no infinity minus infinity
         shrink = tl.exp2(peak - base)
         weight = tl.exp2(score - base[:, None])
-        v_LD = tl.load(v_head + (block * vc_block + place * vc_slot)[:, None] + d[None, :], mask=loaded, other=0.0)
+        v_LD = load_cache(v_head + (block * vc_block + place * vc_slot)[:, None] + d[None, :], loaded, q_RD.dtype)
         total = tl.fma(total, shrink, tl.sum(weight, 1))
         sum_RD = tl.dot(weight.to(v_LD.dtype), v_LD, sum_RD * shrink[:, None], input_precision="ieee")
         peak = higher

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import FLOATS, H200, Device, Launch, Launcher, cdiv, dtype_reason, next_power_of_2, run
-from ..plain_linear.triton_impl import Tile, tile_for, weight_dot
+from ..plain_linear.triton_impl import Tile, stages_of, tile_for, weight_dot
 from ..registry import Implementation
 
 SCAN = 1024  # rows looked at together
@@ -131,7 +131,7 @@ def plain_grouped_linear(
                 "BLOCK_K": tile.block_k,
             },
             num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            num_stages=stages_of(tile, x.itemsize, device),
         )
     )  # fmt: skip
     return out

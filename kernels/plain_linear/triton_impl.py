@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import FLOATS, H200, Device, Launch, Launcher, as_rows, cdiv, dtype_reason, next_power_of_2, row_reason, run
+from ..launch import FLOATS, H200, Device, Launch, Launcher, as_rows, cdiv, dtype_reason, fitting_stages, next_power_of_2, row_reason, run
 from ..registry import Implementation
 
 DECODE_ROWS = 64
@@ -47,6 +47,11 @@ def tile_for(rows: int, dtype: torch.dtype) -> Tile:
     if rows <= 512:
         return Tile(block_n=128, block_t=64, block_k=64, num_warps=4, num_stages=4)
     return Tile(block_n=128, block_t=128, block_k=64, num_warps=8, num_stages=4)
+
+
+def stages_of(tile: Tile, itemsize: int, device: Device) -> int:
+    """The tile's stages, fewer where the device has little shared memory."""
+    return fitting_stages(tile.num_stages, (tile.block_n + tile.block_t) * tile.block_k * itemsize, device)
 
 
 def split_length(n: int, k: int, block_k: int, device: Device) -> int:
@@ -176,7 +181,7 @@ def plain_linear(
                 args={**args, "num_tiles": runs_n * runs_t},
                 constants={**constants, "PARTS": parts, "ABREAST": 8, "PROGRAMS": programs},
                 num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
+                num_stages=stages_of(tile, x.itemsize, device),
             )
         )
         return out
@@ -188,7 +193,7 @@ def plain_linear(
             args={**args, "out": partial},
             constants={**constants, "HAS_BIAS": bias is not None and parts == 1},
             num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            num_stages=stages_of(tile, x.itemsize, device),
         )
     )
     if parts > 1:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..fp8 import as_bytes, from_fp8
 from ..launch import FLOATS, H200, Device, Launch, Launcher, as_rows, cdiv, dtype_reason, row_reason, run
-from ..plain_linear.triton_impl import DECODE_ROWS, Tile, add_parts, place_tile, split_length, tile_for
+from ..plain_linear.triton_impl import DECODE_ROWS, Tile, add_parts, place_tile, split_length, stages_of, tile_for
 from ..registry import Implementation
 from .reference import HALF, RUN
 
@@ -155,7 +155,7 @@ def plain_quantized_linear(
                 args={**args, "num_tiles": runs_n * runs_t},
                 constants={**constants, "PARTS": parts, "ABREAST": 8, "PROGRAMS": programs},
                 num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
+                num_stages=stages_of(tile, x.itemsize, device),
             )
         )
         return out
@@ -167,7 +167,7 @@ def plain_quantized_linear(
             args={**args, "out": partial},
             constants={**constants, "HAS_BIAS": bias is not None and parts == 1},
             num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            num_stages=stages_of(tile, x.itemsize, device),
         )
     )
     if parts > 1:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..paged_attention.reference import quantize_kv
+
 SCHEMA = (
     "rope_kv_write(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, "
     "float eps, float offset, bool round_first, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, int group) -> Tensor"
@@ -36,6 +38,7 @@ def rope_kv_write_reference(
             dimension i with i + R/2: x * cos + rotate_half(x) * sin. The others stay.
         q_weight, k_weight: [D] or None; eps, offset, round_first: as in rms_norm.
         k_cache, v_cache: [N, J, S, D], **written** at the slots of `slot_mapping` [G, T], row `group`; negative: not written.
+            Also uint8, the bytes of fp8 e4m3, as in paged_attention.
 
     Returns:
         q, normalised and rotated, [T, H, D] contiguous. Computed in fp32; rounded after the norm and at the end.
@@ -47,8 +50,8 @@ def rope_kv_write_reference(
     slots = slot_mapping[group]
     written = slots >= 0
     blocks, places = slots[written] // k_cache.shape[2], slots[written] % k_cache.shape[2]
-    k_cache[blocks, :, places] = turned_k[written].to(k_cache.dtype)
-    v_cache[blocks, :, places] = v[written].to(v_cache.dtype)
+    k_cache[blocks, :, places] = quantize_kv(turned_k[written], k_cache.dtype)
+    v_cache[blocks, :, places] = quantize_kv(v[written], v_cache.dtype)
     return turned_q
 
 

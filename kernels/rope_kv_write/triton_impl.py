@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..fp8 import cache_value
 from ..launch import FLOATS, H200, Device, Launch, Launcher, cdiv, dtype_reason, next_power_of_2, run
 from ..registry import Implementation
 
@@ -60,10 +61,10 @@ def _turn(
     cos_high = tl.load(cos + HALF + i, mask=i < HALF, other=0.0).to(tl.float32)[None, :]
     sin_low = tl.load(sin + i, mask=i < HALF, other=0.0).to(tl.float32)[None, :]
     sin_high = tl.load(sin + HALF + i, mask=i < HALF, other=0.0).to(tl.float32)[None, :]
-    tl.store(to + i[None, :], (low * cos_low - high * sin_low).to(rounded), mask=inside & write)
-    tl.store(to + HALF + i[None, :], (high * cos_high + low * sin_high).to(rounded), mask=inside & write)
+    tl.store(to + i[None, :], cache_value((low * cos_low - high * sin_low).to(rounded), target), mask=inside & write)
+    tl.store(to + HALF + i[None, :], cache_value((high * cos_high + low * sin_high).to(rounded), target), mask=inside & write)
     if BLOCK_TAIL > 0:
-        tl.store(to + j[None, :], tail.to(rounded), mask=inside_tail & write)
+        tl.store(to + j[None, :], cache_value(tail.to(rounded), target), mask=inside_tail & write)
 
 
 @triton.jit
@@ -103,7 +104,7 @@ def rope_kv_write_kernel(
         inside = (head < kv_heads)[:, None] & (d < D)[None, :]
         tile = tl.load(v + token * v_token + head[:, None] * v_head + d[None, :], mask=inside, other=0.0)
         to = v_cache + block * vc_block + place * vc_slot + head[:, None] * vc_kv_head + d[None, :]
-        tl.store(to, tile, mask=inside & (slot >= 0))
+        tl.store(to, cache_value(tile, v_cache), mask=inside & (slot >= 0))
 
 
 def rope_kv_write(
@@ -161,6 +162,8 @@ def rope_kv_write_reason(
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None and (weight.dtype not in FLOATS or weight.stride(0) != 1):
             return f"{name} must be contiguous and floating"
+    if k_cache.dtype == v_cache.dtype == torch.uint8:  # fp8 e4m3
+        return dtype_reason(FLOATS, q=q, k=k, v=v)
     return dtype_reason(FLOATS, q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
 
 
