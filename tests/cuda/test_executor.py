@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -235,15 +236,11 @@ def broken(change: Callable[[Plan], Plan]) -> list[tuple[bool, Plan]]:
 
 
 def renamed(plan: Plan, old: str, new: str) -> Plan:
-    import msgspec
-
     regions = [msgspec.structs.replace(region, name=new) if region.name == old else region for region in plan.regions]
     return msgspec.structs.replace(plan, regions=regions)
 
 
 def resized(plan: Plan, name: str, factor: int) -> Plan:
-    import msgspec
-
     regions = [
         msgspec.structs.replace(region, size_bytes=factor * (region.size_bytes or 0)) if region.name == name else region
         for region in plan.regions
@@ -273,8 +270,6 @@ def test_plans_that_disagree_with_the_manifest(
 
 
 def test_an_image_of_other_parameters_never_reaches_the_driver(weights: Weights, use: MakeStandIn, tmp_path: Path) -> None:
-    import msgspec
-
     other = toy_cubin({**KERNELS, "head": [8, 8, 8, 8]})
     driver = use()
 
@@ -291,6 +286,33 @@ def test_an_image_of_other_parameters_never_reaches_the_driver(weights: Weights,
     with pytest.raises(ArtifactError, match="image .* is not there"):
         Engine(config(foreign))
     assert driver.get("allocations") == 0 and driver.get("modules") == 0
+
+
+def with_kernel(plan: Plan, entry: str, **changes: int) -> Plan:
+    kernels = [msgspec.structs.replace(kernel, **changes) if kernel.entry == entry else kernel for kernel in plan.kernels]
+    return msgspec.structs.replace(plan, kernels=kernels)
+
+
+def test_much_shared_memory_and_clusters_are_asked_for(weights: Weights, use: MakeStandIn, tmp_path: Path) -> None:
+    use(shared=100_000)
+    out = write_toy_plans(tmp_path / "out", weights, plans=broken(lambda plan: with_kernel(plan, "head", shared_bytes=90_000, cluster=2)))
+    engine = Engine(config(out))
+    prompts = prompts_of([5, 20])
+    assert generate(engine, prompts) == [toy_greedy(weights, prompt, 12)[0] for prompt in prompts]
+    engine.close()
+    driver = use(shared=100_000)
+    much = write_toy_plans(tmp_path / "much", weights, plans=broken(lambda plan: with_kernel(plan, "head", shared_bytes=150_000)))
+    with pytest.raises(ArtifactError, match="head needs 150000 bytes of shared memory, a block of stand-in has 100000"):
+        Engine(config(much))
+    assert driver.get("live") == 0
+
+
+def test_edges_that_leave_a_hazard_open_never_reach_the_driver(weights: Weights, use: MakeStandIn, tmp_path: Path) -> None:
+    driver = use()
+    out = write_toy_plans(tmp_path / "out", weights, plans=broken(lambda plan: msgspec.structs.replace(plan, edges=plan.edges[1:])))
+    with pytest.raises(ArtifactError, match=r"launches 0 \(remember\) and 1 \(answer\) touch the same bytes, and no edge orders them"):
+        Engine(config(out))
+    assert driver.get("allocations") == 0
 
 
 def test_plans_that_do_not_reach_the_limits(weights: Weights, use: MakeStandIn, tmp_path: Path) -> None:
