@@ -20,6 +20,7 @@ from llmc.runtime.messages import EngineStats, FinishReason, GenerateRequest, To
 from llmc.runtime.scheduler.config import SchedulerConfig
 from llmc.runtime.scheduler.counters import Counters
 from llmc.runtime.scheduler.drafts import NgramDrafter
+from llmc.runtime.scheduler.guessing import add_guesses, take_checked
 from llmc.runtime.scheduler.invariants import check_sequences
 from llmc.runtime.scheduler.policy import insert_ranked, remove_ranked
 from llmc.runtime.scheduler.request import Sequence, make_sequence
@@ -177,7 +178,7 @@ class Scheduler:
         if self._waiting and self._counters.num_preemptions == preemptions_before:
             self._admit(sequences, scheduled, prefill_budget, num_partial)
         if self._drafter is not None:
-            self._add_drafts(self._drafter, sequences, scheduled)
+            add_guesses(self._drafter, self._kv, self.config, self._running, sequences, scheduled)
         plan = StepPlan(step=self._step, sequences=scheduled)
         self._in_flight = (plan, sequences)
         return plan
@@ -236,29 +237,6 @@ class Scheduler:
         return events
 
     # Parts of plan.
-
-    def _add_drafts(self, drafter: NgramDrafter, sequences: list[Sequence], scheduled: list[ScheduledSequence]) -> None:
-        """Let decoding sequences compute guesses too, with budget and blocks that nobody else wants in this step."""
-        kv = self._kv
-        budget = self.config.max_num_batched_tokens - sum(share.end - share.start for share in scheduled)
-        spare = -self.config.reserve_blocks - sum(kv.blocks_to_finish(s.blocks, len(s.token_ids)) for s in self._running if s.prefilling)
-        for index, (sequence, share) in enumerate(zip(sequences, scheduled, strict=True)):
-            # Rows of a grammar are masked by what stands before them, which only one token at a time can tell.
-            if sequence.prefilling or sequence.sampling.structured_outputs is not None:
-                continue
-            limit = min(budget, sequence.max_length - len(sequence.token_ids) - 1)  # one token comes out beside the guesses
-            if limit < 1:
-                continue
-            drafts = drafter.propose(sequence.request_id, sequence.token_ids, limit)
-            if share.end + len(drafts) > sequence.blocks.ready_tokens:
-                kv.return_passed(sequence.blocks, share.start)
-                if kv.blocks_to_extend(sequence.blocks, share.end + len(drafts)) <= kv.pool.num_available + spare:
-                    kv.extend(sequence.blocks, share.end + len(drafts))
-                else:
-                    drafts = drafts[: sequence.blocks.ready_tokens - share.end]
-            if drafts:
-                budget -= len(drafts)
-                scheduled[index] = _scheduled(sequence, share.start, share.end, drafts)
 
     def _chunk(self, remaining: int, budget: int, *, begun: bool) -> int:
         """How many of a prompt's `remaining` tokens may run now; 0: none."""
@@ -404,14 +382,8 @@ class Scheduler:
         """The event of a step with guesses: as many tokens as steps of one token each would have given before an end."""
         self._counters.num_drafts += 1
         self._counters.draft_tokens += share.num_drafts
-        token_ids, given = sequence.token_ids, []
-        finish_reason: FinishReason | None = None
-        for one in (sampled, *sampled.more):
-            token_ids.append(one.token_id)
-            given.append(one)
-            finish_reason = sequence.end_after(one.token_id)
-            if finish_reason is not None:
-                break
+        given, finish_reason = take_checked(sequence, sampled)
+        token_ids = sequence.token_ids
         self._counters.accepted_tokens += len(given) - 1
         sequence.num_computed = len(token_ids) - 1  # guesses that were right are computed; the slots of the others are written again
         if sequence.num_computed // self.config.block_size > sequence.blocks.num_published:
@@ -450,14 +422,13 @@ class Scheduler:
         self._kv.free(sequence.blocks)
 
 
-def _scheduled(sequence: Sequence, start: int, end: int, drafts: list[int] | None = None) -> ScheduledSequence:
+def _scheduled(sequence: Sequence, start: int, end: int) -> ScheduledSequence:
     return ScheduledSequence(
         request_id=sequence.request_id,
-        token_ids=sequence.token_ids if drafts is None else sequence.token_ids + drafts,
+        token_ids=sequence.token_ids,
         num_prompt_tokens=sequence.num_prompt_tokens,
         start=start,
-        end=end if drafts is None else end + len(drafts),
-        num_drafts=0 if drafts is None else len(drafts),
+        end=end,
         block_ids=sequence.blocks.groups,
         sampling=sequence.sampling,
         needs_prompt_logprobs=sequence.prompt_logprobs is not None and start < sequence.num_prompt_tokens - 1,

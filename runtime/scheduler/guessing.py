@@ -1,0 +1,62 @@
+"""Speculative decoding in the scheduler: who computes guesses in a step, and what its tokens are once they are checked."""
+
+from __future__ import annotations
+
+import msgspec
+
+from llmc.runtime.kv import KVManager
+from llmc.runtime.messages import FinishReason
+from llmc.runtime.scheduler.config import SchedulerConfig
+from llmc.runtime.scheduler.drafts import NgramDrafter
+from llmc.runtime.scheduler.request import Sequence
+from llmc.runtime.step import SampledToken, ScheduledSequence
+
+
+def add_guesses(
+    drafter: NgramDrafter,
+    kv: KVManager,
+    config: SchedulerConfig,
+    running: list[Sequence],
+    sequences: list[Sequence],
+    scheduled: list[ScheduledSequence],
+) -> None:
+    """Let decoding sequences compute guesses too, with budget and blocks that nobody else wants in this step. Allocates blocks.
+
+    Args:
+        running: every running sequence.
+        sequences: those of the step.
+        scheduled: their shares, in the same order; replaced where there are guesses.
+    """
+    budget = config.max_num_batched_tokens - sum(share.end - share.start for share in scheduled)
+    spare = -config.reserve_blocks - sum(kv.blocks_to_finish(s.blocks, len(s.token_ids)) for s in running if s.prefilling)
+    for index, (sequence, share) in enumerate(zip(sequences, scheduled, strict=True)):
+        # Rows of a grammar are masked by what stands before them, which only one token at a time can tell.
+        if sequence.prefilling or sequence.sampling.structured_outputs is not None:
+            continue
+        limit = min(budget, sequence.max_length - len(sequence.token_ids) - 1)  # one token comes out beside the guesses
+        if limit < 1:
+            continue
+        drafts = drafter.propose(sequence.request_id, sequence.token_ids, limit)
+        if share.end + len(drafts) > sequence.blocks.ready_tokens:
+            kv.return_passed(sequence.blocks, share.start)
+            if kv.blocks_to_extend(sequence.blocks, share.end + len(drafts)) <= kv.pool.num_available + spare:
+                kv.extend(sequence.blocks, share.end + len(drafts))
+            else:
+                drafts = drafts[: sequence.blocks.ready_tokens - share.end]
+        if drafts:
+            budget -= len(drafts)
+            scheduled[index] = msgspec.structs.replace(
+                share, token_ids=sequence.token_ids + drafts, end=share.end + len(drafts), num_drafts=len(drafts)
+            )
+
+
+def take_checked(sequence: Sequence, sampled: SampledToken) -> tuple[list[SampledToken], FinishReason | None]:
+    """Append the tokens of a step with guesses, up to the first that ends the sequence; returns them, and why it ends if it does."""
+    given: list[SampledToken] = []
+    for one in (sampled, *sampled.more):
+        sequence.token_ids.append(one.token_id)
+        given.append(one)
+        finish_reason = sequence.end_after(one.token_id)
+        if finish_reason is not None:
+            return given, finish_reason
+    return given, None
