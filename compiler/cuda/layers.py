@@ -64,7 +64,8 @@ def _assign(graph: GraphModule) -> dict[Node, int]:
     earliest: dict[Node, int] = {}
     for node in calls:
         before = [earliest[n] for n in node.all_input_nodes if n in earliest]
-        earliest[node] = max([*before, own[node] if own[node] is not None else 0])  # type: ignore[type-var]
+        layer = own[node]
+        earliest[node] = max([*before, 0 if layer is None else layer])
     end = max(earliest.values(), default=0) + 1
     latest: dict[Node, int] = {}
     for node in reversed(calls):
