@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from llmc.errors import ConfigError
 from llmc.passes.base import Pass
 
-REQUIRED = ("lower-linear", "lower-experts", "lower-plain-linear", "lower-plain-experts", "quantize-linear")
+REQUIRED = ("lower-linear", "lower-experts", "lower-plain-linear", "lower-plain-experts", "lower-moe-route", "quantize-linear")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from llmc.passes.fuse_silu_mul import FuseSiluMul
 from llmc.passes.keep_quantized import KeepQuantized
 from llmc.passes.lower_experts import LowerExperts
 from llmc.passes.lower_linear import LowerLinear
+from llmc.passes.lower_moe_route import LowerMoeRoute
 from llmc.passes.lower_plain_experts import LowerPlainExperts
 from llmc.passes.lower_plain_linear import LowerPlainLinear
 from llmc.passes.merge_gate_up import MergeGateUp
@@ -103,7 +104,7 @@ def _gpu_fusions() -> list[Pass]:
 
 def _gpu_lowering() -> list[Pass]:
     """At every level: a row's bits must not depend on its batch."""
-    return [LowerPlainLinear(), LowerPlainExperts()]
+    return [LowerPlainLinear(), LowerPlainExperts(), LowerMoeRoute()]
 
 
 def _lowering() -> list[Pass]:

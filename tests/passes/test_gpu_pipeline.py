@@ -24,11 +24,14 @@ _LLAMA = {"fuse-rms-norm": 5, "fuse-add-rms-norm": 4, "fuse-rope-kv-write": 2, "
 _GEMMA2 = {"fuse-rms-norm": 9, "fuse-add-rms-norm": 4, "fuse-rope-kv-write": 2, "fuse-silu-mul": 0, "fuse-gelu-mul": 2}
 _NONE = dict.fromkeys(_LLAMA, 0)
 EXPECTED = {
-    **dict.fromkeys(("llama", "llama3_rope", "qwen2", "mistral", "mixtral", "phi3", "phi3_longrope", "smollm3"), _LLAMA),
-    **dict.fromkeys(("qwen3", "qwen3_moe"), _LLAMA | {"fuse-rms-norm": 9}),
+    **dict.fromkeys(("llama", "llama3_rope", "qwen2", "mistral", "phi3", "phi3_longrope", "smollm3"), _LLAMA),
+    "mixtral": _LLAMA | {"lower-moe-route": 2},
+    "qwen3": _LLAMA | {"fuse-rms-norm": 9, "lower-moe-route": 0},
+    "qwen3_moe": _LLAMA | {"fuse-rms-norm": 9, "lower-moe-route": 2},
     "gemma2": _GEMMA2,
     "gemma3_text": {"fuse-rms-norm": 19, "fuse-add-rms-norm": 6, "fuse-rope-kv-write": 3, "fuse-silu-mul": 0, "fuse-gelu-mul": 3},
-    "gpt_oss": {"fuse-rms-norm": 7, "fuse-add-rms-norm": 6, "fuse-rope-kv-write": 3, "fuse-silu-mul": 0, "fuse-gelu-mul": 0},
+    "gpt_oss": {"fuse-rms-norm": 7, "fuse-add-rms-norm": 6, "fuse-rope-kv-write": 3, "fuse-silu-mul": 0, "fuse-gelu-mul": 0,
+                "lower-moe-route": 3},
     "olmo2": _LLAMA | {"fuse-rms-norm": 9, "fuse-add-rms-norm": 1},  # it normalises what is added, not the sum
     "gpt2": _NONE,
     "opt": _NONE,
@@ -68,6 +71,6 @@ def test_levels_of_a_gpu() -> None:
     assert pipeline(0, kind="cuda") == []
     names = {level: [p.name for p in pipeline(level, kind="cuda")] for level in (1, 2)}
     assert not any(name.startswith("fuse-") for name in names[1])
-    assert names[1][-2:] == names[2][-2:] == ["lower-plain-linear", "lower-plain-experts"]
+    assert names[1][-3:] == names[2][-3:] == ["lower-plain-linear", "lower-plain-experts", "lower-moe-route"]
     with pytest.raises(ConfigError, match="only CPU targets have kernels for quantised weights"):
         pipeline(2, "int8", kind="cuda")
