@@ -30,8 +30,14 @@ EXPECTED = {
     "qwen3_moe": _LLAMA | {"fuse-rms-norm": 9, "lower-moe-route": 2},
     "gemma2": _GEMMA2,
     "gemma3_text": {"fuse-rms-norm": 19, "fuse-add-rms-norm": 6, "fuse-rope-kv-write": 3, "fuse-silu-mul": 0, "fuse-gelu-mul": 3},
-    "gpt_oss": {"fuse-rms-norm": 7, "fuse-add-rms-norm": 6, "fuse-rope-kv-write": 3, "fuse-silu-mul": 0, "fuse-gelu-mul": 0,
-                "lower-moe-route": 3},
+    "gpt_oss": {
+        "fuse-rms-norm": 7,
+        "fuse-add-rms-norm": 6,
+        "fuse-rope-kv-write": 3,
+        "fuse-silu-mul": 0,
+        "fuse-gelu-mul": 0,
+        "lower-moe-route": 3,
+    },
     "olmo2": _LLAMA | {"fuse-rms-norm": 9, "fuse-add-rms-norm": 1},  # it normalises what is added, not the sum
     "gpt2": _NONE,
     "opt": _NONE,
