@@ -27,6 +27,7 @@ class LevelsConfig:
     model: Path
     levels: tuple[int, ...] = (0, 1, 2)
     quantizations: tuple[str, ...] = ()  # each one more row, at the highest level
+    performance_modes: tuple[str, ...] = ()  # likewise
     compile_options: tuple[str, ...] = ()  # for every variant
     passes: bool = False  # leave each optional pass out in turn
     baseline_hf: bool = False
@@ -76,6 +77,10 @@ def bench_levels(config: LevelsConfig, say: Say) -> BenchResult:
         variants += [
             Variant(name=f"{top} {scheme}", options=(top, "--quantization", scheme, *config.compile_options))
             for scheme in config.quantizations
+        ]
+        variants += [
+            Variant(name=f"{top} {mode}", options=(top, "--performance-mode", mode, *config.compile_options))
+            for mode in config.performance_modes
         ]
         compiled = [_compile(config, variant, work, say) for variant in variants]
         if config.passes:

@@ -85,6 +85,7 @@ def finish(result: BenchResult, json_file: Path | None, html_file: Path | None) 
 @click.argument("model", type=_FOLDER)
 @click.option("--levels", default="0,1,2", show_default=True, help="Optimisation levels, rising.")
 @click.option("--quantization", default="", metavar="int8,int4", help="One more row each, at the highest level.")
+@click.option("--performance-mode", default="", metavar="interactivity,throughput", help="One more row each, at the highest level.")
 @click.option("--compile-option", multiple=True, metavar="FLAG", help="For every compile, such as --compile-option=--dtype=float32.")
 @click.option("--passes", is_flag=True, help="Measure each pass's gain: the highest level with the pass left out.")
 @click.option("--startup/--no-startup", default=True, show_default=True, help="Start `llmc serve` in every round.")
@@ -98,6 +99,7 @@ def levels_command(
     model: Path,
     levels: str,
     quantization: str,
+    performance_mode: str,
     compile_option: tuple[str, ...],
     passes: bool,
     startup: bool,
@@ -119,6 +121,7 @@ def levels_command(
         model=model,
         levels=tuple(numbers("--levels", levels)),
         quantizations=tuple(words(quantization)),
+        performance_modes=tuple(words(performance_mode)),
         compile_options=compile_option,
         passes=passes,
         baseline_hf=baseline == "hf",

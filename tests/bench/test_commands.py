@@ -75,3 +75,55 @@ def test_levels_of_the_demo_model() -> None:
     assert (oracle["level"], best["level"], theirs["level"]) == ("-O0", "-O2", "transformers")
     assert isinstance(best["kl"], float) and best["kl"] < 0.01 and isinstance(best["same_top"], float) and best["same_top"] > 90
     assert result.exit_code == 0 and len(result.gates) == 2
+
+
+def test_variants_are_compiled_with_their_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which compiles a command asks for; the first that fails ends it."""
+    from llmc.bench import levels
+    from llmc.errors import ConfigError
+
+    asked: list[tuple[str, tuple[str, ...]]] = []
+
+    def compile_variant(model: Path, variant: levels.Variant, out: Path) -> None:
+        asked.append((variant.name, variant.options))
+        if len(asked) == 4:
+            raise ConfigError("enough")
+
+    monkeypatch.setattr(levels, "compile_variant", compile_variant)
+    arguments = ["--levels", "1,2", "--quantization", "int8", "--performance-mode", "throughput", "--compile-option=--dtype=float32"]
+    assert main(["bench", "levels", str(tmp_path), *arguments]) == 2
+    assert asked == [
+        ("-O1", ("-O1", "--dtype=float32")),
+        ("-O2", ("-O2", "--dtype=float32")),
+        ("-O2 int8", ("-O2", "--quantization", "int8", "--dtype=float32")),
+        ("-O2 throughput", ("-O2", "--performance-mode", "throughput", "--dtype=float32")),
+    ]
+
+
+def test_each_pass_that_did_something_is_left_out_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from llmc.bench import levels
+    from llmc.errors import ConfigError
+
+    passes = [SimpleNamespace(name=name, matches=matches) for name, matches in (("merge-qkv", 4), ("idle", 0), ("lower-linear", 9))]
+    asked, said = [], []
+
+    def compile_variant(model: Path, variant: levels.Variant, out: Path) -> SimpleNamespace:
+        asked.append(variant.options)
+        if "lower-linear" in variant.name:
+            raise ConfigError("the lowering needs it")
+        return SimpleNamespace(name=variant.name, manifest=SimpleNamespace(passes=passes))
+
+    monkeypatch.setattr(levels, "compile_variant", compile_variant)
+    full = SimpleNamespace(name="-O2", manifest=SimpleNamespace(passes=passes))
+    found = levels._without_each_pass(LevelsConfig(model=tmp_path, passes=True), [full], "-O2", tmp_path, said.append)  # type: ignore[list-item]
+    assert asked == [("-O2", "--passes=-merge-qkv"), ("-O2", "--passes=-lower-linear")]
+    assert [one.name for one in found] == ["-O2 -merge-qkv"]
+    assert said[-1] == "lower-linear stays: the lowering needs it"
+    samples = {
+        name: levels._Samples(speeds={mode: [speed, speed] for mode in levels.SPEEDS})
+        for name, speed in (("-O2", 3.0), ("-O2 -merge-qkv", 2.0))
+    }
+    table = levels._pass_table(samples, levels.SPEEDS, "-O2")
+    assert [(row["pass"], row["decode 1"].median) for row in table.rows] == [("merge-qkv", 1.5)]  # type: ignore[union-attr]
