@@ -50,13 +50,15 @@ class PassContext:
 
 @dataclass(frozen=True, kw_only=True)
 class PassResult:
-    """The truth about a run. Node counts are filled in by the runner, which is the one who counts."""
+    """The truth about a run. The runner fills in what it counts: nodes, and launches and bytes as `cost.py` predicts them."""
 
     changed: bool
     matches: int = 0
     refusals: Counter[str] = field(default_factory=Counter)
     nodes_before: int = 0
     nodes_after: int = 0
+    launches_saved: int = 0
+    bytes_saved: int = 0
     seconds: float = 0.0
 
 

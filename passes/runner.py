@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from llmc.errors import PassError
 from llmc.passes import graph as G
 from llmc.passes.base import Pass, PassContext, PassResult
+from llmc.passes.cost import predicted
 from llmc.passes.text import graph_text
 from llmc.passes.verify import snapshot, violation
 
@@ -84,7 +85,7 @@ def run_passes(gm: GraphModule, passes: Sequence[Pass], ctx: PassContext, *, dum
 def _run_one(gm: GraphModule, applied: Pass, ctx: PassContext) -> PassResult:
     if lacking := applied.requires(gm):
         raise PassError(f"it requires what the graph lacks: {lacking}")
-    before = snapshot(gm)
+    before, cost = snapshot(gm), predicted(gm)
     start = time.perf_counter()
     result = applied.run(gm, ctx)
     seconds = time.perf_counter() - start
@@ -97,4 +98,12 @@ def _run_one(gm: GraphModule, applied: Pass, ctx: PassContext) -> PassResult:
         raise PassError("it says that it changed nothing, but the graph is another")
     if unkept := applied.ensures(gm):
         raise PassError(f"it does not keep its promise: {unkept}")
-    return replace(result, nodes_before=len(before.nodes), nodes_after=len(gm.graph.nodes), seconds=seconds)
+    after = predicted(gm) if result.changed else cost
+    return replace(
+        result,
+        nodes_before=len(before.nodes),
+        nodes_after=len(gm.graph.nodes),
+        launches_saved=cost.launches - after.launches,
+        bytes_saved=cost.nbytes - after.nbytes,
+        seconds=seconds,
+    )

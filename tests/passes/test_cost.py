@@ -1,0 +1,51 @@
+"""Predicted launches and bytes, counted by hand on small graphs."""
+
+from __future__ import annotations
+
+import torch
+
+from llmc.passes.common_subexpressions import CommonSubexpressions
+from llmc.passes.cost import Cost, predicted
+from llmc.passes.fuse_add_rms_norm import FuseAddRmsNorm
+from llmc.passes.fuse_rms_norm import FuseRmsNorm
+from llmc.passes.fuse_rope_kv_write import FuseRopeKVWrite
+from llmc.passes.merge_gate_up import MergeGateUp
+from llmc.passes.no_op_elimination import NoOpElimination
+from tests.passes.fusion_modules import Residual, RotaryAttention, residual_case, rotary_case
+from tests.passes.modules import HIDDEN, GatedMLP, mlp_case
+from tests.passes.support import capture, seeded
+
+ROW = HIDDEN * 4  # bytes of a row of fp32
+TOKENS = 64
+
+
+def test_a_chain_of_pointwise_ops_is_one_launch() -> None:
+    case = capture(lambda x: torch.relu(x * 2).exp(), seeded(4, 8))
+    assert predicted(case.gm) == Cost(launches=1, nbytes=2 * 4 * 8 * 4)
+
+
+def test_merging_linears_saves_a_launch_and_a_read_of_x() -> None:
+    before = mlp_case(GatedMLP())
+    after, _ = before.apply(MergeGateUp())
+    was, now = predicted(before.gm), predicted(after.gm)
+    assert was.launches - now.launches == 1
+    assert was.nbytes - now.nbytes == TOKENS * ROW
+
+
+def test_views_cost_nothing() -> None:
+    case = capture(lambda x: x.view(8, 4).t().unsqueeze(0) + 1, seeded(4, 8))
+    assert predicted(case.gm).launches == 1
+
+
+def test_the_rotation_and_the_write_become_one_launch() -> None:
+    before, _ = rotary_case(RotaryAttention()).apply(NoOpElimination(), CommonSubexpressions(), FuseRmsNorm())
+    after, _ = before.apply(FuseRopeKVWrite())
+    assert predicted(after.gm).launches < predicted(before.gm).launches
+    assert predicted(after.gm).nbytes < predicted(before.gm).nbytes
+
+
+def test_a_sum_and_its_norm_save_a_read() -> None:
+    before, _ = residual_case(Residual()).apply(FuseRmsNorm())
+    after, _ = before.apply(FuseAddRmsNorm())
+    assert predicted(after.gm).launches < predicted(before.gm).launches
+    assert predicted(after.gm).nbytes < predicted(before.gm).nbytes
