@@ -31,6 +31,18 @@ def generate(model: llama_cpp.Llama, prompt: list[int], new_tokens: int) -> tupl
     return first - started, time.perf_counter() - started
 
 
+def _without_repacking() -> None:
+    """Llama() has no argument for `use_extra_bufts`, so the defaults that it starts from are changed."""
+    original = llama_cpp.llama_model_default_params
+
+    def plain() -> llama_cpp.llama_model_params:
+        params = original()
+        params.use_extra_bufts = False
+        return params
+
+    llama_cpp.llama_cpp.llama_model_default_params = plain
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
@@ -39,9 +51,12 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--plain", action="store_true", help="without repacked buffers")
     args = parser.parse_args()
     if args.batch != 1:
         parser.error("llama.cpp is measured at batch 1 here")
+    if args.plain:
+        _without_repacking()
     model = llama_cpp.Llama(
         args.model, n_ctx=args.prompt + args.new + 8, n_threads=args.threads, n_threads_batch=args.threads, n_batch=512, verbose=False
     )
