@@ -1,0 +1,40 @@
+"""Every architecture compiles for a GPU: a decode and a prefill plan each, every constant in both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs the cuda extra: pip install 'llmc[cuda]'")
+
+import llmc.kernels.ops  # noqa: F401  (registers the ops)
+from llmc.compiler.capture import capture
+from llmc.compiler.cuda.program import compile_program, with_next_tokens
+from llmc.compiler.cuda.sizes import PlanSize
+from llmc.compiler.model import read_model
+from llmc.compiler.pipeline import pipeline
+from llmc.kernels.cuda_targets import cuda_target
+from llmc.passes import PassContext, run_passes
+from tests.architectures import NAMES, save_tiny_model
+
+SIZES = [
+    PlanSize(decode=True, num_tokens=4, num_seqs=4, num_logits=4),
+    PlanSize(decode=False, num_tokens=96, num_seqs=8, num_logits=8),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_an_architecture_has_plans(name: str, tmp_path: Path) -> None:
+    save_tiny_model(name, tmp_path, torch.bfloat16)
+    traced = capture(read_model(tmp_path))
+    table = traced.weight_table()
+    run_passes(traced.graph, pipeline(2, kind="cuda"), PassContext(weights=table, max_positions=traced.max_model_len))
+    with_next_tokens(traced.graph)
+    program = compile_program(traced.graph, traced.inputs, SIZES, cuda_target("cuda:sm_90"), table_blocks=32)
+    for made in program.plans.values():
+        assert {region.name for region in made.plan.regions if region.kind == "weight"} == set(table)
+        assert len(made.plan.launches) > 30
+    assert program.inductor < program.layers
