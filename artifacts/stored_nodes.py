@@ -57,7 +57,7 @@ class Dequantize(Node):
 
     def rows(self, data: Data, start: int, stop: int) -> Array:
         ints = self.integers(data, start, stop).astype(np.float32)
-        scales = cast(self.scale_rows(data, start, stop), self.dtype, "float32")
+        scales = np.asarray(cast(self.scale_rows(data, start, stop), self.dtype, "float32"), dtype=np.float32)
         ints *= np.repeat(scales, min(self.group, self.shape[1]), axis=1)[:, : self.shape[1]]
         return cast(ints, "float32", self.dtype)
 
