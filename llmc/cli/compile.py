@@ -22,6 +22,8 @@ from llmc.config.resolve import Resolved
 from llmc.errors import ArtifactError, ConfigError, InternalError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from llmc.artifacts.store import Store
     from llmc.compiler.cached import CompileResult
 
@@ -175,6 +177,8 @@ def _show(result: CompileResult, config: CompileConfig) -> None:
     sizes = f"weights {human_bytes(result.weights_bytes)}, code {human_bytes(result.code_bytes)}"
     table.add_row("[bold]all[/]", f"[bold]{total:.2f}[/]", f"{human_bytes(result.size_bytes)}: {sizes}")
     console.print(table)
+    if result.report.get("gpu"):
+        console.print(_gpu_kernels(result.report["gpu"]))
     report = config.report or config.out.with_name(config.out.name + ".report")
     source = "from the compile cache" if result.hit else f"report with times: {report / 'report.html'}"
     console.print(f"artifact  [bold]{result.out}[/] ({source})", soft_wrap=True)
@@ -183,6 +187,21 @@ def _show(result: CompileResult, config: CompileConfig) -> None:
     else:
         advice = "the model folder has no tokenizer.json: use llmc.LLM with token ids, or compile with --tokenizer DIR to serve text"
         console.print(f"next      {advice}", soft_wrap=True)
+
+
+def _gpu_kernels(facts: Mapping[str, Any]) -> Table:
+    """The kernel table of an artifact for a GPU."""
+    from rich.table import Table
+
+    from llmc.compiler.cuda.report import COLUMNS, table_rows
+
+    title = f"{len(facts['plans'])} plans, {facts['layers']} layers, {facts['distinct_layers']} of them distinct"
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if number in (0, len(COLUMNS) - 1) else "right", overflow="fold")
+    for row in table_rows(facts):
+        table.add_row(*row)
+    return table
 
 
 def _explain(config: CompileConfig) -> None:
