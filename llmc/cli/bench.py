@@ -83,7 +83,7 @@ def finish(result: BenchResult, json_file: Path | None, html_file: Path | None) 
 
 @bench_group.command("levels")
 @click.argument("model", type=_FOLDER)
-@click.option("--levels", default="0,1,2", show_default=True, help="Optimisation levels, rising.")
+@click.option("--levels", default=None, metavar="0,2", help="Optimisation levels, rising [default: all that are built].")
 @click.option("--quantization", default="", metavar="int8,int4", help="One more row each, at the highest level.")
 @click.option("--performance-mode", default="", metavar="interactivity,throughput", help="One more row each, at the highest level.")
 @click.option("--compile-option", multiple=True, metavar="FLAG", help="For every compile, such as --compile-option=--dtype=float32.")
@@ -97,7 +97,7 @@ def finish(result: BenchResult, json_file: Path | None, html_file: Path | None) 
 @outputs
 def levels_command(
     model: Path,
-    levels: str,
+    levels: str | None,
     quantization: str,
     performance_mode: str,
     compile_option: tuple[str, ...],
@@ -119,7 +119,7 @@ def levels_command(
 
     config = LevelsConfig(
         model=model,
-        levels=tuple(numbers("--levels", levels)),
+        levels=tuple(numbers("--levels", levels)) if levels is not None else built_levels(),
         quantizations=tuple(words(quantization)),
         performance_modes=tuple(words(performance_mode)),
         compile_options=compile_option,
@@ -135,6 +135,13 @@ def levels_command(
         max_kl=max_kl,
     )
     return finish(bench_levels(config, say), json_file, html_file)
+
+
+def built_levels() -> tuple[int, ...]:
+    """Every optimisation level of this llmc."""
+    from llmc.compiler.pipeline import LEVELS
+
+    return LEVELS
 
 
 def words(text: str) -> list[str]:
