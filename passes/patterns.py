@@ -29,7 +29,7 @@ def match(pattern: Graph, root: Node) -> list[Any] | None:
 
     Values inside the match may have no reader outside of it; the result may have any.
     """
-    (wanted_root,) = next(reversed(pattern.nodes)).args
+    (wanted_root,) = next(iter(reversed(pattern.nodes))).args
     bound: dict[Node, Any] = {}
 
     def fits(wanted: Any, found: Any) -> bool:
