@@ -8,21 +8,27 @@ waits for it.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from llmc.artifacts.store import Store
 from llmc.artifacts.writer import ArtifactWriter, check_output
 from llmc.compiler.cached import CompileResult, publish_from_cache, remember, result
 from llmc.compiler.input_key import input_key
+from llmc.compiler.search import OPTIONAL, refuse_unmeasurable, search, without
 from llmc.compiler.stages import Checked, Silent, StageLog, StageObserver
 from llmc.compiler.targets import Target, find_target
 from llmc.compiler.tokenizer_files import Render
 from llmc.config.compile import CompileConfig
+from llmc.errors import ConfigError
 
 # Runs a finished, unpublished artifact; raises if it answers otherwise than the reference.
 Check = Callable[[Path], Checked]
+# Times the decode step of a finished artifact in milliseconds, some runs.
+TimeDecode = Callable[[Path], list[float]]
 
 
 def compile_model(
@@ -32,6 +38,7 @@ def compile_model(
     render: Render | None = None,
     check: Check | None = None,
     store: Store | None = None,
+    time_decode: TimeDecode | None = None,
 ) -> CompileResult:
     """Compile a model folder into an artifact at `config.out`.
 
@@ -40,6 +47,7 @@ def compile_model(
         render: the runtime's chat-template engine, to be compared with Jinja2.
         check: run on the finished folder before it gets its name.
         store: the compile cache, for whole artifacts and for lowered code; None compiles without one.
+        time_decode: times an artifact's decode step in a process of its own; -O3 needs it.
 
     Raises:
         ConfigError, UnsupportedModel, ArtifactError: nothing is published, and an artifact at `out` stays as it was.
@@ -50,15 +58,41 @@ def compile_model(
     with log.stage("key") as note:
         key = input_key(config, target)
         note.detail = key.digest[:12]
+    if config.level == 3:
+        refuse_unmeasurable(target, config.weights)
+        if time_decode is None:
+            raise ConfigError("-O3 times programs: compile with `llmc compile -O3`, or pass time_decode")
     if store is None:
-        _build(config, target, log, render, check, None)
+        _build(_searched(config, log, render, store, time_decode), target, log, render, check, None)
         return result(config, key, log, hit=False)
     with store.lock(key):  # of several compiles of one input, the first works and the others find its result
         if config.use_cache and (hit := publish_from_cache(config, store, key, log)) is not None:
             return hit
-        _build(config, target, log, render, check, store)
+        _build(_searched(config, log, render, store, time_decode), target, log, render, check, store)
         remember(config, store, key, log)
     return result(config, key, log, hit=False)
+
+
+def _searched(
+    config: CompileConfig, log: StageLog, render: Render | None, store: Store | None, time_decode: TimeDecode | None
+) -> CompileConfig:
+    """At -O3, the configuration with the fusions left out that do not pay here; any other as it is."""
+    if config.level != 3:
+        return config
+    assert time_decode is not None
+    with log.stage("search") as note, tempfile.TemporaryDirectory(prefix="llmc-search-") as folder:
+
+        def artifact(removed: frozenset[str]) -> Path:
+            out = Path(folder) / ("-".join(sorted(removed)) or "all")
+            if not out.exists():
+                variant = replace(config, level=2, passes=without(config.passes, removed), out=out, report=None, force=False)
+                compile_model(variant, render=render, store=store)
+            return out
+
+        matched = {p["name"] for p in json.loads((artifact(frozenset()) / "manifest.json").read_bytes())["passes"] if p["matches"]}
+        judged = search([n for n in OPTIONAL if n in matched], lambda removed: time_decode(artifact(removed)))
+        note.detail = "; ".join(map(str, judged)) or "no fusion matches this model"
+    return replace(config, passes=without(config.passes, frozenset(found.name for found in judged if not found.pays)))
 
 
 def _build(config: CompileConfig, target: Target, log: StageLog, render: Render | None, check: Check | None, store: Store | None) -> None:

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from llmc.errors import ConfigError
-from llmc.passes.base import Pass
+
+if TYPE_CHECKING:  # torch stands behind it, and a cache hit does not wait for torch
+    from llmc.passes.base import Pass
 
 REQUIRED = ("lower-linear", "lower-experts", "lower-plain-linear", "lower-plain-experts", "lower-moe-route", "quantize-linear")
 
@@ -48,7 +51,8 @@ def parse_choice(text: str) -> PassChoice:
     Raises:
         ConfigError: an entry without + or -, an empty one, or a name with both.
     """
-    added, removed = set(), set()
+    added: set[str] = set()
+    removed: set[str] = set()
     for entry in (part.strip() for part in text.split(",")) if text else ():
         sign, name = entry[:1], entry[1:]
         if sign not in ("+", "-") or not name:

@@ -27,7 +27,7 @@ from llmc.passes.no_op_elimination import NoOpElimination
 from llmc.passes.prune_to_needed_rows import PruneToNeededRows
 from llmc.passes.quantize_linear import QuantizeLinear
 
-LEVELS = (0, 1, 2)
+LEVELS = (0, 1, 2, 3)
 KINDS = ("cpu", "cuda")
 QUANTIZATIONS = {"int8": QuantizeLinear(bits=8), "int4": QuantizeLinear(bits=4)}
 STORED = "stored"  # in place of one of these: as the checkpoint is quantised already
@@ -37,7 +37,8 @@ def pipeline(level: int, quantization: str | None = None, *, kind: str = "cpu", 
     """The passes of an optimisation level, in order.
 
     Args:
-        level: 0 gives no pass at all: the captured graph is the oracle the other levels are held to.
+        level: 0 gives no pass at all: the captured graph is the oracle the other levels are held to. 3 is 2 with the fusions left out
+            that did not pay, which `compiler/search.py` measures and hands over in `passes`.
         quantization: a key of QUANTIZATIONS, STORED, or None.
         kind: of the target, one of KINDS.
         passes: the value of --passes, "+name,-name".

@@ -116,7 +116,12 @@ def _compile(config: CompileConfig, *, check: bool) -> None:
     title = f"[bold]llmc compile[/] {config.model} -O{config.level} --target {config.target}"
     with LiveStages(console, title) if console.is_terminal else PlainStages() as view:
         result = compile_model(
-            config, observer=view, render=_render, check=_run_canaries if check else None, store=_store() if config.use_cache else None
+            config,
+            observer=view,
+            render=_render,
+            check=_run_canaries if check else None,
+            store=_store() if config.use_cache else None,
+            time_decode=_time_decode,
         )
     _show(result, config)
 
@@ -159,6 +164,16 @@ def _run_canaries(folder: Path) -> Checked:
         raise InternalError(f"the compiled artifact fails on its own canary prompts and was not published: {reason}")
     answer = json.loads(done.stdout.splitlines()[-1])
     return Checked(detail=f"{answer['compared']} canary tokens as the reference", startup_ms=answer["startup_ms"])
+
+
+def _time_decode(folder: Path) -> list[float]:
+    """Milliseconds of a decode step, from a process of its own."""
+    done = subprocess.run([sys.executable, "-m", "llmc.runtime.time_decode", str(folder)], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"status {done.returncode}"
+        raise InternalError(f"-O3 could not time a program it compiled: {reason}")
+    times: list[float] = json.loads(done.stdout.splitlines()[-1])
+    return times
 
 
 def _show(result: CompileResult, config: CompileConfig) -> None:
@@ -226,8 +241,6 @@ def _explain(config: CompileConfig) -> None:
 
 
 def _preview(config: CompileConfig, *, passes: bool) -> None:
-    if config.level not in (0, 1, 2):
-        raise ConfigError(f"-O{config.level} is not built")
     from rich.console import Console
     from rich.table import Table
 

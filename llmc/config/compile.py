@@ -46,8 +46,6 @@ class CompileConfig:
     use_cache: bool = True
 
     def __post_init__(self) -> None:
-        if self.level == 3:
-            raise ConfigError("-O3 is not built: it would be -O2 under another name until there is a search; use -O2")
         if self.level == 0 and self.target.startswith("cuda:"):
             raise ConfigError(
                 f"-O0 --target {self.target}: -O0 is the oracle and runs on a CPU; use -O1 or -O2, or --target cpu to compare with"

@@ -69,7 +69,7 @@ def test_an_explanation_in_full() -> None:
     found = explain("fuse-silu-mul")
     assert found.what == "Fold silu(gate) * up into one op."
     assert found.parts["After"] == "llmc.silu_mul(gate, up)"
-    assert found.runs == {"cpu": ["-O2"], "cuda": ["-O2"]}
+    assert found.runs == {"cpu": ["-O2", "-O3"], "cuda": ["-O2", "-O3"]}
     assert "bfloat16 0.016 relative" in found.numerics
     assert explain("prune-to-needed-rows").numerics == "exact: the same bits"
     with pytest.raises(ConfigError, match="no pass 'fuse'; there are no-op-elimination"):

@@ -205,9 +205,9 @@ def test_questions_write_nothing(question: str, small: Path, tmp_path: Path, cap
     assert list(tmp_path.iterdir()) == [] and _tree(small) == before
 
 
-def test_level_3_is_refused(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compile", str(small), "-O3", "-o", str(tmp_path / "out")]) == 2
-    assert re.fullmatch(r"llmc: -O3 is not built: .*use -O2\n", capsys.readouterr().err)
+def test_level_3_is_refused_where_nothing_can_be_timed(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compile", str(small), "-O3", "--weights", "external", "-o", str(tmp_path / "out")]) == 2
+    assert re.fullmatch(r"llmc: -O3 --weights external: .*use -O2, or --weights embed\n", capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
 
 

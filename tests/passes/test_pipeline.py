@@ -65,7 +65,12 @@ def test_every_pass_matches_once_per_layer(captured: tuple[str, Case, TracedMode
     assert matches["prune-to-needed-rows"] == 1
     assert matches["constant-fold-rope"] == 2
     assert matches["lower-experts"] == experts * layers
-    assert not any(r.result.refusals for r in reports)
+    assert matches["fuse-rms-norm"] == 2 * layers + 1
+    assert matches["fuse-add-rms-norm"] == 2 * layers
+    assert matches["fuse-silu-mul"] == layers
+    refusals = {r.applied.name: dict(r.result.refusals) for r in reports if r.result.refusals}
+    of_heads = {} if name == "llama" else {"fuse-rms-norm": {"its rows are not evenly spaced": 2 * layers}}
+    assert refusals == of_heads
     text = lowered.text()
     assert "= linear(" not in text and "bmm(" not in text and "cos(" not in text
     assert text.count("llmc.paged_attention(") == layers
@@ -77,9 +82,10 @@ def test_levels() -> None:
     assert all(p.numerics is Numerics.EXACT for p in pipeline(1) if not p.name.startswith("lower-"))
     names = [p.name for p in pipeline(2)]
     assert len(set(names)) == len(names)
-    with pytest.raises(ConfigError, match="optimisation level 3: expected one of 0, 1, 2"):
-        pipeline(3)
-    assert LEVELS == (0, 1, 2)
+    assert pipeline(3) == pipeline(2)
+    with pytest.raises(ConfigError, match="optimisation level 4: expected one of 0, 1, 2, 3"):
+        pipeline(4)
+    assert LEVELS == (0, 1, 2, 3)
 
 
 def test_recipes_are_what_the_packer_understands(captured: tuple[str, Case, TracedModel]) -> None:
