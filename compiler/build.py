@@ -145,6 +145,7 @@ def build_artifact(
         writer.add_file(path, data)
     manifest = _manifest(config, target, source, traced, limits, program, files, tensors, reports, tokenizer, canaries, quality, kv_quality)
     facts = report.facts(manifest, ops=_ops(graph), extern_calls=sorted(program.calls), captured=captured.graph, lowered=graph)
+    facts["predicted"] = {r.applied.name: {"launches_saved": r.result.launches_saved, "bytes_saved": r.result.bytes_saved} for r in reports}
     if program.gpu is not None:
         facts["gpu"] = program.gpu
     for path, data in report.report_files(facts).items():
