@@ -1,6 +1,7 @@
 """What a graph would cost to run, predicted: launches and bytes moved of one step, by counting, not by measuring.
 
-Counted with every open size at 64: tokens, and rows that want logits. A call that is neither a view nor pointwise is a launch: it reads its tensors and writes
+Counted with every open size at 64: tokens, and rows that want logits. A call that is neither a view nor pointwise is a launch: it reads
+its tensors and writes
 its result. Pointwise calls and reductions that feed each other, with no other call between them, are one launch together, as a fusing
 compiler makes them; of what lies inside such a group nothing is moved. KV caches and lookups count as what is read of them: nothing, and
 the rows.
