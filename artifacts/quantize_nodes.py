@@ -12,6 +12,7 @@ W is afterwards exactly what it was.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ Wide = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Quantizing(Node):
+class _Quantizing(Node, ABC):
     """W [N, K] of a float type, quantised. Rows of the result are panels of 16 rows of W."""
 
     input: Node
@@ -49,13 +50,13 @@ class _Quantizing(Node):
             )
         return result
 
+    @abstractmethod
     def _panels(self, groups: Wide) -> Array:
         """The result's panels for [panels * 16, number of groups, group] weights."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _stored(self, data: Data, start: int, stop: int) -> Array:
         """The result's panels [start, stop) from integers and scales of the checkpoint."""
-        raise NotImplementedError
 
     def _padded(self, data: Data, start: int, stop: int, width: int, *, scales: bool) -> Array:
         """Rows of panels [start, stop) of the checkpoint's integers or scales, zero padded to whole panels and `width`."""

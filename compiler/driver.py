@@ -1,6 +1,6 @@
 """`llmc compile` from end to end: a model folder becomes an artifact.
 
-    key -> (cache) -> read -> capture -> passes -> lower -> reference -> pack -> check -> publish
+    key -> (cache) -> read -> capture -> passes -> reference -> lower -> pack -> check -> publish
 
 What is written here is the order; each step is a module of its own. torch is imported by `build` alone, so a cache hit never
 waits for it.

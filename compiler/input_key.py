@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -53,12 +54,12 @@ def toolchain(target: Target | None = None) -> Mapping[str, str]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             raise ConfigError(f"{name} is not installed, and compiling needs it; `llmc doctor` lists what is missing") from None
-    versions["c++"] = _compiler_version()
+    versions["c++"] = _compiler_version(os.environ.get("CXX", "g++"))
     return versions
 
 
-def _compiler_version() -> str:
-    compiler = os.environ.get("CXX", "g++")
+@functools.lru_cache  # one compile asks three times, and each answer is a process
+def _compiler_version(compiler: str) -> str:
     path = shutil.which(compiler)
     if path is None:
         raise ConfigError(f"no C++ compiler: {compiler} is not on PATH; install g++ (Debian: apt install g++) or set CXX")
