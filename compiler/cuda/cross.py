@@ -90,7 +90,7 @@ def require_triton() -> None:
 
 
 def _triton_driver(target: CudaTarget) -> AbstractContextManager[object]:
-    """Symptom: "0 active drivers ([]). There should only be one." as soon as a kernel is compiled."""
+    """Symptom: "0 active drivers" of Triton's, or "Could not find an active GPU backend" of Inductor's, whichever asks first."""
 
     @contextlib.contextmanager
     def patched() -> Iterator[None]:

@@ -54,7 +54,7 @@ def wide_rows() -> None:
 
 # Patch -> what it is tried on, the error without it, words of its message.
 SYMPTOMS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
-    "triton_driver": (build, InternalError, "0 active drivers"),
+    "triton_driver": (build, InternalError, "0 active drivers|Could not find an active GPU backend"),
     "device_interface": (build, InternalError, "not compiled with CUDA|no NVIDIA driver"),
     "device_properties": (build, InternalError, "not compiled with CUDA|no NVIDIA driver"),
     "raw_stream": (build, InternalError, "_cuda_getCurrentRawStream"),
