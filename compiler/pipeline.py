@@ -8,6 +8,7 @@ from __future__ import annotations
 from llmc.compiler.pass_choice import parse_choice
 from llmc.errors import ConfigError
 from llmc.passes.base import Pass
+from llmc.passes.combine_experts import CombineExperts
 from llmc.passes.common_subexpressions import CommonSubexpressions
 from llmc.passes.constant_fold_rope import ConstantFoldRope
 from llmc.passes.fuse_add_rms_norm import FuseAddRmsNorm
@@ -26,6 +27,7 @@ from llmc.passes.merge_qkv import MergeQKV
 from llmc.passes.no_op_elimination import NoOpElimination
 from llmc.passes.prune_to_needed_rows import PruneToNeededRows
 from llmc.passes.quantize_linear import QuantizeLinear
+from llmc.passes.sort_experts import SortExperts
 
 LEVELS = (0, 1, 2, 3)
 KINDS = ("cpu", "cuda")
@@ -105,7 +107,12 @@ def _gpu_fusions() -> list[Pass]:
 
 def _gpu_lowering() -> list[Pass]:
     """At every level: a row's bits must not depend on its batch."""
-    return [LowerPlainLinear(), LowerPlainExperts(), LowerMoeRoute()]
+    return [LowerPlainLinear(), LowerPlainExperts(), LowerMoeRoute(), CombineExperts()]
+
+
+def size_pipeline() -> list[Pass]:
+    """What runs on a GPU's graph once its sizes are fixed, for each size anew; at every level, as the lowering before it."""
+    return [SortExperts()]
 
 
 def _lowering() -> list[Pass]:

@@ -30,7 +30,7 @@ from llmc.kernels.cuda_targets import CudaTarget
 from llmc.passes.weights import WeightTable
 
 _FACTS = "facts.json"
-_SOURCES = ("compiler", "kernels", "artifacts")
+_SOURCES = ("compiler", "kernels", "passes", "artifacts")  # of passes: those that run on fixed sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +104,7 @@ def _write(folder: Path, program: CudaProgram) -> None:
             "layers": program.layers,
             "distinct_layers": program.distinct,
             "inductor_layers": program.inductor,
+            "size_passes": dict(program.size_passes),
             "spill_budget_bytes": SPILL_BUDGET_BYTES,
             "plans": [
                 {"size": str(size), "launches": len(made.plan.launches), "arena_bytes": _arena_bytes(made)}

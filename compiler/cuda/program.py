@@ -20,10 +20,12 @@ from llmc.compiler.cuda.planner import PlannedProgram, Stamp, stamp_plan
 from llmc.compiler.cuda.schedule import Schedule, check_calls, direct_schedule, schedule
 from llmc.compiler.cuda.sizes import PlanSize
 from llmc.compiler.cuda.specialise import specialise
+from llmc.compiler.pipeline import size_pipeline
 from llmc.errors import InternalError, UnsupportedModel
 from llmc.kernels.cuda_targets import CudaTarget
 from llmc.kernels.ops import overload
 from llmc.kernels.registry import OPS
+from llmc.passes import PassContext, WeightTable
 from llmc.passes import graph as G
 
 # What a call in a schedule may be: an op of ours that has kernels for a GPU. Everything else would be a library call.
@@ -43,12 +45,14 @@ class CudaProgram:
     """Plans by size, in the order given, and how they came about.
 
     layers: parts stamped into all plans together. distinct: of them compiled. inductor: of these by Inductor, the rest being ops of ours.
+    size_passes: rewrites at the first size by each pass that runs on fixed sizes.
     """
 
     plans: Mapping[PlanSize, PlannedProgram]
     layers: int
     distinct: int
     inductor: int
+    size_passes: Mapping[str, int]
 
 
 @dataclass
@@ -112,15 +116,27 @@ def compile_program(
     wanted = set(G.read_constants(graph))
     layers, own = _Layers(target), KernelCache(target)
     plans: dict[PlanSize, PlannedProgram] = {}
+    rewrites: dict[str, int] = {}
     with cross_cuda(target):
         for size in sizes:
             if progress is not None:
                 progress(size)
             dims = {"T": size.num_tokens, "B": size.num_seqs, "N": size.num_logits, "M": table_blocks}
             fixed = specialise(graph, inputs, {**dims, "NB": _EXAMPLE_BLOCKS})
+            matches = run_size_passes(fixed)
+            rewrites = rewrites or matches
             plans[size] = _plan(fixed, inputs, dims, layers, own, decode=size.decode)
             check_weights(plans[size], wanted, str(size))
-    return CudaProgram(plans=plans, layers=layers.used, distinct=len(layers.known), inductor=layers.inductor)
+    return CudaProgram(plans=plans, layers=layers.used, distinct=len(layers.known), inductor=layers.inductor, size_passes=rewrites)
+
+
+def run_size_passes(graph: GraphModule) -> dict[str, int]:
+    """Run the passes that need numbers for sizes over a graph of `specialise`. Changes it; returns rewrites by pass.
+
+    They add no constant, so they need none of the weight table.
+    """
+    context = PassContext(weights=WeightTable(), max_positions=0)
+    return {applied.name: applied.run(graph, context).matches for applied in size_pipeline()}
 
 
 def _plan(

@@ -25,9 +25,9 @@ _GEMMA2 = {"fuse-rms-norm": 9, "fuse-add-rms-norm": 4, "fuse-rope-kv-write": 2, 
 _NONE = dict.fromkeys(_LLAMA, 0)
 EXPECTED = {
     **dict.fromkeys(("llama", "llama3_rope", "qwen2", "mistral", "phi3", "phi3_longrope", "smollm3"), _LLAMA),
-    "mixtral": _LLAMA | {"lower-moe-route": 2},
+    "mixtral": _LLAMA | {"lower-moe-route": 2, "combine-experts": 2},
     "qwen3": _LLAMA | {"fuse-rms-norm": 9, "lower-moe-route": 0},
-    "qwen3_moe": _LLAMA | {"fuse-rms-norm": 9, "lower-moe-route": 2},
+    "qwen3_moe": _LLAMA | {"fuse-rms-norm": 9, "lower-moe-route": 2, "combine-experts": 2},
     "gemma2": _GEMMA2,
     "gemma3_text": {"fuse-rms-norm": 19, "fuse-add-rms-norm": 6, "fuse-rope-kv-write": 3, "fuse-silu-mul": 0, "fuse-gelu-mul": 3},
     "gpt_oss": {
@@ -37,6 +37,7 @@ EXPECTED = {
         "fuse-silu-mul": 0,
         "fuse-gelu-mul": 0,
         "lower-moe-route": 3,
+        "combine-experts": 3,
     },
     "olmo2": _LLAMA | {"fuse-rms-norm": 9, "fuse-add-rms-norm": 1},  # it normalises what is added, not the sum
     "gpt2": _NONE,
@@ -77,6 +78,6 @@ def test_levels_of_a_gpu() -> None:
     assert pipeline(0, kind="cuda") == []
     names = {level: [p.name for p in pipeline(level, kind="cuda")] for level in (1, 2)}
     assert not any(name.startswith("fuse-") for name in names[1])
-    assert names[1][-3:] == names[2][-3:] == ["lower-plain-linear", "lower-plain-experts", "lower-moe-route"]
+    assert names[1][-4:] == names[2][-4:] == ["lower-plain-linear", "lower-plain-experts", "lower-moe-route", "combine-experts"]
     with pytest.raises(ConfigError, match="only CPU targets have kernels for quantised weights"):
         pipeline(2, "int8", kind="cuda")
