@@ -38,7 +38,7 @@ def serve(settings: ServerSettings, *, load_model: Callable[[ServerSettings], Se
     entered_at = time.monotonic()
     # Until the event loop takes the signal over: leave through the `finally` below.
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
-    listener = _bind(settings)
+    listener = bind(settings)
     handle: EngineHandle | None = None
     try:
         handle = spawn_engine(settings.engine, command=settings.engine_command, stream_interval=settings.stream_interval)
@@ -55,7 +55,7 @@ def serve(settings: ServerSettings, *, load_model: Callable[[ServerSettings], Se
             _stop(handle)
 
 
-def _bind(settings: ServerSettings) -> socket.socket:
+def bind(settings: ServerSettings) -> socket.socket:
     """A listening socket."""
     try:
         if settings.uds is not None:

@@ -81,9 +81,9 @@ async def _run(
     tracing = Tracing(settings.otlp_traces_endpoint, model.name) if settings.otlp_traces_endpoint is not None else None
     workers = asyncio.Semaphore(settings.renderer_num_workers)
     front = Front(settings=settings, model=model, client=client, metrics=Metrics(model.name, client), workers=workers)
-    server = _server(settings, front, tracing, Reload(front, engine) if settings.allow_weights else None)
+    server = http_server(settings, build_app(front, tracing, Reload(front, engine) if settings.allow_weights else None))
     client.start(handle)
-    stopping = _stop_signals()
+    stopping = stop_signals()
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     waits = [asyncio.create_task(event.wait()) for event in (stopping[0], client.gave_up)]
     background = [asyncio.create_task(_announce(settings, listener, client, stages, entered_at))]
@@ -112,11 +112,16 @@ async def _run(
     return 0
 
 
-def _server(settings: ServerSettings, front: Front, tracing: Tracing | None, reload: Reload | None) -> _Server:
+def http_server(settings: ServerSettings, app: Any) -> _Server:
+    """uvicorn over an ASGI application, with our limits and certificates.
+
+    Raises:
+        ConfigError: the certificate and key cannot be used.
+    """
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     protocol = limited_protocol(header_timeout_s=settings.header_timeout_s, max_connections=settings.max_connections or max(16, limit // 4))
     config = uvicorn.Config(
-        build_app(front, tracing, reload),
+        app,
         http=protocol,
         loop="none",
         ws="none",
@@ -140,7 +145,7 @@ def _server(settings: ServerSettings, front: Front, tracing: Tracing | None, rel
     return _Server(config)
 
 
-def _stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
+def stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
     """Events of the first signal (drain) and the second (stop now)."""
     first, second = asyncio.Event(), asyncio.Event()
 
@@ -164,8 +169,7 @@ async def _announce(
     settings: ServerSettings, listener: socket.socket, client: EngineClient, stages: dict[str, float], entered_at: float
 ) -> None:
     """Print one line when the first request can be worked on: where, and how long each stage took."""
-    address = settings.uds or listener.getsockname()
-    where = f"unix:{address}" if isinstance(address, str) else _url(address, secure=settings.ssl_certfile is not None)
+    where = listening_at(settings, listener)
     logs.log("listening", url=where)
     await client.first_ready.wait()
     assert client.ready is not None
@@ -184,6 +188,12 @@ async def _announce(
     # What lives now lives for ever: later collections need not walk it.
     gc.collect()
     gc.freeze()
+
+
+def listening_at(settings: ServerSettings, listener: socket.socket) -> str:
+    """Where clients find the server: a URL, or "unix:" and a path."""
+    address = settings.uds or listener.getsockname()
+    return f"unix:{address}" if isinstance(address, str) else _url(address, secure=settings.ssl_certfile is not None)
 
 
 def _url(address: tuple[str, int], *, secure: bool) -> str:

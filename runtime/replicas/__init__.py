@@ -1,0 +1,1 @@
+"""Several servers of one artifact behind one address: `llmc serve --replicas N`."""
