@@ -31,7 +31,7 @@ def merged(pages: dict[int, str], pool: Pool) -> bytes:
         for family in text_string_to_metric_families(text):
             known = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
             known.samples += [sample._replace(labels={"replica": str(index), **sample.labels}) for sample in family.samples]
-    return generate_latest(_Page([*_own(pool), *families.values()]))  # type: ignore[arg-type]
+    return generate_latest(_Page([*_own(pool), *families.values()]))
 
 
 def _own(pool: Pool) -> Iterator[Metric]:

@@ -29,7 +29,7 @@ _MANY = 1 << 20  # Serve queues nothing: the replica's own scheduler does, and a
 class RayReplica:
     """What runs inside a Serve replica: a server process of its own, which ends with the actor's process."""
 
-    async def __init__(self, settings: bytes, command: tuple[str, ...]) -> None:
+    def __init__(self, settings: bytes, command: tuple[str, ...]) -> None:
         self._replica = ReplicaProcess(msgspec.json.decode(settings, type=ServerSettings), command)
 
     async def ready(self) -> tuple[bool, str, int, int]:
