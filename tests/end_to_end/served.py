@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llmc import LLM, RequestOutput, SamplingParams
+from llmc.runtime.batch import LogitsRows
 from llmc.runtime.step import SampledToken, ScheduledSequence, StepPlan
 
 # A step takes 24 tokens: prompts come in chunks, and while one is read others decode in the same steps.
@@ -54,22 +55,33 @@ class Recorder:
     def watch(self, llm: LLM) -> None:
         """Stand between the engine, its runner and its sampler from now on."""
         runner, sampler = llm.engine._runner, llm.engine._sampler
-        submit, sample = runner.submit, sampler.sample
+        submit, sample, plain = runner.submit, sampler.sample, sampler.plain
 
         def counted(plan: StepPlan) -> None:
             self.mixed += {True, False} == {sequence.start < sequence.num_prompt_tokens for sequence in plan.sequences}
             submit(plan)
 
-        def recorded(logits: np.ndarray, sequence: ScheduledSequence) -> SampledToken:
+        def recorded(logits: np.ndarray, sequence: ScheduledSequence, chosen: SampledToken) -> SampledToken:
             rows = self.logits.setdefault(sequence.request_id, [])
-            rows.append(logits.copy())
+            rows.append(logits)
             self.spans.setdefault(sequence.request_id, []).append((sequence.start, sequence.end))
-            chosen = sample(logits, sequence)
             wanted = self.forced.get(sequence.request_id)
             return chosen if wanted is None else SampledToken(token_id=wanted[len(rows) - 1], logprobs=chosen.logprobs)
 
+        def sampled(logits: np.ndarray, sequence: ScheduledSequence) -> SampledToken:
+            before = logits.copy()  # sampling changes its row
+            return recorded(before, sequence, sample(logits, sequence))
+
+        def argmaxes(sequences: Sequence[ScheduledSequence], places: Sequence[LogitsRows], logits: np.ndarray) -> dict[str, SampledToken]:
+            found = plain(sequences, places, logits)
+            return {
+                sequence.request_id: recorded(logits[place.sample].copy(), sequence, found[sequence.request_id])
+                for sequence, place in zip(sequences, places, strict=True)
+                if sequence.request_id in found and place.sample is not None
+            }
+
         runner.submit = counted  # type: ignore[method-assign]
-        sampler.sample = recorded  # type: ignore[method-assign]
+        sampler.sample, sampler.plain = sampled, argmaxes  # type: ignore[method-assign]
 
 
 def continuation(model: nn.Module, prompt: list[int], count: int) -> Continuation:
