@@ -7,6 +7,7 @@ the op cannot express is refused by name, since leaving it out would give wrong 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,6 +106,33 @@ def _forward(
     **rest: Any,
 ) -> tuple[Tensor, None]:
     """query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H, D]."""
+    check_attention(module, query, key, value, attention_mask, dropout, rest)
+    head_dim = query.shape[-1]
+    result = llmc_paged.attend(
+        _flat(query),
+        _flat(key),
+        _flat(value),
+        layer=int(module.layer_idx),  # type: ignore[arg-type]
+        window=int(sliding_window or 0),
+        scale=float(head_dim**-0.5 if scaling is None else scaling),
+        softcap=float(softcap or 0.0),
+        sinks=s_aux,
+    )
+    return result.unsqueeze(0), None
+
+
+def check_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float, rest: Mapping[str, Any]
+) -> None:
+    """Refuse what a layer asks of attention beyond causal attention with a scale, a window, a soft cap and sinks.
+
+    Args:
+        query, key, value: [B, heads, tokens, head_dim].
+        rest: keyword arguments that the hook has no name for.
+
+    Raises:
+        UnsupportedModel: names the layer and what it asks for.
+    """
     where = f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')})"
     unknown = sorted(name for name, given in rest.items() if given is not None and name not in _HARMLESS)
     if unknown:
@@ -119,18 +147,6 @@ def _forward(
         raise UnsupportedModel(f"{where}: q, k and v differ in head size ({query.shape[-1]}, {key.shape[-1]}, {value.shape[-1]})")
     if dropout and module.training:
         raise UnsupportedModel(f"{where}: attention drops out; llmc compiles models for inference")
-    head_dim = query.shape[-1]
-    result = llmc_paged.attend(
-        _flat(query),
-        _flat(key),
-        _flat(value),
-        layer=int(module.layer_idx),  # type: ignore[arg-type]
-        window=int(sliding_window or 0),
-        scale=float(head_dim**-0.5 if scaling is None else scaling),
-        softcap=float(softcap or 0.0),
-        sinks=s_aux,
-    )
-    return result.unsqueeze(0), None
 
 
 def _flat(heads: Tensor) -> Tensor:

@@ -158,7 +158,7 @@ def capture(
     length = source.max_position_embeddings if max_model_len is None else max_model_len
     model = skeleton.build_on_meta(source.config, dtype)
     skeleton.check_rope(model)
-    layers = _probe(model)
+    layers = probe_layers(model)
     kv = _kv_facts(layers, block_size, kv_dtype or source.dtype)
     skeleton.compute_buffers(model)
     skeleton.fix_rope(model, length)
@@ -178,7 +178,7 @@ def _fake_mode() -> FakeTensorMode:
     return FakeTensorMode(shape_env=env, allow_non_fake_inputs=True, export=True)
 
 
-def _probe(model: nn.Module) -> list[LayerFacts]:
+def probe_layers(model: nn.Module) -> list[LayerFacts]:
     """Run the model once on the meta device, where nothing is computed, to see how each layer attends."""
     probe = LayerProbe()
     with torch.no_grad(), torch.device("meta"):
