@@ -141,6 +141,7 @@ def _check_entries(manifest: Manifest, files: dict[str, FileRecord], tensors: se
         if entry.executor == "aoti" and entry.program not in images:
             raise ArtifactError(f"{where}: entry {entry.name} runs {entry.program}, which is not an image of role model")
         _check_plans(entry, files, f"{where}: entry {entry.name}")
+        _check_sampling(entry, files, f"{where}: entry {entry.name}")
         missing = sorted(set(entry.constants.values()) - tensors)
         if missing:
             raise ArtifactError(f"{where}: entry {entry.name} uses tensor {missing[0][:200]!r}, which is not listed")
@@ -164,6 +165,24 @@ def _check_plans(entry: Entry, files: dict[str, FileRecord], where: str) -> None
         raise ArtifactError(f"{where}: its plans differ in the width of the block tables")
     if entry.plans and entry.program != entry.plans[0].path:
         raise ArtifactError(f"{where}: its program {entry.program[:200]!r} is not the first of its plans")
+
+
+def _check_sampling(entry: Entry, files: dict[str, FileRecord], where: str) -> None:
+    """Paths and sizes of the plans that sample."""
+    for plan in entry.sampling:
+        record = _known(plan.path, files, where, "sampling")
+        if plan.path != f"plans/{record.sha256}.json":
+            raise ArtifactError(f"{where}: plan {plan.path} is not named plans/<its SHA-256>.json")
+        if plan.num_logits < 1 or min(plan.num_touched, plan.num_top) < (1 if plan.kind == "full" else 0):
+            raise ArtifactError(
+                f"{where}: plan {plan.path} samples {plan.num_logits} rows with {plan.num_touched} touched tokens and {plan.num_top} "
+                "log-probabilities"
+            )
+    kinds = [(plan.kind, plan.num_logits) for plan in entry.sampling]
+    if len(set(kinds)) != len(kinds):
+        raise ArtifactError(f"{where}: two of its plans sample as many rows in the same way")
+    if entry.sampling and not entry.plans:
+        raise ArtifactError(f"{where}: plans that sample without plans that compute logits")
 
 
 def _known(path: str, files: dict[str, FileRecord], where: str, user: str) -> FileRecord:

@@ -54,6 +54,16 @@ class PlanRecord(_Record, frozen=True):
 
 
 class Entry(_Record, frozen=True):
+class SamplingRecord(_Record, frozen=True):
+    """A plan that turns the logits which a step's plan left into tokens, for one number of rows (docs/plan_format.md, "Sampling")."""
+
+    path: str  # plans/<SHA-256 of the file>.json
+    kind: Literal["check", "draw", "truncate", "full"]
+    num_logits: int  # N
+    num_touched: int  # kind "full": tokens of a row that a bias or penalty may touch; else 0
+    num_top: int  # kind "full": log-probabilities a row; else 0
+
+
     """One compiled program.
 
     executor "nodes": `program` is a JSON node list (docs/node_list.md) run over torch.ops.
@@ -72,6 +82,7 @@ class Entry(_Record, frozen=True):
     constants: dict[str, str]  # the program's own name for a constant -> name in `Manifest.tensors`
     plans: list[PlanRecord] = []  # since version 3
 
+    sampling: list[SamplingRecord] = []  # since version 3; none: the host samples from the logits
 
 class KVGroup(_Record, frozen=True):
     """Layers that share one block table. Layers with the same sliding window stand in the same group."""

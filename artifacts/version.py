@@ -8,6 +8,7 @@ History, one dated line per version:
                 (absent before, which reads as none).
                 manifest field pooling, for artifacts that embed (absent before, which reads as null: they generate).
                 manifest field kv_quantization and kv.dtype int8 and uint8, for caches of eight bits (absent before, which reads as null).
+                entries[].sampling, plans that sample (absent before, which reads as none).
                 recipe op dequantize, for checkpoints that are quantised already.
 """
 

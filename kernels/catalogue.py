@@ -97,6 +97,7 @@ def _cases(empty: Callable[..., Tensor]) -> dict[str, tuple[str, tuple[Any, ...]
         cases[f"sample{' truncated' if truncate else ''}"] = ("sample", (t(256, 151936), *numbers))
     touched = (t(256, 512, dtype=torch.int32), t(256, 512, dtype=F32), t(256, 512, dtype=F32), t(256, 3, dtype=F32))
     cases["adjust_logits"] = ("adjust_logits", (t(256, 151936), t(256, 4748, dtype=torch.int32), *touched))
+    cases["checked_tokens"] = ("checked_tokens", (t(256, 151936), t(256, dtype=torch.int64)))
     cases["token_logprobs"] = ("token_logprobs", (t(256, 151936), t(256, dtype=torch.int64), 20))
     cases["argmax"] = ("argmax", (t(256, 151936),))
     return cases

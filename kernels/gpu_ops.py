@@ -40,4 +40,5 @@ GPU_OPS: dict[str, ModuleType | SimpleNamespace] = {
     "sample": sample.draw,
     "adjust_logits": sample.adjust,
     "token_logprobs": sample.logprobs,
+    "checked_tokens": sample.checked,
 }

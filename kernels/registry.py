@@ -38,7 +38,7 @@ _MODULES = {
     "plain_quantized_linear": "plain_quantized_linear.triton_impl",
     **dict.fromkeys(("moe_route", "moe_sort", "moe_linear", "moe_combine"), "moe.triton_impl"),
     "argmax": "argmax.triton_impl",
-    **dict.fromkeys(("sample", "adjust_logits", "token_logprobs"), "sample.triton_impl"),
+    **dict.fromkeys(("sample", "adjust_logits", "token_logprobs", "checked_tokens"), "sample.triton_impl"),
 }
 OPS: tuple[str, ...] = tuple(_MODULES)
 

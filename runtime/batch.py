@@ -89,13 +89,17 @@ class BatchBuilder:
         if min(tokens) < 0 or max(tokens) >= self._vocab_size:
             raise InternalError(f"sequence {sequence.request_id}: a token id lies outside the vocabulary of {self._vocab_size}")
 
-    def build_decode(self, sequences: list[ScheduledSequence]) -> BuiltBatch | None:
+    def build_decode(self, sequences: list[ScheduledSequence], *, fed: bool = False) -> BuiltBatch | None:
         """Check and lay out a step in which every sequence decodes one token, as nearly all steps are: a few operations over all
         sequences in place of some for each. None: another kind of step, or one that `check` would refuse somewhere; use `build`.
+
+        Args:
+            fed: the sequences' last tokens are known to the device alone, which puts them in; `input_ids` are 0.
         """
         token_lists = [s.token_ids for s in sequences]
         ends = [s.end for s in sequences]
-        if list(map(len, token_lists)) != ends or any(s.needs_prompt_logprobs for s in sequences):
+        unknown = int(fed)
+        if [len(tokens) + unknown for tokens in token_lists] != ends or any(s.needs_prompt_logprobs for s in sequences):
             return None
         starts = [s.start for s in sequences]
         if min(starts) < 0 or len(sequences) > len(self._decode_rows):
@@ -103,7 +107,7 @@ class BatchBuilder:
         block_ids = [s.block_ids for s in sequences]
         if any(len(groups) != self._num_groups for groups in block_ids):
             return None
-        ids = np.array([tokens[-1] for tokens in token_lists], dtype=np.int64)
+        ids = np.zeros(len(ends), dtype=np.int64) if fed else np.array([tokens[-1] for tokens in token_lists], dtype=np.int64)
         positions = np.array(starts, dtype=np.int64)
         last_blocks = positions // self._block_size
         if int(ids.min()) < 0 or int(ids.max()) >= self._vocab_size or not np.array_equal(positions + 1, ends):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from llmc.errors import DeviceLost, RequestRejected
 from llmc.runtime.engine_config import EngineConfig
 from llmc.runtime.load import LoadedModel, load_model
@@ -99,10 +101,12 @@ class Engine:
             DeviceLost: a GPU kernel failed; this engine is at its end, and only `close` may follow.
         """
         admitted = self._admit_compiled() if self._grammars is not None else []
-        if self._grammars is not None and not self._scheduler.has_work():
+        if self._grammars is not None and not self._scheduler.has_work() and not self._scheduler.num_in_flight:
             return admitted  # the others still wait for their grammars
         try:
-            self._runner.submit(self._scheduler.plan())  # who runs, how many tokens each, in which blocks
+            if not self._scheduler.num_in_flight:
+                self._runner.submit(self._scheduler.plan())  # who runs, how many tokens each, in which blocks
+            self._submit_ahead()
             events = self._scheduler.commit(self._runner.collect())  # their tokens
         except DeviceLost:
             raise
@@ -112,12 +116,19 @@ class Engine:
         return admitted + self._forget_finished(events)
 
     def has_work(self) -> bool:
-        """Whether a sequence is waiting or running."""
-        return self._scheduler.has_work() or (self._grammars is not None and self._grammars.num_waiting > 0)
+        """Whether a sequence is waiting or running, or a step that nobody wants any more is to be collected."""
+        return (
+            self._scheduler.has_work()
+            or self._scheduler.num_in_flight > 0
+            or (self._grammars is not None and self._grammars.num_waiting > 0)
+        )
 
     def stats(self) -> EngineStats:
-        """The scheduler's state and counters."""
-        return self._scheduler.stats()
+        """The scheduler's state and counters, and the runner's."""
+        steps = self._generating.steps
+        return msgspec.structs.replace(
+            self._scheduler.stats(), steps_sampled_on_device=steps.on_device, steps_sampled_on_host=steps.on_host, steps_ahead=steps.ahead
+        )
 
     def reset_prefix_cache(self) -> int:
         """Forget all cached prefixes; running sequences go on. Returns the number of blocks freed."""
@@ -168,6 +179,13 @@ class Engine:
                 failure = TokenEvent(
                     request_id=request.request_id, token_ids=[], finish_reason="error", error=str(error), error_status=error.status
                 )
+    def _submit_ahead(self) -> None:
+        """Begin the next step before this one's tokens are known, where neither the runner nor the scheduler needs them for that."""
+        if self._pooling is None and self._generating.can_follow():
+            ahead = self._scheduler.plan_ahead()
+            if ahead is not None:
+                self._generating.submit_following(ahead)
+
                 events.append(failure)
         return events
 

@@ -141,6 +141,9 @@ class EngineStats(_Message, frozen=True):
     spec_num_drafts: int = 0  # steps of a sequence that had guesses, with speculative decoding
     spec_draft_tokens: int = 0  # guesses computed
     spec_accepted_tokens: int = 0  # of those, right ones
+    steps_sampled_on_device: int = 0  # on a GPU: steps whose tokens were chosen there
+    steps_sampled_on_host: int = 0  # on a GPU: steps whose logits came to the host, because no plan holds what was asked for
+    steps_ahead: int = 0  # of those sampled on the device, begun before the host knew the tokens of the step before
 
 
 EngineEvent = TokenEvent | EngineReady | EngineFailed | EngineStats

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 import numpy as np
 
 from llmc.errors import DeviceLost, InternalError
 from llmc.runtime.batch import BatchBuilder, BuiltBatch, LogitsRows
-from llmc.runtime.greedy import greedy_tokens
+from llmc.runtime.device_sampling import RowSampling, SamplingExecutor, merge_fed, rows_on_device, sampled_token
 from llmc.runtime.messages import TokenLogprobs
 from llmc.runtime.sampler import Sampler
 from llmc.runtime.step import Executor, SampledToken, ScheduledSequence, StepOutput, StepPlan
@@ -22,6 +23,14 @@ _Result = tuple[list[ScheduledSequence], list[LogitsRows], np.ndarray]  # whose 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _OnDevice:
+    """A step whose tokens are chosen where the logits are. sequences: those that sample, in the order of the rows."""
+
+    sequences: list[ScheduledSequence]
+    sampling: RowSampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Submitted:
     """A step between `submit` and `collect`."""
 
@@ -29,10 +38,23 @@ class _Submitted:
     failed: dict[str, SampledToken]
     results: list[_Result]
     structured: bool  # masks were asked for
+    on_device: _OnDevice | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class SampledSteps:
+    """How often steps were sampled where. Changed by the runner alone."""
+
+    on_device: int = 0
+    on_host: int = 0  # of an executor that could sample: those no plan holds
+    ahead: int = 0  # of those on the device, begun before the host knew their input tokens
 
 
 class ModelRunner:
     """The `Runner` of real models. Submits and collects in the caller's thread.
+
+    A step is sampled by the executor if it can do so and every sequence of the step wants nothing else than its plans hold
+    (`device_sampling`); any other step's logits come here and the sampler chooses.
 
     What fails for one sequence (its ids, its logits, its sampling) becomes that sequence's `SampledToken.error`; when the
     program fails for a batch, its sequences run one by one.
@@ -43,30 +65,69 @@ class ModelRunner:
         self._sampler = sampler
         self._builder = builder
         self.grammars: GrammarService | None = None  # set by the engine with its first structured request
-        self._submitted: _Submitted | None = None
+        self._submitted: deque[_Submitted] = deque()
+        self._sampling = cast(SamplingExecutor, executor) if hasattr(executor, "sampling_limits") else None
+        self.steps = SampledSteps()
 
     def submit(self, plan: StepPlan) -> None:
         """Run the program for `plan`. A plan without sequences runs nothing."""
-        if self._submitted is not None:
-            raise InternalError(f"step {plan.step} was submitted before step {self._submitted.plan.step} was collected; please report this")
+        if self._submitted:
+            raise InternalError(
+                f"step {plan.step} was submitted before step {self._submitted[0].plan.step} was collected; please report this"
+            )
         failed: dict[str, SampledToken] = {}
         built = self._builder.build_decode(plan.sequences) if plan.sequences else None
         accepted = plan.sequences if built is not None else self._checked(plan.sequences, failed)
         structured = [s for s in accepted if s.sampling.structured_outputs is not None and s.samples] if self.grammars is not None else []
         if self.grammars is not None and structured:
             self.grammars.begin(structured)  # masks are computed while the model runs
-        results = self._run(accepted, failed, built) if accepted else []
-        self._submitted = _Submitted(plan=plan, failed=failed, results=results, structured=bool(structured))
+        built, on_device = self._begin(accepted, built) if accepted and not structured else (built, None)
+        results = self._run(accepted, failed, built) if accepted and on_device is None else []
+        self._submitted.append(_Submitted(plan=plan, failed=failed, results=results, structured=bool(structured), on_device=on_device))
+        if self._sampling is not None and accepted:
+            self.steps.on_device += on_device is not None
+            self.steps.on_host += on_device is None
+
+    def can_follow(self) -> bool:
+        """Whether the step submitted last can have another behind it before it is collected: its tokens are chosen on the device,
+        and nothing that follows depends on the host's knowing them."""
+        if len(self._submitted) != 1 or self._submitted[0].failed:
+            return False
+        first = self._submitted[0].on_device
+        return first is not None and first.sampling.can_follow
+
+    def submit_following(self, plan: StepPlan) -> None:
+        """Begin the step behind the one submitted last, of whose tokens each sequence's last one is. Ask `can_follow` first."""
+        first = self._submitted[-1].on_device if self._submitted else None
+        built = self._builder.build_decode(plan.sequences, fed=True)
+        if first is None or self._sampling is None or built is None:
+            raise InternalError(f"step {plan.step} cannot follow one that is not collected; please report this")
+        row_of = {sequence.request_id: row for row, sequence in enumerate(first.sequences)}
+        fed = merge_fed([(row_of[sequence.request_id], place) for place, sequence in enumerate(plan.sequences)])
+        sampling = rows_on_device(
+            self._sampler.wishes(plan.sequences, self._sampling.sampling_limits.vocab), self._sampling.sampling_limits
+        )
+        if sampling is None or not self._sampling.start(built.batch, sampling, fed):
+            raise InternalError(f"step {plan.step} has no plan though the one before it had; please report this")
+        on_device = _OnDevice(sequences=plan.sequences, sampling=sampling)
+        self._submitted.append(_Submitted(plan=plan, failed={}, results=[], structured=False, on_device=on_device))
+        self.steps.on_device += 1
+        self.steps.ahead += 1
 
     def collect(self) -> StepOutput:
-        """Sample from the logits of the step submitted last."""
-        if self._submitted is None:
+        """The tokens of the oldest step submitted: from the device, or chosen here from its logits."""
+        if not self._submitted:
             raise InternalError("collect without a submitted step; please report this")
-        submitted, self._submitted = self._submitted, None
+        submitted = self._submitted.popleft()
         tokens = submitted.failed
         prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
         masked: list[tuple[ScheduledSequence, np.ndarray]] = []
-        for sequences, all_rows, logits in submitted.results:
+        results = submitted.results
+        if submitted.on_device is not None:
+            left = self._take(submitted.on_device, tokens)
+            # Only rows that masks and biases leave nothing of; such a step has none behind it, and running it again changes nothing
+            results = [(ones, rows, logits.copy()) for s in left for ones, rows, logits in self._run([s], tokens)]
+        for sequences, all_rows, logits in results:
             plain = self._sampler.plain(sequences, all_rows, logits)
             tokens.update(plain)
             if len(plain) == len(sequences):
@@ -95,8 +156,41 @@ class ModelRunner:
         return StepOutput(step=submitted.plan.step, tokens=tokens, prompt_logprobs=prompt_logprobs)
 
     def reset(self) -> None:
-        """Forget a step that was submitted and will not be collected."""
-        self._submitted = None
+        """Forget steps that were submitted and will not be collected."""
+        self._submitted.clear()
+        if self._sampling is not None:
+            self._sampling.abandon()
+
+    def _begin(self, sequences: list[ScheduledSequence], built: BuiltBatch | None) -> tuple[BuiltBatch | None, _OnDevice | None]:
+        """Begin a step whose tokens are chosen on the device, if it can be. What fails here fails again, and is told, in `_run`."""
+        if self._sampling is None or any(s.needs_prompt_logprobs or s.num_drafts for s in sequences):
+            return built, None
+        sampling = [s for s in sequences if s.samples]
+        if not sampling or any(s.sampling.structured_outputs is not None for s in sampling):
+            return built, None
+        rows = rows_on_device(self._sampler.wishes(sampling, self._sampling.sampling_limits.vocab), self._sampling.sampling_limits)
+        if rows is None:
+            return built, None
+        try:
+            built = built if built is not None else self._builder.build(sequences)
+            begun = self._sampling.start(built.batch, rows, [])
+        except DeviceLost:
+            raise
+        except Exception:  # the host's way runs each sequence alone where the step fails, and says whose fault it is
+            return None, None
+        return built, _OnDevice(sequences=sampling, sampling=rows) if begun else None
+
+    def _take(self, on_device: _OnDevice, tokens: dict[str, SampledToken]) -> list[ScheduledSequence]:
+        """The tokens that the device chose. Returns the sequences whose logits must tell why there is none."""
+        assert self._sampling is not None
+        found, left = self._sampling.finish(), []
+        for index, sequence in enumerate(on_device.sequences):
+            token = sampled_token(found, index, on_device.sampling)
+            if token is None:
+                left.append(sequence)
+            else:
+                tokens[sequence.request_id] = token
+        return left
 
     def _checked(self, sequences: list[ScheduledSequence], failed: dict[str, SampledToken]) -> list[ScheduledSequence]:
         """Those that can be computed safely. Writes the others' errors to `failed`."""
@@ -110,13 +204,9 @@ class ModelRunner:
         return accepted
 
     def _run(self, sequences: list[ScheduledSequence], failed: dict[str, SampledToken], built: BuiltBatch | None = None) -> list[_Result]:
-        """Run all at once; when that fails, each alone, so that only the one at fault ends. Writes errors to `failed`, and tokens that
-        are known without logits."""
+        """Run all at once; when that fails, each alone, so that only the one at fault ends. Writes errors to `failed`."""
         try:
             built = built if built is not None else self._builder.build(sequences)
-            if (tokens := greedy_tokens(self._executor, self._sampler, sequences, built)) is not None:
-                failed.update(tokens)
-                return []
             logits = self._executor.run(built.batch)
             return [(sequences, built.rows, logits)]
         except DeviceLost:

@@ -17,6 +17,7 @@ SAMPLE_SCHEMA = (
 )
 ADJUST_SCHEMA = "adjust_logits(Tensor logits, Tensor? mask, Tensor ids, Tensor bias, Tensor counts, Tensor penalties) -> Tensor"
 LOGPROBS_SCHEMA = "token_logprobs(Tensor logits, Tensor token_ids, int num_top) -> (Tensor, Tensor, Tensor, Tensor)"
+CHECKED_SCHEMA = "checked_tokens(Tensor logits, Tensor tokens) -> (Tensor, Tensor)"
 GREEDY_BELOW = 1e-5  # a lower temperature is greedy
 _MASK = 0xFFFFFFFF
 
@@ -204,3 +205,32 @@ def check_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> None:
             f"llmc::token_logprobs: expected logits [N, V], token_ids int64 [N] and num_top in 0..V, got {list(logits.shape)}, "
             f"{token_ids.dtype} {list(token_ids.shape)} and {num_top}"
         )
+
+
+def checked_tokens_reference(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens that stand on a finite logit, for the host and for the next step.
+
+    logits: [N, V] floating, what the tokens were chosen from; tokens: int64 [N]. Returns int64 [N] twice: the token, or -1 where it lies
+    outside of the row or its logit is not finite; and the same with 0 for -1, since a next step may read any of them as its input.
+    """
+    check_checked(logits, tokens)
+    inside = (tokens >= 0) & (tokens < logits.shape[1])
+    value = logits.gather(1, torch.where(inside, tokens, 0)[:, None])[:, 0]
+    good = inside & value.isfinite()
+    return torch.where(good, tokens, -1), torch.where(good, tokens, 0)
+
+
+def checked_tokens_fake(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Shape rule: int64 [N] twice."""
+    check_checked(logits, tokens)
+    return tokens.new_empty(tokens.shape), tokens.new_empty(tokens.shape)
+
+
+def check_checked(logits: Tensor, tokens: Tensor) -> None:
+    """Refuse what no implementation takes."""
+    if logits.dim() != 2 or logits.shape[1] == 0 or tokens.dim() != 1 or tokens.dtype != torch.int64:
+        raise RuntimeError(
+            f"llmc::checked_tokens: expected logits [N, V] and tokens int64 [N], got {list(logits.shape)} and "
+            f"{tokens.dtype} {list(tokens.shape)}"
+        )
+    torch._check(tokens.shape[0] == logits.shape[0], lambda: "llmc::checked_tokens: tokens and logits differ in rows")

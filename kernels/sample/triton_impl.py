@@ -31,6 +31,15 @@ def sample(
     partial = logits.new_empty((2, num_rows, sizes.num_runs, 16), dtype=torch.int64)
     state = logits.new_empty((LEVELS, num_rows, 3), dtype=torch.int64)
     out = logits.new_empty((num_rows,), dtype=torch.int64)
+    launch(
+        Launch(
+            kernel=K.begin_kernel,
+            grid=(num_rows, 1, 1),
+            args={"cuts": cuts, "nucleus": nucleus, "partial": partial[1], "state": state, "num_runs": sizes.num_runs},
+            constants={},
+            num_warps=1,
+        )
+    )
     # where a search begins at an even level, the sums of its last level lie in the second half
     last: dict[str, Argument] = {"peaks": peaks, "partial": partial[1], "state": state, "inverse_temperature": inverse_temperature}
     rows: dict[str, Argument] = {"vocab": vocab, "num_rows": num_rows, "num_runs": sizes.num_runs}
@@ -163,6 +172,16 @@ def token_logprobs(
     return logprobs, ranks, top_ids, top_logprobs
 
 
+def checked_tokens(logits: Tensor, tokens: Tensor, *, launch: Launcher = run, device: Device = H200) -> tuple[Tensor, Tensor]:
+    """`checked_tokens_reference` on a GPU."""
+    checked, fed = tokens.new_empty(tokens.shape), tokens.new_empty(tokens.shape)
+    args: dict[str, Argument] = {
+        "logits": logits, "tokens": tokens, "checked": checked, "fed": fed, "stride": logits.stride(0), "vocab": logits.shape[1]
+    }  # fmt: skip
+    launch(Launch(kernel=K.checked_kernel, grid=(logits.shape[0], 1, 1), args=args, constants={}, num_warps=1))
+    return checked, fed
+
+
 class _Sizes:
     """How the rows of logits are cut into runs."""
 
@@ -214,8 +233,14 @@ def token_logprobs_reason(logits: Tensor, token_ids: Tensor, num_top: int) -> st
     return _logits_reason(logits) or (None if token_ids.is_contiguous() else "token_ids must be contiguous")
 
 
+def checked_tokens_reason(logits: Tensor, tokens: Tensor) -> str | None:
+    """Why these kernels do not take the arguments, or None."""
+    return _logits_reason(logits) or (None if tokens.is_contiguous() else "tokens must be contiguous")
+
+
 IMPLEMENTATIONS = (
     Implementation(op="sample", name="triton", supports=sample_reason, call=sample),
     Implementation(op="adjust_logits", name="triton", supports=adjust_logits_reason, call=adjust_logits),
     Implementation(op="token_logprobs", name="triton", supports=token_logprobs_reason, call=token_logprobs),
+    Implementation(op="checked_tokens", name="triton", supports=checked_tokens_reason, call=checked_tokens),
 )

@@ -187,6 +187,17 @@ def search_kernel(
 
 
 @triton.jit
+def begin_kernel(cuts, nucleus, partial, state, num_runs):
+    """Grid (row): what the first search reads although it needs none of it, so that nothing a plan reads starts as garbage."""
+    row = tl.program_id(0).to(tl.int64)
+    digit = tl.arange(0, 16)
+    tl.store(cuts + row, float("-inf"))
+    tl.store(nucleus + row * 2 + digit, tl.zeros([16], tl.int64), mask=digit < 2)
+    tl.store(state + row * 3 + digit, tl.zeros([16], tl.int64), mask=digit < 3)
+    tl.store(partial + row * num_runs * 16 + digit, tl.zeros([16], tl.int64))
+
+
+@triton.jit
 def cut_kernel(
     peaks, partial, state, cuts, inverse_temperature, top_k, min_p_gap, vocab, num_rows, num_runs,
     TRUNCATE: tl.constexpr, BLOCK_RUNS: tl.constexpr,
@@ -259,6 +270,18 @@ def pick_kernel(
             else:
                 token = (0x7FFFFFFF - key).to(tl.int32)
     tl.store(out + row, token.to(tl.int64))
+
+
+@triton.jit
+def checked_kernel(logits, tokens, checked, fed, stride, vocab):
+    """Grid (row): the token, or -1 and 0 where it stands on no finite logit."""
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.load(tokens + row)
+    inside = (token >= 0) & (token < vocab)
+    value = tl.load(logits + row * stride + token, mask=inside, other=float("inf")).to(tl.float32)
+    good = inside & (value > float("-inf")) & (value < float("inf"))
+    tl.store(checked + row, tl.where(good, token, -1))
+    tl.store(fed + row, tl.where(good, token, 0))
 
 
 @triton.jit

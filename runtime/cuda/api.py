@@ -91,6 +91,7 @@ FUNCTIONS: dict[str, list[Any]] = {
     "cuMemsetD8Async": [_ADDRESS, ctypes.c_ubyte, c_size_t, c_void_p],
     "cuMemcpyHtoDAsync_v2": [_ADDRESS, c_void_p, c_size_t, c_void_p],
     "cuMemcpyDtoHAsync_v2": [c_void_p, _ADDRESS, c_size_t, c_void_p],
+    "cuMemcpyDtoDAsync_v2": [_ADDRESS, _ADDRESS, c_size_t, c_void_p],
     "cuStreamCreate": [POINTER(c_void_p), c_uint],
     "cuStreamSynchronize": [c_void_p],
     "cuStreamDestroy_v2": [c_void_p],

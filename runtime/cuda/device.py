@@ -139,6 +139,10 @@ class Device:
         """Put a copy to pinned memory into a stream."""
         self.driver.call("cuMemcpyDtoHAsync_v2", target, address, nbytes, stream.handle)
 
+    def copy(self, target: int, source: int, nbytes: int, stream: Stream) -> None:
+        """Put a copy from one place of the GPU's memory to another into a stream."""
+        self.driver.call("cuMemcpyDtoDAsync_v2", target, source, nbytes, stream.handle)
+
     def zero(self, address: int, nbytes: int, stream: Stream) -> None:
         """Put zeros into memory."""
         self.driver.call("cuMemsetD8Async", address, 0, nbytes, stream.handle)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,8 +18,11 @@ from llmc.errors import ArtifactError, InternalError
 from llmc.runtime.cuda.device import Device
 from llmc.runtime.cuda.graph import build_graph
 from llmc.runtime.cuda.modules import Modules
+from llmc.runtime.cuda.sampling import FED, GIVEN, LIKELY, Tail, tails_of
+from llmc.runtime.cuda.sampling import TOKENS as SAMPLED
 from llmc.runtime.cuda.staging import InputLayout, StagedInputs, fixed_shape
 from llmc.runtime.cuda.weights import DeviceTensor
+from llmc.runtime.device_sampling import DeviceLimits, Fed, RowSampling, SampledRows
 from llmc.runtime.executors.kv_cache import cache_input
 from llmc.runtime.executors.logits import LogitsBuffer
 from llmc.runtime.memory import round_up
@@ -34,10 +38,21 @@ class _Program:
     record: PlanRecord
     plan: Plan
     layout: InputLayout
-    inputs: StagedInputs
+    inputs: tuple[StagedInputs, StagedInputs]  # over each staging buffer
     logits: PlanOutput
-    tokens: PlanOutput | None  # the argmax of each row, int64 [N]
-    executable: int = 0
+    executable: int = 0  # of the plan, and of the "check" of its tokens where there is one
+    samples: dict[str, int] = field(default_factory=dict)  # kind of sampling -> its graph
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A step that was begun: whose results will be in which buffer, and where its tokens lie for the next step."""
+
+    slot: int
+    tail: Tail
+    rows: int
+    num_top: int  # -1: no log-probabilities
+    fed_address: int
 
 
 class PlanExecutor:
@@ -51,6 +66,7 @@ class PlanExecutor:
         plans: the entry's, checked, in its order.
         modules: the kernels of all plans.
         weights: where each tensor lies.
+        sampling: the entry's plans that sample, checked, in its order.
 
     Raises:
         ArtifactError: a plan and the manifest disagree.
@@ -58,7 +74,14 @@ class PlanExecutor:
     """
 
     def __init__(
-        self, *, device: Device, entry: Entry, plans: Sequence[Plan], modules: Modules, weights: Mapping[str, DeviceTensor]
+        self,
+        *,
+        device: Device,
+        entry: Entry,
+        plans: Sequence[Plan],
+        sampling: Sequence[Plan],
+        modules: Modules,
+        weights: Mapping[str, DeviceTensor],
     ) -> None:
         self._device = device
         self._entry = entry
@@ -70,20 +93,43 @@ class PlanExecutor:
         results = [_logits(plan, entry, record.path) for plan, record in zip(plans, entry.plans, strict=True)]
         largest = max(layout.nbytes for _, layout in checked)
         self._input_address = device.allocate(largest, what="the inputs of a step")
-        self._staging = device.pinned(largest, what="the inputs of a step")
+        # Two of what the host writes and reads: while one step runs, the next is laid out
+        self._staging = [device.pinned(largest, what="the inputs of a step") for _ in range(2)]
         arenas = [region.size_bytes or 0 for plan in plans for region in plan.regions if region.kind == "arena"]
         self._arena_address = device.allocate(max(arenas, default=0), what="the memory of a step")
-        most = max(output.shape[0] for output in results)
-        self._result = device.pinned(max(8 * most, *(nbytes_of(out.dtype, out.shape) for out in results)), what="the logits of a step")
-        self._picked = device.pinned(4 * most, what="the logits of a step")
+        self._result = device.pinned(max(nbytes_of(out.dtype, out.shape) for out in results), what="the logits of a step")
+        self._tails = tails_of(entry, sampling)
+        self._make_room_for_sampling()
         self._wide = LogitsBuffer(entry.outputs[0].dtype)
         self._stream = device.stream()
+        self._begun: deque[_Begun] = deque()
+        self._slot = 0
         self._programs = [
-            _Program(record, plan, layout, layout.on(self._staging), output, _tokens(plan, record.path))
+            _Program(record, plan, layout, (layout.on(self._staging[0]), layout.on(self._staging[1])), output)
             for record, (plan, layout), output in zip(entry.plans, checked, results, strict=True)
         ]
         for program in self._programs:
             self._check_weights(program)
+            if self._tails and _tokens(program.plan, program.record.path) is None:
+                raise ArtifactError(f"{program.record.path}: has no output {TOKENS}, which plans that sample read; compile again")
+
+    def _make_room_for_sampling(self) -> None:
+        tails, vocab = self._tails.values(), int(self._entry.outputs[0].shape[-1])
+        full = [tail.record for tail in tails if tail.record.kind == "full"]
+        self.sampling_limits = DeviceLimits(
+            vocab=vocab,
+            num_touched=min((record.num_touched for record in full), default=0),
+            num_top=min((record.num_top for record in full), default=0),
+        )
+        inputs = max((tail.nbytes for tail in tails), default=0)
+        results = max((sum(round_up(_nbytes(out), 8) for out in tail.outputs.values()) for tail in tails), default=0)
+        device, what = self._device, "what the rows of a step want"
+        self._wish_address = device.allocate(inputs, what=what) if inputs else 0
+        self._wishes = [device.pinned(inputs, what=what) for _ in range(2)] if inputs else []
+        self._sampled = [device.pinned(results, what="the tokens of a step") for _ in range(2)] if results else []
+        arena = max((tail.arena_bytes for tail in tails), default=0)
+        self._sampling_address = device.allocate(arena, what="the memory of sampling") if arena else 0
+        self._events = [device.event() for _ in range(2)] if tails else []
 
     def available_bytes(self) -> int:
         """GPU memory that nobody has, of which the KV cache may take its part."""
@@ -109,9 +155,21 @@ class PlanExecutor:
         self._device.zero(base, total, self._stream)
         self._caches = {name: base + place for name, place in places.items()}
         for program in self._programs:
-            addresses = self._addresses(program)
-            program.executable = build_graph(self._device, program.plan, self._modules, addresses, self._stream)
+            self._build(program)
         self._device.synchronize(self._stream)
+
+    def _build(self, program: _Program) -> None:
+        """The graphs of a step of one size: the step itself with the check of its tokens, and each way to sample behind it."""
+        parts = [(program.plan, self._addresses(program))]
+        for (kind, rows), tail in self._tails.items():
+            if rows != program.record.num_logits:
+                continue
+            addresses = self._sampling_addresses(program, tail)
+            if kind == "check":
+                parts.append((tail.plan, addresses))
+            else:
+                program.samples[kind] = build_graph(self._device, [(tail.plan, addresses)], self._modules, self._stream)
+        program.executable = build_graph(self._device, parts, self._modules, self._stream)
 
     def run(self, batch: DeviceBatch) -> np.ndarray:
         """One step. Returns float32 [N, vocab_size], valid until the next call.
@@ -128,47 +186,91 @@ class PlanExecutor:
         parts = [self._run_rows(program, batch, slice(first, min(first + most, rows))).copy() for first in range(0, rows, most)]
         return np.concatenate(parts)
 
-    def run_greedy(self, batch: DeviceBatch) -> np.ndarray | None:
-        """One step of which only each row's largest logit is wanted: the logits stay on the GPU.
+    def start(self, batch: DeviceBatch, sampling: RowSampling, fed: Sequence[Fed]) -> bool:
+        """Begin a step whose tokens are chosen on the GPU. At most two may be begun and not finished.
+
+        Args:
+            fed: input tokens that are those of the step begun last, which nobody on the host has seen; the batch holds anything there.
 
         Returns:
-            int64 [N], the lowest id of a row's largest logit, -1 where that is not finite; valid until the next call. A NaN counts as
-            minus infinity. None if the plans do not give tokens, or not for so many rows; then nothing has run.
+            False, and nothing has begun, if no plan holds such a step.
 
         Raises:
             DeviceLost: a kernel failed; this process cannot use the GPU any more.
         """
         self._prepare()
         program = self._choose(batch)
-        rows, spec = len(batch.logits_indices), program.tokens
-        if spec is None or rows > program.record.num_logits:
-            return None
-        self._start(program, batch, slice(0, rows))
-        tokens = self._result[: 8 * rows].view(np.int64)
-        self._device.copy_out(tokens.ctypes.data, self._arena_address + spec.offset, 8 * rows, self._stream)
-        self._device.synchronize(self._stream)
-        width = program.logits.shape[1]
-        if tokens.min() < 0 or tokens.max() >= width:
-            raise InternalError(f"the plan gave token {tokens.min()} or {tokens.max()} of a vocabulary of {width}; please report this")
-        return np.where(np.isfinite(self._logits_at(program, tokens)), tokens, -1)
+        rows = len(batch.logits_indices)
+        tail = self._tails.get((sampling.kind, program.record.num_logits))
+        if tail is None or rows > program.record.num_logits:
+            return False
+        if len(self._begun) > 1 or (fed and not self._begun):
+            raise InternalError(f"a step was begun while {len(self._begun)} are, and takes {len(fed)} runs of tokens; please report this")
+        self._slot ^= 1
+        slot, stream, device = self._slot, self._stream, self._device
+        self._stage(program, batch, slice(0, rows), slot)
+        for run in fed:  # before the graph writes over them
+            target = self._input_address + program.layout.offsets["input_ids"] + 8 * run.token
+            device.copy(target, self._begun[-1].fed_address + 8 * run.row, 8 * run.count, stream)
+        device.driver.call("cuGraphLaunch", program.executable, stream.handle)
+        if sampling.kind != "check":
+            tail.write(self._wishes[slot], sampling.inputs)
+            device.copy_in(self._wish_address, self._wishes[slot].ctypes.data, tail.nbytes, stream)
+            device.driver.call("cuGraphLaunch", program.samples[sampling.kind], stream.handle)
+        asked = [top for top in sampling.num_top if top is not None]
+        begun = _Begun(slot, tail, rows, max(asked, default=-1), self._sampling_address + tail.outputs[FED].offset)
+        for output, part in self._results(begun):
+            device.copy_out(part.ctypes.data, self._sampling_address + output.offset, part.nbytes, stream)
+        device.driver.call("cuEventRecord", self._events[slot], stream.handle)
+        self._begun.append(begun)
+        return True
 
-    def _logits_at(self, program: _Program, tokens: np.ndarray) -> np.ndarray:
-        """The logit of one token of each row, of the step that ran last."""
-        itemsize = NUMPY[program.logits.dtype].itemsize
-        start = self._arena_address + program.logits.offset
-        picked = self._picked[: itemsize * len(tokens)]
-        for row, token in enumerate(tokens.tolist()):
-            address = start + itemsize * (row * program.logits.shape[1] + token)
-            self._device.copy_out(picked.ctypes.data + itemsize * row, address, itemsize, self._stream)
-        self._device.synchronize(self._stream)
-        return self._wide.to_float32(picked.view(NUMPY[program.logits.dtype]))
+    def finish(self) -> SampledRows:
+        """Wait for the oldest step that was begun. What is returned is valid until the second `start` from now.
+
+        Raises:
+            DeviceLost: a kernel failed; this process cannot use the GPU any more.
+            InternalError: no step was begun, or a plan gave a token that is none.
+        """
+        if not self._begun:
+            raise InternalError("the tokens of a step were asked for and none was begun; please report this")
+        self._prepare()
+        begun = self._begun.popleft()
+        self._device.driver.call("cuEventSynchronize", self._events[begun.slot])
+        tokens, *likely = (part for _, part in self._results(begun))
+        vocab = self.sampling_limits.vocab
+        if tokens.min() < -1 or tokens.max() >= vocab:
+            raise InternalError(f"the plan gave token {tokens.min()} or {tokens.max()} of a vocabulary of {vocab}; please report this")
+        return SampledRows(tokens=tokens, likely=(likely[0], likely[1], likely[2], likely[3]) if likely else None)
+
+    def abandon(self) -> None:
+        """Wait for all steps that were begun, and drop them."""
+        if self._begun:
+            self._prepare()
+            self._begun.clear()
+            self._device.synchronize(self._stream)
+
+    def _results(self, begun: _Begun) -> list[tuple[PlanOutput, np.ndarray]]:
+        """What comes back of a step: its rows' tokens, and log-probabilities if somebody wants them."""
+        names = (SAMPLED, *(LIKELY if begun.num_top >= 0 else ()))
+        parts, at = [], 0
+        for name in names:
+            output = begun.tail.outputs[name]
+            shape = [begun.rows, *output.shape[1:]]
+            nbytes = nbytes_of(output.dtype, shape)
+            parts.append((output, self._sampled[begun.slot][at : at + nbytes].view(NUMPY[output.dtype]).reshape(shape)))
+            at = round_up(at + nbytes, 8)
+        return parts
 
     def close(self) -> None:
         """Free graphs, modules and all memory."""
         for program in self._programs:
-            if program.executable:
-                self._device.release("cuGraphExecDestroy", program.executable)
-        self._programs = []
+            for executable in (program.executable, *program.samples.values()):
+                if executable:
+                    self._device.release("cuGraphExecDestroy", executable)
+        for event in self._events:
+            self._device.release("cuEventDestroy_v2", event)
+        self._programs, self._events = [], []
         self._modules.close()
         self._caches = {}
         self._device.close()
@@ -180,16 +282,18 @@ class PlanExecutor:
             self._device.enter()
             self._thread = threading.get_ident()
 
-    def _start(self, program: _Program, batch: DeviceBatch, rows: slice) -> None:
-        """Put a step into the stream."""
-        program.inputs.write(batch, rows)
-        self._device.copy_in(self._input_address, self._staging.ctypes.data, program.layout.nbytes, self._stream)
-        self._device.driver.call("cuGraphLaunch", program.executable, self._stream.handle)
+    def _stage(self, program: _Program, batch: DeviceBatch, rows: slice, slot: int) -> None:
+        """Lay out a step and put its copy to the GPU into the stream."""
+        program.inputs[slot].write(batch, rows)
+        self._device.copy_in(self._input_address, self._staging[slot].ctypes.data, program.layout.nbytes, self._stream)
 
     def _run_rows(self, program: _Program, batch: DeviceBatch, rows: slice) -> np.ndarray:
         """Logits of some of the rows a step asks for."""
         stream, output = self._stream, program.logits
-        self._start(program, batch, rows)
+        if self._begun:
+            raise InternalError("a step's logits were asked for while another step runs; please report this")
+        self._stage(program, batch, rows, 0)
+        self._device.driver.call("cuGraphLaunch", program.executable, stream.handle)
         count = rows.stop - rows.start
         shape = [count, *output.shape[1:]]
         nbytes = nbytes_of(output.dtype, shape)
@@ -233,6 +337,17 @@ class PlanExecutor:
                 addresses.append(self._caches[region.name])
         return addresses
 
+    def _sampling_addresses(self, program: _Program, tail: Tail) -> list[int]:
+        """The address of each region of a plan that samples behind a step of this size."""
+        given = {output.name: self._arena_address + output.offset for output in program.plan.outputs}
+        addresses = []
+        for region in tail.plan.regions:
+            if region.kind == "arena":
+                addresses.append(self._sampling_address)
+            else:
+                addresses.append(given[region.name] if region.name in GIVEN else self._wish_address + tail.offsets[region.name])
+        return addresses
+
     def _tensor(self, region: str) -> str:
         return self._entry.constants.get(region, region)
 
@@ -268,6 +383,10 @@ def _logits(plan: Plan, entry: Entry, where: str) -> PlanOutput:
                 )
             return output
     raise ArtifactError(f"{where}: has no output {LOGITS}; compile again")
+
+
+def _nbytes(output: PlanOutput) -> int:
+    return nbytes_of(output.dtype, output.shape)
 
 
 def _tokens(plan: Plan, where: str) -> PlanOutput | None:

@@ -13,13 +13,12 @@ from llmc.runtime.cuda.modules import Modules
 _WARP = 32
 
 
-def build_graph(device: Device, plan: Plan, modules: Modules, addresses: Sequence[int], stream: Stream) -> int:
-    """Build and instantiate the graph of a plan.
+def build_graph(device: Device, parts: Sequence[tuple[Plan, Sequence[int]]], modules: Modules, stream: Stream) -> int:
+    """Build and instantiate the graph of plans that run one after the other.
 
     Args:
-        plan: checked.
-        modules: have its kernels.
-        addresses: of each region, in the plan's order.
+        parts: each plan, checked, with the address of each of its regions, in its order.
+        modules: have their kernels.
         stream: what the graph will be launched in; the graph is uploaded there, so that its first launch is as fast as the next.
 
     Returns:
@@ -28,27 +27,40 @@ def build_graph(device: Device, plan: Plan, modules: Modules, addresses: Sequenc
     driver = device.driver
     graph = ctypes.c_void_p(driver.get("cuGraphCreate", ctypes.c_void_p, 0))
     try:
-        before: list[list[int]] = [[] for _ in plan.launches]
-        for earlier, later in plan.edges:
-            before[later].append(earlier)
-        nodes: list[int] = []
-        for launch, waits in zip(plan.launches, before, strict=True):
-            kernel = plan.kernels[launch.kernel]
-            dependencies = (ctypes.c_void_p * max(len(waits), 1))(*[nodes[index] for index in waits])
-            params, keep = _node_params(launch, kernel, modules.function(plan, kernel), addresses)
-            node = ctypes.c_void_p()
-            driver.call("cuGraphAddKernelNode_v2", ctypes.byref(node), graph, dependencies, len(waits), ctypes.byref(params))
-            del keep  # the driver has copied the parameters
-            if kernel.cluster > 1:
-                value = LaunchAttributeValue(cluster=(kernel.cluster, 1, 1))
-                driver.call("cuGraphKernelNodeSetAttribute", node, ATTRIBUTE_CLUSTER_DIMENSION, ctypes.byref(value))
-            assert node.value is not None
-            nodes.append(node.value)
+        ends: list[int] = []  # what the next part waits for
+        for plan, addresses in parts:
+            ends = _add_nodes(device, graph, plan, modules, addresses, ends)
         executable = int(driver.get("cuGraphInstantiateWithFlags", ctypes.c_void_p, graph, 0))
     finally:
         device.release("cuGraphDestroy", graph)
     driver.call("cuGraphUpload", executable, stream.handle)
     return executable
+
+
+def _add_nodes(
+    device: Device, graph: ctypes.c_void_p, plan: Plan, modules: Modules, addresses: Sequence[int], first: Sequence[int]
+) -> list[int]:
+    """Add a plan's launches behind the nodes `first`. Returns the nodes that no other waits for."""
+    driver = device.driver
+    before: list[list[int]] = [[] for _ in plan.launches]
+    for earlier, later in plan.edges:
+        before[later].append(earlier)
+    nodes: list[int] = []
+    for launch, waits in zip(plan.launches, before, strict=True):
+        kernel = plan.kernels[launch.kernel]
+        handles = [nodes[index] for index in waits] or first
+        dependencies = (ctypes.c_void_p * max(len(handles), 1))(*handles)
+        params, keep = _node_params(launch, kernel, modules.function(plan, kernel), addresses)
+        node = ctypes.c_void_p()
+        driver.call("cuGraphAddKernelNode_v2", ctypes.byref(node), graph, dependencies, len(handles), ctypes.byref(params))
+        del keep  # the driver has copied the parameters
+        if kernel.cluster > 1:
+            value = LaunchAttributeValue(cluster=(kernel.cluster, 1, 1))
+            driver.call("cuGraphKernelNodeSetAttribute", node, ATTRIBUTE_CLUSTER_DIMENSION, ctypes.byref(value))
+        assert node.value is not None
+        nodes.append(node.value)
+    waited = {earlier for earlier, _ in plan.edges}
+    return [node for index, node in enumerate(nodes) if index not in waited]
 
 
 def _node_params(launch: Launch, kernel: PlanKernel, function: int, addresses: Sequence[int]) -> tuple[KernelNodeParams, object]:

@@ -27,9 +27,10 @@ MAX_IMAGE_BYTES = 256 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedPlans:
-    """The plans of an entry, in its order, and the images they name by SHA-256."""
+    """The plans of an entry and those that sample, in its order, and the images they name by SHA-256."""
 
     plans: Sequence[Plan]
+    sampling: Sequence[Plan]
     images: Mapping[str, bytes]
 
 
@@ -49,19 +50,27 @@ def read_plans(manifest: Manifest, entry: Entry, descriptors: Mapping[str, int])
     cubins: dict[str, Cubin] = {}
     plans: list[Plan] = []
     for record in entry.plans:
-        plan = decode_plan(_read(descriptors[record.path], record.path, MAX_PLAN_BYTES), record.path)
-        check_plan(plan, images, record.path, cubins)
+        plan = _read_plan(record.path, manifest, descriptors, images, cubins)
         stated = {"T": record.num_tokens, "B": record.num_seqs, "N": record.num_logits, "M": record.table_blocks}
         found = {name: plan.sizes.get(name) for name in stated}
         if found != stated:
             raise ArtifactError(f"{record.path}: made for sizes {found}, the manifest says {stated}; compile again")
-        if plan.target != manifest.target.isa:
-            raise ArtifactError(f"{record.path}: made for {plan.target}, the manifest says {manifest.target.isa}; compile again")
         plans.append(plan)
     if not plans:
         raise ArtifactError(f"manifest.json: entry {entry.name} has no plans; compile again")
     _check_limits(manifest, entry)
-    return CheckedPlans(plans=plans, images=images)
+    sampling = [_read_plan(record.path, manifest, descriptors, images, cubins) for record in entry.sampling]
+    return CheckedPlans(plans=plans, sampling=sampling, images=images)
+
+
+def _read_plan(
+    path: str, manifest: Manifest, descriptors: Mapping[str, int], images: Mapping[str, bytes], cubins: dict[str, Cubin]
+) -> Plan:
+    plan = decode_plan(_read(descriptors[path], path, MAX_PLAN_BYTES), path)
+    check_plan(plan, images, path, cubins)
+    if plan.target != manifest.target.isa:
+        raise ArtifactError(f"{path}: made for {plan.target}, the manifest says {manifest.target.isa}; compile again")
+    return plan
 
 
 def open_device(manifest: Manifest) -> Device:
@@ -118,7 +127,7 @@ def load_executor(
                 "load.weights", lambda: load_weights(device, sources, manifest.tensors, bound, num_threads=max(2, num_threads))
             )
             modules = loading.result()
-        return PlanExecutor(device=device, entry=entry, plans=checked.plans, modules=modules, weights=weights)
+        return PlanExecutor(device=device, entry=entry, plans=checked.plans, sampling=checked.sampling, modules=modules, weights=weights)
     except BaseException:
         device.close()
         raise
@@ -126,7 +135,7 @@ def load_executor(
 
 def _modules(device: Device, checked: CheckedPlans) -> Modules:
     device.enter()
-    return Modules(device, checked.plans, checked.images)
+    return Modules(device, [*checked.plans, *checked.sampling], checked.images)
 
 
 def _read(fd: int, path: str, most: int) -> bytes:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from llmc.runtime.device_sampling import RowWish
 from llmc.runtime.messages import SamplingParams, TokenLogprobs
 from llmc.runtime.sampler.choose import choose
 from llmc.runtime.sampler.logprobs import token_logprobs
@@ -108,13 +109,35 @@ class Sampler:
             if state is not None and state.plain_greedy and good and sequence.sampling.structured_outputs is None
         }
 
-    def only_argmax(self, sequences: Sequence[ScheduledSequence], rows: Sequence[_Rows]) -> bool:
-        """Whether every sequence samples from the row of its place, has sampled before, and wants the argmax and nothing else."""
-        if any(place.sample != index or place.num_prompt for index, place in enumerate(rows)):
-            return False
-        found = [self._states.get(sequence.request_id) for sequence in sequences]
-        plain = all(state is not None and state.plain_greedy for state in found)
-        return plain and all(sequence.sampling.structured_outputs is None for sequence in sequences)
+    def wishes(self, sequences: Sequence[ScheduledSequence], vocab: int) -> list[RowWish]:
+        """What each sequence's row wants, for an executor that samples itself. `end` counts: the last token may be unknown yet.
+
+        Grammars are not among it. Changes what is kept of the sequences, as `sample` does.
+        """
+        return [self._wish(self._state(sequence), sequence, vocab) for sequence in sequences]
+
+    def guesses(self, sequences: Sequence[ScheduledSequence], logits: np.ndarray) -> list[int]:
+        """What `sample` would choose, were `logits` the model's: a draft model's guesses, with the very draws the model's token will
+        have. Changes nothing but `logits`; penalties count the tokens up to the last one sampled.
+
+        Args:
+            logits: float32 [N, V], one row per sequence in their order.
+
+        Returns:
+            One token each; -1 where a row holds no finite maximum.
+        """
+        found: list[int] = logits.argmax(axis=1).tolist()
+        for index, sequence in enumerate(sequences):
+            row, state = logits[index], self._states.get(sequence.request_id)
+            if state is not None and not state.plain_greedy and np.isfinite(row[found[index]]):
+                if _modifies(state, sequence.sampling):
+                    self._modify(row, state, sequence, None)
+                    found[index] = int(row.argmax())
+                if not state.greedy and np.isfinite(row[found[index]]):
+                    found[index] = self._draw(row, state, sequence)
+            if not np.isfinite(row[found[index]]):
+                found[index] = -1
+        return found
 
     def prompt_logprobs(self, rows: np.ndarray, next_token_ids: list[int], num_top: int) -> list[TokenLogprobs]:
         """Log-probabilities of the prompt tokens that follow each of `rows` (float32 [R, V], raw)."""
@@ -150,6 +173,30 @@ class Sampler:
         state.plain_greedy = state.greedy and params.logprobs is None and not _modifies(state, params)
         return state
 
+    def _wish(self, state: _SequenceState, sequence: ScheduledSequence, vocab: int) -> RowWish:
+        params, num_output = sequence.sampling, sequence.end - sequence.num_prompt_tokens
+        if not _modifies(state, params):
+            return RowWish(params=params, greedy=state.greedy, seed=state.seed, draw=num_output)
+        held = state.held_back if num_output < params.min_tokens else None
+        mask: np.ndarray | None = None
+        if state.allowed is not None or params.bad_words_token_ids or held is not None:
+            mask = np.ones(vocab, dtype=bool)
+            if state.allowed is not None:
+                mask[:] = False
+                mask[state.allowed] = True
+            mask[_bad_endings(sequence, num_output)] = False
+            if held is not None:
+                mask[held] = False
+        return RowWish(
+            params=params,
+            greedy=state.greedy,
+            seed=state.seed,
+            draw=num_output,
+            mask=mask,
+            touched=_touched(state),
+            awaits=state.counts is not None or bool(params.bad_words_token_ids),
+        )
+
     def _unseeded(self) -> int:
         if self._seed is None:
             return int.from_bytes(os.urandom(8), "little")
@@ -166,10 +213,7 @@ class Sampler:
             kept = row[state.allowed]
             row.fill(-np.inf)
             row[state.allowed] = kept
-        for word in params.bad_words_token_ids or []:
-            head = word[:-1]
-            if len(head) <= num_output and sequence.token_ids[len(sequence.token_ids) - len(head) :] == head:
-                row[word[-1]] = -np.inf
+        row[_bad_endings(sequence, num_output)] = -np.inf
         if state.held_back is not None and num_output < params.min_tokens:
             held = row[state.held_back]
             row[state.held_back] = -np.inf
@@ -197,6 +241,33 @@ def _modifies(state: _SequenceState, params: SamplingParams) -> bool:
     """Whether anything changes the logits before the choice."""
     kept = (state.counts, state.bias_ids, state.allowed, state.held_back)
     return any(part is not None for part in kept) or bool(params.bad_words_token_ids)
+
+
+def _bad_endings(sequence: ScheduledSequence, num_output: int) -> list[int]:
+    """The last tokens of the bad words whose other tokens have just been said."""
+    token_ids = sequence.token_ids
+    found = []
+    for word in sequence.sampling.bad_words_token_ids or []:
+        head = word[:-1]
+        if len(head) <= num_output and token_ids[len(token_ids) - len(head) :] == head:
+            found.append(word[-1])
+    return found
+
+
+def _touched(state: _SequenceState) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Tokens that a bias or a penalty changes, each once: ids int64, bias and counts float32 [P]; count -1: no penalty."""
+    counts, ids = state.counts, state.bias_ids
+    if counts is None:
+        if ids is None or state.bias is None:
+            return None
+        return ids, state.bias, np.full(len(ids), -1, dtype=np.float32)
+    if ids is None or state.bias is None:
+        return counts.ids, np.zeros(len(counts.ids), dtype=np.float32), counts.output_counts
+    both = np.union1d(counts.ids, ids)
+    bias, said = np.zeros(len(both), dtype=np.float32), np.full(len(both), -1, dtype=np.float32)
+    bias[np.searchsorted(both, ids)] = state.bias
+    said[np.searchsorted(both, counts.ids)] = counts.output_counts
+    return both, bias, said
 
 
 def _penalise(row: np.ndarray, counts: TokenCounts, params: SamplingParams) -> None:

@@ -11,6 +11,7 @@ from llmc.runtime.kv import KVManager, SequenceBlocks
 from llmc.runtime.messages import FinishReason, GenerateRequest, SamplingParams, TokenLogprobs
 from llmc.runtime.scheduler.config import SchedulerConfig
 from llmc.runtime.scheduler.policy import Rank, rank_of
+from llmc.runtime.step import SampledToken, ScheduledSequence, StepOutput
 
 State = Literal["waiting", "running", "finished"]
 
@@ -114,3 +115,32 @@ def _check_tokens(prompt: list[int]) -> None:
         raise RequestRejected("a prompt token is not an integer of at most 31 bits", param="prompt") from error
     if min(prompt) < 0:
         raise RequestRejected("a prompt token is negative", param="prompt")
+
+
+def share_of(sequence: Sequence, start: int, end: int) -> ScheduledSequence:
+    """Tokens [start, end) of a sequence as a step computes them."""
+    return ScheduledSequence(
+        request_id=sequence.request_id,
+        token_ids=sequence.token_ids,
+        num_prompt_tokens=sequence.num_prompt_tokens,
+        start=start,
+        end=end,
+        block_ids=sequence.blocks.groups,
+        sampling=sequence.sampling,
+        needs_prompt_logprobs=sequence.prompt_logprobs is not None and start < sequence.num_prompt_tokens - 1,
+    )
+
+
+def problem_of(sequence: Sequence, share: ScheduledSequence, samples: bool, sampled: SampledToken | None, output: StepOutput) -> str | None:
+    """Why a sequence must end with an error, or None. Takes its prompt log-probabilities."""
+    if sampled is not None and sampled.error is not None:
+        return sampled.error
+    if samples and sampled is None:
+        return "the step gave this sequence no token; please report this"
+    if share.needs_prompt_logprobs and sequence.prompt_logprobs is not None:
+        rows = min(share.end, sequence.num_prompt_rows) - share.start
+        found = output.prompt_logprobs.get(sequence.request_id, [])
+        if len(found) < rows:
+            return f"the step gave {len(found)} prompt log-probabilities instead of {rows}; please report this"
+        sequence.prompt_logprobs.extend(found[:rows])
+    return None

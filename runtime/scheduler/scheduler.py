@@ -11,19 +11,21 @@ arXiv:2309.06180), chunked prefill under a token budget (Sarathi-Serve, Agrawal 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 
 from llmc.artifacts.manifest import KVFacts
 from llmc.errors import ConfigError, InternalError, RequestRejected
 from llmc.runtime.kv import KVManager, PrefixHit, max_tokens_that_fit
 from llmc.runtime.messages import EngineStats, FinishReason, GenerateRequest, TokenEvent
+from llmc.runtime.scheduler.ahead import extend_all, going_on
 from llmc.runtime.scheduler.config import SchedulerConfig
 from llmc.runtime.scheduler.counters import Counters
 from llmc.runtime.scheduler.drafts import NgramDrafter
 from llmc.runtime.scheduler.guessing import add_guesses, take_checked
 from llmc.runtime.scheduler.invariants import check_sequences
 from llmc.runtime.scheduler.policy import insert_ranked, remove_ranked
-from llmc.runtime.scheduler.request import Sequence, make_sequence
+from llmc.runtime.scheduler.request import Sequence, make_sequence, problem_of, share_of
 from llmc.runtime.step import SampledToken, ScheduledSequence, StepOutput, StepPlan
 
 # Requests with one prefix wait for the first of them; looking past more than this many would cost every step.
@@ -33,8 +35,9 @@ _MAX_PASSED_OVER = 32
 class Scheduler:
     """Owns every accepted request until its last event, and the KV pool's books.
 
-    One step is in flight at most: `plan`, then `commit` (or `fail_all`), then `plan` again. `add` and `abort` may come at any
-    time between calls, also while a step is in flight. Not thread-safe.
+    One step is in flight, `plan`, then `commit` (or `fail_all`), then `plan` again; or two, where `plan_ahead` gives another behind
+    the first, to be committed after it. `add` and `abort` may come at any time between calls, also while steps are in flight.
+    Not thread-safe.
 
     Args:
         config: limits and choices.
@@ -63,7 +66,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []  # sorted by rank; they hold no blocks
         self._running: list[Sequence] = []  # sorted by rank
         self._num_prefilling = 0  # of the running ones
-        self._in_flight: tuple[StepPlan, list[Sequence]] | None = None
+        self._in_flight: deque[tuple[StepPlan, list[Sequence]]] = deque()
         self._step = 0
         self._drafter = NgramDrafter(config.speculation) if config.speculation is not None else None
         self._clock = clock
@@ -89,6 +92,11 @@ class Scheduler:
 
         Raises:
             InternalError: one does not hold.
+    @property
+    def num_in_flight(self) -> int:
+        """Steps that were planned and not committed: 0 to 2."""
+        return len(self._in_flight)
+
         """
         self._kv.check(sequence.blocks for sequence in self._sequences.values())
         check_sequences(self._sequences.values(), self._waiting, self._running, num_prefilling=self._num_prefilling)
@@ -127,7 +135,7 @@ class Scheduler:
 
     def fail_all(self, message: str) -> list[TokenEvent]:
         """End every request with an error, for a step that failed as a whole; the step in flight is forgotten."""
-        self._in_flight = None
+        self._in_flight.clear()
         events = []
         for sequence in [*self._running, *self._waiting]:
             self._remove(sequence)
@@ -146,7 +154,7 @@ class Scheduler:
         Raises:
             InternalError: the previous step was not committed.
         """
-        if self._in_flight is not None:
+        if self._in_flight:
             raise InternalError(f"scheduler: plan was called while step {self._step} is in flight; commit it first")
         self._step += 1
         sequences: list[Sequence] = []
@@ -172,7 +180,7 @@ class Scheduler:
             if end > sequence.blocks.ready_tokens and not self._make_room(sequence, start, end):
                 break  # it was the last one and gave way itself
             sequences.append(sequence)
-            scheduled.append(_scheduled(sequence, start, end))
+            scheduled.append(share_of(sequence, start, end))
 
         # After a preemption nobody is admitted: the blocks just freed are needed by those who run.
         if self._waiting and self._counters.num_preemptions == preemptions_before:
@@ -180,18 +188,39 @@ class Scheduler:
         if self._drafter is not None:
             add_guesses(self._drafter, self._kv, self.config, self._running, sequences, scheduled)
         plan = StepPlan(step=self._step, sequences=scheduled)
-        self._in_flight = (plan, sequences)
+        self._in_flight.append((plan, sequences))
+        return plan
+
+    def plan_ahead(self) -> StepPlan | None:
+        """Choose the step behind the one in flight before that one's tokens are known (`ahead.py`); to be committed after it.
+
+        Allocates blocks, and neither preempts, admits nor guesses; where one of these is due there is no such step. The plan's
+        `token_ids` lack the token that is not known yet, until the first step is committed.
+
+        Raises:
+            InternalError: not exactly one step is in flight.
+        """
+        if len(self._in_flight) != 1:
+            raise InternalError(f"scheduler: plan_ahead was called with {len(self._in_flight)} steps in flight, it needs one")
+        if self._drafter is not None or (self._waiting and len(self._running) < self.config.max_num_seqs):
+            return None
+        sequences = going_on(*self._in_flight[0])
+        if not sequences or not extend_all(self._kv, sequences):
+            return None
+        self._step += 1
+        plan = StepPlan(step=self._step, sequences=[share_of(sequence, known, known + 1) for sequence, known in sequences])
+        self._in_flight.append((plan, [sequence for sequence, _ in sequences]))
         return plan
 
     def commit(self, output: StepOutput) -> list[TokenEvent]:
-        """Take the results of the step planned last; returns one event for each sequence that got a token or ended.
+        """Take the results of the oldest step in flight; returns one event for each sequence that got a token or ended.
 
         Raises:
             InternalError: no step is in flight, or the output is another step's.
         """
-        if self._in_flight is None or output.step != self._in_flight[0].step:
+        if not self._in_flight or output.step != self._in_flight[0][0].step:
             raise InternalError(f"scheduler: results of step {output.step} came while step {self._step} was planned; commit each plan once")
-        (plan, sequences), self._in_flight = self._in_flight, None
+        plan, sequences = self._in_flight.popleft()
         tokens, block_size = output.tokens, self.config.block_size
         events: list[TokenEvent] = []
         num_generated = 0
@@ -202,7 +231,7 @@ class Scheduler:
             samples = end == len(token_ids)
             sampled = tokens.get(sequence.request_id)
             if sampled is None or sampled.error is not None or sequence.prompt_logprobs is not None:
-                problem = self._problem(sequence, share, samples, sampled, output)
+                problem = problem_of(sequence, share, samples, sampled, output)
                 if problem is not None:
                     # Nothing of this step is offered to the prefix cache: its K and V may be what is wrong.
                     status = sampled.error_status if sampled is not None and sampled.error is not None else 500
@@ -305,7 +334,7 @@ class Scheduler:
             committed += kv.blocks_to_finish(sequence.blocks, num_tokens)
             num_partial += partial
             budget -= count
-            share = _scheduled(sequence, start, start + count)
+            share = share_of(sequence, start, start + count)
             computing.update(self._digests(sequence, share))
             sequences.append(sequence)
             scheduled.append(share)
@@ -337,22 +366,6 @@ class Scheduler:
                 self._counters.prefix_hits_tokens += num_cached_tokens
 
     # Parts of commit.
-
-    def _problem(
-        self, sequence: Sequence, share: ScheduledSequence, samples: bool, sampled: SampledToken | None, output: StepOutput
-    ) -> str | None:
-        """Why a sequence must end with an error, or None. Takes its prompt log-probabilities."""
-        if sampled is not None and sampled.error is not None:
-            return sampled.error
-        if samples and sampled is None:
-            return "the step gave this sequence no token; please report this"
-        if share.needs_prompt_logprobs and sequence.prompt_logprobs is not None:
-            rows = min(share.end, sequence.num_prompt_rows) - share.start
-            found = output.prompt_logprobs.get(sequence.request_id, [])
-            if len(found) < rows:
-                return f"the step gave {len(found)} prompt log-probabilities instead of {rows}; please report this"
-            sequence.prompt_logprobs.extend(found[:rows])
-        return None
 
     def _notable_token(self, sequence: Sequence, sampled: SampledToken) -> TokenEvent:
         """The event of a token that is the first, may be the last, or carries more than its id."""
@@ -420,16 +433,3 @@ class Scheduler:
         if self._drafter is not None:
             self._drafter.forget(sequence.request_id)
         self._kv.free(sequence.blocks)
-
-
-def _scheduled(sequence: Sequence, start: int, end: int) -> ScheduledSequence:
-    return ScheduledSequence(
-        request_id=sequence.request_id,
-        token_ids=sequence.token_ids,
-        num_prompt_tokens=sequence.num_prompt_tokens,
-        start=start,
-        end=end,
-        block_ids=sequence.blocks.groups,
-        sampling=sequence.sampling,
-        needs_prompt_logprobs=sequence.prompt_logprobs is not None and start < sequence.num_prompt_tokens - 1,
-    )

@@ -22,6 +22,9 @@ _ENGINE_COUNTERS = {
     "spec_num_drafts": ("llmc:spec_decode_num_drafts", "Steps of a sequence that had guesses (speculative decoding)."),
     "spec_draft_tokens": ("llmc:spec_decode_num_draft_tokens", "Guessed tokens that were computed."),
     "spec_accepted_tokens": ("llmc:spec_decode_num_accepted_tokens", "Guessed tokens that were right."),
+    "steps_sampled_on_device": ("llmc:steps_sampled_on_device", "Steps whose tokens were chosen on the GPU."),
+    "steps_sampled_on_host": ("llmc:steps_sampled_on_host", "Steps on a GPU whose tokens the host chose from the logits."),
+    "steps_ahead": ("llmc:steps_ahead", "Steps begun on the GPU before the host knew the tokens of the step before."),
     "step": ("llmc:engine_steps", "Steps the engine made."),
 }
 

@@ -29,7 +29,7 @@ static struct { const char* name; long value; } knobs[] = {
     {"misalign_at", 0},    // the n-th cuMemAlloc gives an address 16 bytes off
     {"illegal_at", 0},     // the n-th kernel accesses memory it must not
     {"order", 0},          // not 0: seed of a random order of a graph's nodes that its edges allow
-    {"launches", 0}, {"allocations", 0}, {"pinned_allocations", 0}, {"live", 0}, {"bytes_out", 0}, {"graphs", 0}, {"modules", 0},  // counted
+    {"launches", 0}, {"allocations", 0}, {"pinned_allocations", 0}, {"live", 0}, {"bytes_out", 0}, {"fed", 0}, {"graph_launches", 0}, {"graphs", 0}, {"modules", 0},  // counted
 };
 static long* knob(const char* name) {
     for (size_t i = 0; i < sizeof knobs / sizeof *knobs; i++)
@@ -62,10 +62,10 @@ typedef struct { uint32_t module; char entry[512]; int count; size_t size[MAX_PA
 typedef struct { uint32_t id; int count; Function* functions; } Module;
 typedef struct { Function* function; uint32_t grid[3], block[3], shared, cluster[3]; unsigned char* params; int count; int* before; } Node;
 typedef struct Graph { int count, room; Node** nodes; int executable; } Graph;
-typedef struct Op { int kind; uint64_t device; unsigned char* host; size_t size; int value; Graph* graph; struct Op* next; } Op;
-enum { COPY_IN, COPY_OUT, FILL, LAUNCH };
+typedef struct Op { int kind; uint64_t device; unsigned char* host; size_t size; int value; Graph* graph; struct Event* event; uint64_t source; struct Op* next; } Op;
+enum { COPY_IN, COPY_OUT, COPY, FILL, LAUNCH, MARK };
 typedef struct { Op *first, **last; } Stream;
-typedef struct { Stream* stream; } Event;
+typedef struct Event { Stream* stream; long waits; } Event;  // waits: marks of it that no stream has come to
 typedef struct { void* func; unsigned grid[3], block[3], shared; void** params; void** extra; void* kern; void* ctx; } NodeParams;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -164,12 +164,14 @@ static int run_graph(Graph* graph) {
     free(done);
     return status;
 }
-static int run_stream(Stream* stream) {  // everything put off so far
-    while (stream->first && !lost) {
+static int run_until(Stream* stream, Event* event) {  // everything put off so far, or up to an event
+    while (stream->first && !lost && (!event || event->waits)) {
         Op* op = stream->first;
         switch (op->kind) {
             case COPY_IN: memcpy((void*)op->device, op->host, op->size); break;
             case COPY_OUT: memcpy(op->host, (void*)op->device, op->size); break;
+            case COPY: memcpy((void*)op->device, (void*)op->source, op->size); break;
+            case MARK: op->event->waits--; break;
             case FILL: memset((void*)op->device, op->value, op->size); break;
             case LAUNCH: lost = run_graph(op->graph); break;
         }
@@ -178,6 +180,7 @@ static int run_stream(Stream* stream) {  // everything put off so far
     }
     return lost;
 }
+static int run_stream(Stream* stream) { return run_until(stream, NULL); }
 static int put(Stream* stream, Op op) {
     if (!stream) return INVALID_VALUE;
     *(*stream->last = malloc(sizeof(Op))) = op;
@@ -263,6 +266,12 @@ static int copy(int kind, uint64_t device, void* host, size_t size, Stream* stre
 }
 int cuMemcpyHtoDAsync_v2(uint64_t device, void* host, size_t size, Stream* stream) { ENTER LEAVE(copy(COPY_IN, device, host, size, stream)); }
 int cuMemcpyDtoHAsync_v2(void* host, uint64_t device, size_t size, Stream* stream) { ENTER LEAVE(copy(COPY_OUT, device, host, size, stream)); }
+int cuMemcpyDtoDAsync_v2(uint64_t target, uint64_t source, size_t size, Stream* stream) {
+    ENTER
+    if (extent(ranges, num_ranges, target) < size || extent(ranges, num_ranges, source) < size) LEAVE(INVALID_VALUE);
+    ++*knob("fed");
+    LEAVE(put(stream, (Op){.kind = COPY, .device = target, .source = source, .size = size}));
+}
 int cuMemsetD8Async(uint64_t device, unsigned char value, size_t size, Stream* stream) {
     ENTER
     if (extent(ranges, num_ranges, device) < size) LEAVE(INVALID_VALUE);
@@ -279,8 +288,12 @@ int cuStreamCreate(Stream** stream, unsigned flags) {
 int cuStreamSynchronize(Stream* stream) { ENTER LEAVE(run_stream(stream)); }
 int cuStreamDestroy_v2(Stream* stream) { ENTER int status = run_stream(stream); free(stream); LEAVE(status); }
 int cuEventCreate(Event** event, unsigned flags) { ENTER *event = calloc(1, sizeof(Event)); LEAVE(flags == 2 ? OK : INVALID_VALUE); }
-int cuEventRecord(Event* event, Stream* stream) { ENTER event->stream = stream; LEAVE(OK); }
-int cuEventSynchronize(Event* event) { ENTER LEAVE(event->stream ? run_stream(event->stream) : OK); }
+int cuEventRecord(Event* event, Stream* stream) {
+    ENTER
+    event->stream = stream, event->waits++;
+    LEAVE(put(stream, (Op){.kind = MARK, .event = event}));
+}
+int cuEventSynchronize(Event* event) { ENTER LEAVE(event->stream ? run_until(event->stream, event) : OK); }
 int cuEventDestroy_v2(Event* event) { ENTER free(event); LEAVE(OK); }
 
 // --- modules and functions -------------------------------------------------------------------------------------------------------
@@ -387,6 +400,7 @@ int cuGraphUpload(Graph* executable, Stream* stream) { ENTER LEAVE(executable->e
 int cuGraphLaunch(Graph* executable, Stream* stream) {
     ENTER
     if (!executable->executable) LEAVE(INVALID_VALUE);
+    ++*knob("graph_launches");
     LEAVE(put(stream, (Op){.kind = LAUNCH, .graph = executable}));
 }
 int cuGraphDestroy(Graph* graph) { ENTER --*knob("graphs"); destroy(graph); LEAVE(OK); }

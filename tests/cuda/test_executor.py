@@ -16,7 +16,8 @@ from llmc.runtime.messages import GenerateRequest, SamplingParams, TokenEvent
 from llmc.runtime.step import DeviceBatch
 from tests.cuda.stand_in import StandIn
 from tests.cuda.toy_cubin import toy_cubin
-from tests.cuda.toy_plans import IMAGE, KERNELS, SIZES, toy_plan, write_toy_plans
+from tests.cuda.toy_plans import IMAGE, KERNELS, SAMPLING_IMAGE, SIZES, toy_plan, write_toy_plans
+from tests.cuda.toy_sampling import sampling_plan
 from tests.runtime.toy_artifact import toy_greedy, toy_logits
 from tests.runtime.toy_program import DIM, VOCAB
 
@@ -76,11 +77,18 @@ def test_an_engine_answers_as_the_program_says(artifact: Path, weights: Weights,
     prompts = prompts_of([1, 3, 9, 17, 40, 70, 2, 33])  # 70 comes in two chunks, beside others that decode
     assert generate(engine, prompts) == [toy_greedy(weights, prompt, 12)[0] for prompt in prompts]
     steps = driver.get("launches")
-    assert steps > 0 and steps % len(KERNELS) == 0
-    assert driver.get("modules") == 1  # one image, however many plans
+    assert steps > 0 and steps % (len(KERNELS) + 1) == 0  # and the check of the tokens
+    assert driver.get("modules") == 2  # one image of the steps and one of sampling, however many plans
     engine.close()
     engine.close()
     assert (driver.get("live"), driver.get("graphs"), driver.get("modules")) == (0, 0, 0)
+
+
+def _sampling_bytes(rows: int) -> tuple[int, int]:
+    """Inputs and arena of the largest plan that samples."""
+    plan = sampling_plan("full", rows, SAMPLING_IMAGE, "")
+    inputs = [region.size_bytes or 0 for region in plan.regions if region.kind == "input" and region.name != "logits"]
+    return sum(-(-size // 256) * 256 for size in inputs), plan.regions[-1].size_bytes or 0
 
 
 def test_memory_is_that_of_the_largest_plan_not_of_all(artifact: Path, use: MakeStandIn) -> None:
@@ -90,9 +98,10 @@ def test_memory_is_that_of_the_largest_plan_not_of_all(artifact: Path, use: Make
     arenas = [sum(region.size_bytes or 0 for region in plan.regions if region.kind == "arena") for plan in plans]
     kv = 2 * 64 * 16 * DIM * 4
     inputs = max(sum(-(-(region.size_bytes or 0) // 256) * 256 for region in plan.regions if region.kind == "input") for plan in plans)
-    expected = [2 * VOCAB * DIM * 4, inputs, max(arenas), kv]
+    wishes, sampling = _sampling_bytes(16)
+    expected = [2 * VOCAB * DIM * 4, inputs, max(arenas), wishes, sampling, kv]
     assert driver.get("live") == sum(-(-size // 512) * 512 + 512 for size in expected)
-    assert driver.get("graphs") == len(plans)
+    assert driver.get("graphs") == 4 * len(plans)  # with three ways to sample; the check of greedy tokens is in the step's
     engine.close()
 
 
@@ -121,7 +130,7 @@ def test_a_step_that_wants_more_rows_than_its_plan_has_is_run_again(artifact: Pa
         query_start_loc=np.array([0, 40], dtype=np.int32),
     )
     found = engine._executor.run(batch)
-    assert driver.get("launches") == 3 * len(KERNELS)  # 40 rows by 16
+    assert driver.get("launches") == 3 * (len(KERNELS) + 1)  # 40 rows by 16
     expected = np.stack([toy_logits(weights, tokens[: end + 1]) for end in range(40)])
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(InternalError, match="of 17 tokens in 17 sequences .* fits no plan"):
@@ -136,16 +145,6 @@ def test_a_step_that_wants_more_rows_than_its_plan_has_is_run_again(artifact: Pa
                 query_start_loc=np.arange(18, dtype=np.int32),
             )
         )
-    engine.close()
-
-
-def test_greedy_steps_leave_the_logits_on_the_gpu(artifact: Path, weights: Weights, use: MakeStandIn) -> None:
-    driver = use()
-    engine = Engine(config(artifact, canary=False))
-    prompts = prompts_of([5, 9])
-    assert generate(engine, prompts, 20) == [toy_greedy(weights, prompt, 20)[0] for prompt in prompts]
-    # one step reads the prompts and gives logits, 19 decode by a plan of 4 rows and give a token and a logit per sequence
-    assert driver.get("bytes_out") == 2 * VOCAB * 4 + 19 * 2 * (8 + 4)
     engine.close()
 
 
@@ -200,7 +199,9 @@ def test_a_driver_that_lacks_a_function(artifact: Path, monkeypatch: pytest.Monk
         ({"memory": 4096}, ConfigError, "the weights: 0.0 MB of GPU memory are needed, 0.0 MB are free on stand-in"),
         ({"oom_at": 2}, ConfigError, "the inputs of a step: .* of GPU memory are needed"),
         ({"oom_at": 3}, ConfigError, "the memory of a step: .* of GPU memory are needed"),
-        ({"oom_at": 4}, ConfigError, "a KV cache of 64 blocks: 0.1 MB of GPU memory are needed"),
+        ({"oom_at": 4}, ConfigError, "what the rows of a step want: .* of GPU memory are needed"),
+        ({"oom_at": 5}, ConfigError, "the memory of sampling: .* of GPU memory are needed"),
+        ({"oom_at": 6}, ConfigError, "a KV cache of 64 blocks: 0.1 MB of GPU memory are needed"),
         ({"pinned_oom_at": 1}, ConfigError, "buffers for loading weights: .* of page-locked memory are needed"),
         ({"misalign_at": 3}, InternalError, "the driver gave address 0x.*10 for the memory of a step, expected a multiple of 256"),
         ({"illegal_at": 1}, DeviceLost, "a kernel accessed memory that it must not .cuStreamSynchronize gave CUDA_ERROR_ILLEGAL_ADDRESS"),

@@ -28,6 +28,7 @@ from llmc.artifacts.plan import (
 from llmc.artifacts.plan_hazards import hazard_edges
 from llmc.artifacts.weight_file import WeightTensor
 from llmc.artifacts.writer import ArtifactWriter
+from tests.cuda import toy_sampling
 from tests.cuda.stand_in_server import KernelLaunch
 from tests.cuda.toy_cubin import parameters, toy_cubin
 from tests.runtime.toy_artifact import toy_entry, toy_greedy, toy_manifest, toy_tokenizer_json
@@ -36,6 +37,7 @@ from tests.runtime.toy_program import BLOCK, DIM, INPUTS, VOCAB
 FLOAT = 4
 # Numbers come as the kernel's last parameters.
 KERNELS = {"remember": [8, 8, 8, 8, 4], "answer": [8] * 9 + [4] * 4, "head": [8, 8, 8, 4], "best": [8, 8, 4]}
+SAMPLING_IMAGE = toy_cubin(toy_sampling.KERNELS)
 IMAGE = toy_cubin(KERNELS)
 SHA256 = hashlib.sha256(IMAGE).hexdigest()
 SIZES = [(True, 1, 1, 1), (True, 4, 4, 4), (False, 8, 4, 2), (False, 64, 16, 16)]  # decode, T, B, N
@@ -82,7 +84,7 @@ def _best(launch: KernelLaunch) -> None:
     out.array("<i8", count.number)[:] = np.where(np.isnan(rows), -np.inf, rows).argmax(axis=1)
 
 
-RUN = {"remember": _remember, "answer": _answer, "head": _head, "best": _best}
+RUN = {"remember": _remember, "answer": _answer, "head": _head, "best": _best, **toy_sampling.RUN}
 
 
 def toy_plan(decode: bool, tokens: int, sequences: int, rows: int, *, columns: int = 16) -> Plan:
@@ -177,14 +179,23 @@ def write_toy_plans(
     plans: Sequence[tuple[bool, Plan]] | None = None,
     image: bytes = IMAGE,
     canary: bool = True,
+    sampling: bool = True,
 ) -> Path:
     """An artifact of the toy program for sm_90, which takes prompts of words: "w2 w3" is [2, 3]."""
     plans = plans if plans is not None else [(decode, toy_plan(decode, t, b, n)) for decode, t, b, n in SIZES]
-    entry = plans_entry(plans)
+    found = (
+        toy_sampling.sampling_plans([plan.sizes["N"] for _, plan in plans], SAMPLING_IMAGE, sha256_hex(SAMPLING_IMAGE)) if sampling else []
+    )
+    tails = [(msgspec.structs.replace(record, path=f"plans/{sha256_hex(encode_plan(plan))}.json"), plan) for record, plan in found]
+    entry = plans_entry(plans, sampling=[record for record, _ in tails])
     expected, margins = toy_greedy(weights, [3, 4, 5], 6)
     needs = CudaRequirements(compute_capability="9.0", driver_version=12040, shared_memory_per_block_bytes=100_000, num_sms=132)
     with ArtifactWriter(out) as writer:
-        cubin = writer.add_image(image, "cubin", "cubin")
+        images = [writer.add_image(image, "cubin", "cubin")]
+        if tails:
+            images.append(writer.add_image(SAMPLING_IMAGE, "cubin", "cubin"))
+        for tail, plan in tails:
+            writer.add_file(tail.path, encode_plan(plan))
         for record, (_, plan) in zip(entry.plans, plans, strict=True):
             writer.add_file(record.path, encode_plan(plan))
         tensors = [
@@ -199,7 +210,7 @@ def write_toy_plans(
                 requirements=Requirements(machine="x86_64", cpu_features=[], torch=None, min_format=3, cuda=needs),
                 limits=Limits(max_model_len=256, max_num_seqs=16, max_num_batched_tokens=64),
                 entries=[entry],
-                images=[cubin],
+                images=images,
                 weights=[weight_file],
                 tensors=records,
                 tokenizer=msgspec.structs.replace(toy_manifest().tokenizer, tokenizer_json="tokenizer/tokenizer.json"),

@@ -39,6 +39,7 @@ SAMPLES: dict[str, tuple[Any, ...]] = {
     "sample": (ROWS, THREE, torch.zeros(3, dtype=torch.int32), THREE.double(), -THREE.double(), POSITIONS, POSITIONS, True),
     "adjust_logits": (ROWS, None, POSITIONS[:, None].int() % 6, THREE[:, None], THREE[:, None], torch.ones(3, 3)),
     "token_logprobs": (ROWS, torch.tensor([0, 5, 2]), 2),
+    "checked_tokens": (ROWS, torch.tensor([0, -1, 2])),
 }
 
 

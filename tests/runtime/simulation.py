@@ -84,6 +84,7 @@ class Totals:
     largest_batch: int = 0
     drafts: int = 0
     accepted: int = 0
+    steps_ahead: int = 0
 
 
 def identity_chain(tokens: list[int], salt: str) -> list[int]:
@@ -135,8 +136,8 @@ class FakeRunner:
         self._kv = [[[UNKNOWN] * size for _ in range(scenario.config.num_blocks)] for _ in scenario.windows]
         self.num_computed: dict[str, int] = {}
 
-    def check(self, plan: StepPlan, clients: dict[str, Client]) -> None:
-        """Budget, places, nobody twice, and each share continues where the sequence stands."""
+    def check(self, plan: StepPlan, clients: dict[str, Client], *, ahead: bool = False) -> None:
+        """Budget, places, nobody twice, and each share continues where the sequence stands; `ahead`: one token further."""
         config = self._scenario.config
         _require(0 < len(plan.sequences) <= config.max_num_seqs, f"a step of {len(plan.sequences)} sequences")
         _require(plan.num_tokens <= config.max_num_batched_tokens, f"{plan.num_tokens} tokens are over the budget")
@@ -153,6 +154,10 @@ class FakeRunner:
                 most = config.speculation.num_speculative_tokens if config.speculation is not None else 0
                 _require(share.num_drafts <= most and share.end == len(share.token_ids), f"{share.request_id}: {share.num_drafts} guesses")
                 known += share.num_drafts
+            known += ahead
+            _require(
+                not ahead or share.end - share.start == 1, f"{share.request_id}: {share.end - share.start} tokens ahead of what is known"
+            )
             _require(0 <= share.start < share.end <= known, f"{share.request_id}: share [{share.start}, {share.end}) of {known} tokens")
             limit = config.long_prefill_token_threshold if not share.num_drafts else 0
             _require(not limit or share.end - share.start <= limit, f"{share.request_id}: {share.end - share.start} tokens in one step")
@@ -183,7 +188,7 @@ class FakeRunner:
     @staticmethod
     def identities(share: ScheduledSequence, client: Client) -> list[int]:
         """What the slots of a share must hold: behind what is known, that of its guesses."""
-        known = len(share.token_ids) - share.num_drafts
+        known = max(share.end, len(share.token_ids)) - share.num_drafts  # a step ahead computes a token that is not listed yet
         chain = client.identities[:known]
         for position in range(known, len(share.token_ids)):
             chain.append(hash((chain[-1], position, share.token_ids[position])))
@@ -209,7 +214,7 @@ class FakeRunner:
             content = kv[table[(end - 1) // size]][(end - 1) % size]
         return content
 
-    def run(self, plan: StepPlan, clients: dict[str, Client], *, fails: bool) -> StepOutput | None:
+    def run(self, plan: StepPlan, clients: dict[str, Client], *, fails: bool, ahead: bool = False) -> StepOutput | None:
         """One step; None when it fails as a whole."""
         self.write(plan, clients, fails=fails)
         if fails:
@@ -227,7 +232,7 @@ class FakeRunner:
                 continue  # else forgotten: an error too, if a token was due
             if share.num_drafts:
                 tokens[share.request_id] = self.verified(share, clients[share.request_id])
-            elif share.samples:
+            elif share.samples or ahead:
                 tokens[share.request_id] = SampledToken(token_id=next_token(content, share.sampling.seed or 0))
         return StepOutput(step=plan.step, tokens=tokens, prompt_logprobs=prompt_logprobs)
 
@@ -287,6 +292,9 @@ class Episode:
             self.scheduler._drafter = KnowingDrafter(config.speculation, self)
         self.runner = FakeRunner(self.scenario, self.rng, totals)
         self.clients: dict[str, Client] = {}  # live ones
+        self.chances = random.Random(f"{seed} ahead")  # of its own, as the guesses'
+        self.looking_ahead = self.chances.random() < 0.5
+        self._ahead: StepOutput | None = None  # of the second step in flight
         self.num_arrived = 0
         self.step = 0
         self._prefixes = [self._tokens(self.rng.randint(1, config.max_model_len)) for _ in range(3)]
@@ -301,7 +309,7 @@ class Episode:
             if rng.random() < scenario.cache_reset_rate:
                 self.scheduler.reset_prefix_cache()
             self.scheduler.check()
-            if self.scheduler.has_work():
+            if self.scheduler.has_work() or self._ahead is not None:
                 self._one_step()
         stats = self.scheduler.stats()
         _require(stats.kv_blocks_used == 0, f"{stats.kv_blocks_used} blocks are held after the last request")
@@ -310,20 +318,38 @@ class Episode:
         self.totals.cached_tokens += stats.prefix_hits_tokens
         self.totals.episodes += 1
 
+    def _look_ahead(self) -> None:
+        """Plan and compute the next step before the tokens of the one in flight are committed."""
+        plan = self.scheduler.plan_ahead()
+        self.scheduler.check()
+        if plan is None:
+            return
+        self.runner.check(plan, self.clients, ahead=True)
+        self._ahead = self.runner.run(plan, self.clients, fails=False, ahead=True)
+        self.totals.steps_ahead += 1
+
     def _one_step(self) -> None:
         scheduler, rng = self.scheduler, self.rng
         self.step += 1
         self.totals.steps += 1
-        plan = scheduler.plan()
-        scheduler.check()
-        self.runner.check(plan, self.clients)
-        output = self.runner.run(plan, self.clients, fails=rng.random() < self.scenario.step_failure_rate)
+        if self._ahead is None:
+            plan = scheduler.plan()
+            scheduler.check()
+            self.runner.check(plan, self.clients)
+            output = self.runner.run(plan, self.clients, fails=rng.random() < self.scenario.step_failure_rate)
+        else:
+            output, self._ahead = self._ahead, None
+        if output is not None and self.looking_ahead and self.chances.random() < 0.9:
+            self._look_ahead()
         if rng.random() < 0.1:  # while the step is in flight
             self._maybe_abort()
             if self.num_arrived < self.scenario.num_requests:
                 self._arrive()
             scheduler.check()
-        events = scheduler.fail_all("the step failed") if output is None else scheduler.commit(output)
+        if output is None:
+            events, self._ahead = scheduler.fail_all("the step failed"), None
+        else:
+            events = scheduler.commit(output)
         self._receive(events)
         scheduler.check()
         late = next((c for c in self.clients.values() if self.step > c.deadline_step), None)

@@ -14,6 +14,7 @@ from llmc.kernels.sample import reference as R
 from llmc.kernels.sample.triton_impl import (
     adjust_logits,
     adjust_logits_reason,
+    checked_tokens,
     sample,
     sample_reason,
     token_logprobs,
@@ -175,6 +176,17 @@ def test_logprobs_have_the_same_bits_in_every_batch() -> None:
     logits, tokens = random(5, 5000), torch.tensor([1, 2, 3, 4, 5]).to(DEVICE)
     whole = token_logprobs(logits, tokens, 4)
     assert same_bits(token_logprobs(logits[2:3], tokens[2:3].contiguous(), 4), [w[2:3] for w in whole])
+
+
+def test_checked_tokens_stand_on_a_finite_logit() -> None:
+    logits = random(6, 50)
+    logits[1, 3], logits[2, 4], logits[3, 5] = math.nan, math.inf, -math.inf
+    tokens = torch.tensor([7, 3, 4, 5, -1, 50]).to(DEVICE)
+    with poisoned():
+        found = checked_tokens(logits, tokens)
+    assert found[0].tolist() == [7, -1, -1, -1, -1, -1] and found[1].tolist() == [7, 0, 0, 0, 0, 0]
+    for one, expected in zip(found, R.checked_tokens_reference(logits, tokens), strict=True):
+        assert torch.equal(one, expected)
 
 
 def test_what_is_refused() -> None:
