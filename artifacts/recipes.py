@@ -13,6 +13,7 @@ A recipe is JSON, a tree of
     {"op": "pack", "input": R}                           [.., N, K] into the kernels' layout, zero padded
     {"op": "quantize", "bits": B, "group": G, "input": R}          [N, K] as packed integers (quantize_nodes.py)
     {"op": "quantize_scales", "bits": B, "group": G, "input": R}   and the scales that belong to them
+    {"op": "in_rows", "input": R}                        a quantize or quantize_scales out of its panels, for GPUs (row_nodes.py)
     {"op": "dequantize", "form": F, ..., "inputs": [R, ..]}        [N, K] from a checkpoint's own integers (stored_nodes.py)
 
 `infer` checks a recipe and gives its dtype and shape without touching data. `blocks` gives the result row block by row block:
@@ -31,6 +32,7 @@ from llmc.artifacts.dtypes import FLOATS, NUMPY, Array
 from llmc.artifacts.element_sizes import nbytes_of
 from llmc.artifacts.quantize_nodes import quantizing_node
 from llmc.artifacts.recipe_nodes import Cast, Concat, Literal, Node, Pack, Reshape, Slice, Source, Stack, Transpose
+from llmc.artifacts.row_nodes import row_node
 from llmc.artifacts.stored_nodes import dequantizing_node
 from llmc.errors import ArtifactError
 
@@ -56,6 +58,7 @@ _FIELDS: dict[str, set[str]] = {
     "pack": {"input"},
     "quantize": {"bits", "group", "input"},
     "quantize_scales": {"bits", "group", "input"},
+    "in_rows": {"input"},
     "dequantize": {"form", "bits", "group", "symmetric", "dtype", "shape", "inputs"},
 }
 
@@ -284,6 +287,8 @@ def _unary(recipe: Recipe, child: Node) -> Node:
         return Reshape(child.dtype, tuple(shape), input=child)
     if op in ("quantize", "quantize_scales"):
         return quantizing_node(op, recipe["bits"], recipe["group"], child)
+    if op == "in_rows":
+        return row_node(child)
     if child.dtype not in FLOATS or len(child.shape) < 2 or 0 in child.shape:
         raise ArtifactError(f"a recipe packs {child.dtype} {list(child.shape)}; packed are [.., N, K] of {', '.join(FLOATS)}")
     return Pack(child.dtype, Pack.packed_shape(child.dtype, child.shape), input=child)

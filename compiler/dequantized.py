@@ -39,7 +39,14 @@ class _Quantized:
 
 def quantized_bits(weights: WeightTable) -> dict[str, int]:
     """Name of each tensor of integers -> its bits."""
-    return {name: int(weights[name].recipe["bits"]) for name in weights if weights[name].recipe["op"] == "quantize"}
+    recipes = {name: quantizing(weights[name].recipe) for name in weights}
+    return {name: int(recipe["bits"]) for name, recipe in recipes.items() if recipe["op"] == "quantize"}
+
+
+def quantizing(recipe: Recipe) -> Recipe:
+    """The recipe of quantised values without their place in memory."""
+    inner: Recipe = recipe["input"] if recipe["op"] == "in_rows" else recipe
+    return inner
 
 
 def dequantized_fetcher(traced: TracedModel, weights: WeightTable, checkpoint: Checkpoint, scratch: Path) -> Callable[[str], Tensor]:
@@ -65,7 +72,7 @@ def _quantized_constants(traced: TracedModel, weights: WeightTable) -> dict[str,
     by_recipe = {_text(constant.recipe): name for name, constant in traced.constants.items()}
     result: dict[str, _Quantized] = {}
     for quantized in quantized_bits(weights):
-        recipe = weights[quantized].recipe
+        recipe = quantizing(weights[quantized].recipe)
         for part, transposed in _parts(recipe["input"], False):
             name = by_recipe.get(_text(part))
             if name is None:

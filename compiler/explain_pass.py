@@ -35,9 +35,14 @@ def all_passes() -> dict[str, Pass]:
         for level in reversed(LEVELS):
             for applied in pipeline(level, kind=kind):
                 found.setdefault(applied.name, applied)
-    for applied in QUANTIZATIONS.values():
-        found.setdefault(applied.name, applied)
+        for scheme in QUANTIZATIONS:
+            found.setdefault(_quantizing(kind, scheme).name, _quantizing(kind, scheme))
     return found
+
+
+def _quantizing(kind: str, scheme: str) -> Pass:
+    """The pass that --quantization adds, last of the list."""
+    return pipeline(LEVELS[-1], scheme, kind=kind)[-1]
 
 
 def explain(name: str) -> Explained:
@@ -52,8 +57,8 @@ def explain(name: str) -> Explained:
     applied = known[name]
     what, parts = _docstring(applied)
     runs = {kind: [f"-O{level}" for level in LEVELS if any(p.name == name for p in pipeline(level, kind=kind))] for kind in KINDS}
-    if any(p.name == name for p in QUANTIZATIONS.values()):
-        runs["cpu"] = [f"--quantization {scheme}" for scheme in QUANTIZATIONS]
+    for kind in KINDS:
+        runs[kind] += [f"--quantization {scheme}" for scheme in QUANTIZATIONS if _quantizing(kind, scheme).name == name]
     return Explained(
         name=name,
         what=what,

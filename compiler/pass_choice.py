@@ -17,7 +17,8 @@ from llmc.errors import ConfigError
 if TYPE_CHECKING:  # torch stands behind it, and a cache hit does not wait for torch
     from llmc.passes.base import Pass
 
-REQUIRED = ("lower-linear", "lower-experts", "lower-plain-linear", "lower-plain-experts", "lower-moe-route", "quantize-linear")
+REQUIRED = ("lower-linear", "lower-experts", "lower-plain-linear", "lower-plain-experts", "lower-moe-route", "quantize-linear",
+            "quantize-plain-linear")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

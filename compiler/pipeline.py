@@ -27,6 +27,7 @@ from llmc.passes.merge_qkv import MergeQKV
 from llmc.passes.no_op_elimination import NoOpElimination
 from llmc.passes.prune_to_needed_rows import PruneToNeededRows
 from llmc.passes.quantize_linear import QuantizeLinear
+from llmc.passes.quantize_plain_linear import QuantizePlainLinear
 from llmc.passes.sort_experts import SortExperts
 
 LEVELS = (0, 1, 2, 3)
@@ -60,9 +61,7 @@ def pipeline(level: int, quantization: str | None = None, *, kind: str = "cpu", 
             raise ConfigError(f"--quantization {quantization} is a pass, and -O0 runs none: it is the oracle; use -O1 or -O2")
         return []
     if kind == "cuda":
-        if quantization is not None:
-            raise ConfigError(f"--quantization {quantization}: only CPU targets have kernels for quantised weights; leave it out")
-        return _exact() + (_gpu_fusions() if level >= 2 else []) + _gpu_lowering()
+        return _exact() + (_gpu_fusions() if level >= 2 else []) + _gpu_lowering() + _gpu_quantizing(quantization)
     return _exact() + (_cpu_fusions() if level >= 2 else []) + _lowering() + _quantizing(quantization)
 
 
@@ -70,6 +69,15 @@ def _quantizing(quantization: str | None) -> list[Pass]:
     if quantization is None:
         return []
     return [KeepQuantized() if quantization == STORED else QUANTIZATIONS[quantization]]
+
+
+def _gpu_quantizing(quantization: str | None) -> list[Pass]:
+    """Of STORED nothing is asked here: a GPU takes a quantised checkpoint's dequantised weights."""
+    if quantization is None:
+        return []
+    assert quantization != STORED
+    scheme = QUANTIZATIONS[quantization]
+    return [QuantizePlainLinear(bits=scheme.bits, group=scheme.group, head_bits=scheme.head_bits)]
 
 
 def _exact() -> list[Pass]:

@@ -132,6 +132,23 @@ def quantize_scales(packed: Constant, *, bits: int, group: int, shape: tuple[int
     return Constant(recipe=_quantizing("quantize_scales", packed, bits, group), dtype=packed.dtype, shape=made)
 
 
+def quantize_rows(matrix: Constant, *, bits: int, group: int) -> Constant:
+    """The integers of a matrix [N, K] in rows, as GPUs read them; artifacts/row_nodes.py."""
+    n, k = matrix.shape
+    dtype, columns = (torch.int8, k) if bits == 8 else (torch.uint8, ceil(k / 64) * 32)
+    return Constant(recipe=_in_rows("quantize", matrix, bits, group), dtype=dtype, shape=(n, columns))
+
+
+def quantize_row_scales(matrix: Constant, *, bits: int, group: int) -> Constant:
+    """The scales that belong to the integers of `quantize_rows`."""
+    n, k = matrix.shape
+    return Constant(recipe=_in_rows("quantize_scales", matrix, bits, group), dtype=matrix.dtype, shape=(n, ceil(k / group)))
+
+
+def _in_rows(op: str, matrix: Constant, bits: int, group: int) -> Recipe:
+    return {"op": "in_rows", "input": {"op": op, "bits": bits, "group": group, "input": matrix.recipe}}
+
+
 def _quantizing(op: str, packed: Constant, bits: int, group: int) -> Recipe:
     assert packed.recipe["op"] == "pack", "a packed matrix is quantised from what was packed"
     return {"op": op, "bits": bits, "group": group, "input": packed.recipe["input"]}

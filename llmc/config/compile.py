@@ -59,9 +59,10 @@ class CompileConfig:
                 "--max-kl bounds what --quantization costs, or --kv-cache-dtype int8 or fp8, measured on embedded weights; "
                 "leave it out, or give both"
             )
-        if self.quantized_kv is not None and not self.target.startswith("cpu"):
+        if self.quantized_kv == "int8" and not self.target.startswith("cpu"):
             raise ConfigError(
-                f"--kv-cache-dtype {self.kv_cache_dtype}: only CPUs have attention over caches of 8 bits, not {self.target}; use auto"
+                f"--kv-cache-dtype int8: only CPUs have attention over a cache with a scale per token and head, not {self.target}; "
+                "use fp8 or auto"
             )
         if self.quantized_kv is not None and self.embed:
             raise ConfigError(
@@ -110,8 +111,6 @@ def compile_config(
                     f"--{name.replace('_', '-')}: a {settings['target']} artifact has one program for all sizes and captures nothing; "
                     "leave it out, or compile for a CUDA target"
                 )
-    elif settings["quantization"] is not None:
-        raise ConfigError(f"--quantization {settings['quantization']}: only CPU targets have kernels for quantised weights; leave it out")
     max_model_len, mode = settings["max_model_len"], MODES[settings["performance_mode"]]
     captured, largest = _sizes(settings["cudagraph_capture_sizes"]), settings["max_cudagraph_capture_size"]
     if captured is None and largest is None and str(settings["target"]).startswith("cuda"):

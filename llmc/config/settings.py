@@ -214,7 +214,9 @@ _CALIBRATED = dict.fromkeys(
 )
 _OTHER_QUANTIZATIONS = {
     **_CALIBRATED,
-    **dict.fromkeys(("fp8", "ptpc_fp8", "fbgemm_fp8", "modelopt", "deepspeedfp", "marlin"), "CPU kernels have no fp8 weights"),
+    **dict.fromkeys(
+        ("fp8", "ptpc_fp8", "fbgemm_fp8", "modelopt", "deepspeedfp", "marlin"), "no artifact holds fp8 weights yet; int8 has as many bits"
+    ),
     **dict.fromkeys(("experts_int8", "moe_wna16"), "experts have no quantised kernel yet"),
     **dict.fromkeys(("gguf", "bitsandbytes"), "only safetensors of unquantised weights are read"),
     **dict.fromkeys(("tpu_int8", "neuron_quant", "ipex"), "it belongs to a device or library that llmc does not use"),
@@ -297,7 +299,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(name="kv_cache_dtype",
             parse=choice("auto", "bfloat16", "float16", "int8", "fp8", refused=_QUANTISED_KV),
             default="auto", commands=_COMPILE, group="KV cache", choices=("auto", "bfloat16", "float16", "int8", "fp8"),
-            help="Type of the stored KV cache; auto: the model's. int8 (a scale per token and head) and fp8 (e4m3) on CPUs, their cost "
+            help="Type of the stored KV cache; auto: the model's. int8 (a scale per token and head, CPUs alone) and fp8 (e4m3), their cost "
                  "measured as --quantization's; other types than the model's are refused."),
     Setting(name="kv_cache_memory_bytes", parse=integer(1), default=None, commands=ENGINE, group="KV cache", metavar="BYTES",
             help="Size of the KV cache; default: what max-num-seqs sequences can use, within the free memory."),

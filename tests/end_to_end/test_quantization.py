@@ -148,7 +148,7 @@ def test_the_oracle_takes_such_a_cache_too(workshop: Workshop) -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"kv_cache_dtype": "int8", "target": "cuda:sm_90"}, "only CPU targets have attention"),
+        ({"kv_cache_dtype": "int8", "target": "cuda:sm_90"}, "only CPUs have attention over a cache with a scale"),
         ({"kv_cache_dtype": "fp8", "pooling": "last"}, "not measured"),
         ({"quantization": "int8", "level": 0}, "-O0 is the oracle"),
         ({"max_kl": 0.1}, "bounds what --quantization costs"),

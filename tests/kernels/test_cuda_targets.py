@@ -47,7 +47,7 @@ def test_a_gpu_is_no_level_of_a_cpu() -> None:
     ("extra", "says"),
     [
         (["-O0"], "-O0 is the oracle and runs on a CPU"),
-        (["--quantization", "int8"], "only CPU targets have kernels for quantised weights"),
+        (["--kv-cache-dtype", "int8"], "only CPUs have attention over a cache with a scale per token and head"),
         (["--target", "cuda:sm_70"], "cuda:sm_90"),
     ],
 )

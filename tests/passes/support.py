@@ -130,6 +130,8 @@ def evaluate(recipe: dict[str, Any], sources: dict[str, Tensor], computed: dict[
         return value.permute(recipe["axes"])
     if op == "pack":
         return pack(value)
+    if op == "in_rows":
+        return in_rows(recipe["input"], evaluate(recipe["input"]["input"], sources, computed))
     if op in ("quantize", "quantize_scales"):
         quants, scales = quantize(value, recipe["bits"], recipe["group"])
         return quants if op == "quantize" else scales
@@ -161,6 +163,20 @@ def quantize(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     pairs = quants[:, : -(-k // 32) * 32].reshape(-1, 16, -(-k // 32) * 16, 2).transpose(1, 2).contiguous()
     stored = scales.reshape(-1, 16, scales.shape[1]).transpose(1, 2).contiguous()
     return (pairs, stored) if bits == 8 else ((pairs[..., 0] + 8 | (pairs[..., 1] + 8) << 4).to(torch.uint8), stored)
+
+
+def in_rows(quantizing: dict[str, Any], weight: Tensor) -> Tensor:
+    """What `quantize` makes of [N, K], in rows: artifacts/row_nodes.py."""
+    n, k = weight.shape
+    bits, group = quantizing["bits"], quantizing["group"]
+    quants, scales = quantize(weight, bits, group)
+    if quantizing["op"] == "quantize_scales":
+        return scales.transpose(1, 2).reshape(-1, scales.shape[1])[:n].contiguous()
+    if bits == 8:
+        return quants.transpose(1, 2).reshape(len(quants) * 16, -1)[:n, :k].contiguous()
+    columns = torch.stack([quants & 15, quants >> 4], dim=-1).transpose(1, 2).reshape(len(quants) * 16, -1)[:n, :k]
+    runs = nn.functional.pad(columns, (0, -k % 64), value=8).reshape(n, -1, 2, 32)
+    return (runs[:, :, 0] | runs[:, :, 1] << 4).flatten(1)
 
 
 def capture(what: nn.Module | Callable[..., Any], *args: Tensor, dynamic: dict[str, dict[int, str]] | None = None) -> Case:

@@ -79,5 +79,6 @@ def test_levels_of_a_gpu() -> None:
     names = {level: [p.name for p in pipeline(level, kind="cuda")] for level in (1, 2)}
     assert not any(name.startswith("fuse-") for name in names[1])
     assert names[1][-4:] == names[2][-4:] == ["lower-plain-linear", "lower-plain-experts", "lower-moe-route", "combine-experts"]
-    with pytest.raises(ConfigError, match="only CPU targets have kernels for quantised weights"):
-        pipeline(2, "int8", kind="cuda")
+    assert [p.name for p in pipeline(2, "int8", kind="cuda")] == [*names[2], "quantize-plain-linear"]
+    with pytest.raises(ConfigError, match="-O0 runs none"):
+        pipeline(0, "int8", kind="cuda")
