@@ -41,9 +41,13 @@ class _Shape:
     stages: int
 
 
-def _shape(head_dim: int, dtype: torch.dtype) -> _Shape:
+def _shape(head_dim: int, heads_per_kv: int, dtype: torch.dtype, device: Device) -> _Shape:
     if dtype == torch.float32:  # no matrix instruction; for checks against other programs, not for speed
         return _Shape(tile=32, rows=16, prefill_rows=16, warps=4, prefill_warps=4, stages=2)
+    if device.shared_bytes < H200.shared_bytes:
+        # Before Hopper a matrix instruction's operands are in registers: larger tiles than these spill (96 bytes a thread).
+        rows = 64 if head_dim <= 128 or heads_per_kv > 32 else 32
+        return _Shape(tile=32, rows=rows, prefill_rows=rows, warps=8, prefill_warps=8, stages=3)
     if head_dim <= 128:
         return _Shape(tile=64, rows=64, prefill_rows=128, warps=4, prefill_warps=8, stages=3)
     return _Shape(tile=32, rows=64, prefill_rows=64, warps=8, prefill_warps=8, stages=3)
@@ -57,7 +61,7 @@ def paged_attention(
     """`paged_attention_reference` on a GPU. decode: every sequence has at most one query, so prefill need not be looked for."""
     out = q.new_empty(q.shape)
     launch(_write(k, v, k_cache, v_cache, slot_mapping, query_start_loc, group, out, seq_lens.shape[0]))
-    _attend(out, q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, group, scale, window, softcap, sinks, decode, launch)
+    _attend(out, q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, group, scale, window, softcap, sinks, decode, launch, device)
     return out
 
 
@@ -69,7 +73,7 @@ def paged_attend(
     """`paged_attend_reference` on a GPU: paged_attention of which the keys and values have been written already."""
     out = q.new_empty(q.shape)
     launch(_write(q, q, k_cache, v_cache, query_start_loc, query_start_loc, group, out, seq_lens.shape[0], kv=False))
-    _attend(out, q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, group, scale, window, softcap, sinks, decode, launch)
+    _attend(out, q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, group, scale, window, softcap, sinks, decode, launch, device)
     return out
 
 
@@ -103,7 +107,7 @@ def _write(
 
 def _attend(
     out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, seq_lens: Tensor, query_start_loc: Tensor, group: int,
-    scale: float, window: int, softcap: float, sinks: Tensor | None, decode: bool, launch: Launcher,
+    scale: float, window: int, softcap: float, sinks: Tensor | None, decode: bool, launch: Launcher, device: Device,
 ) -> None:  # fmt: skip
     num_tokens, num_heads, head_dim = q.shape
     kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
@@ -112,7 +116,7 @@ def _attend(
     segment = segment_length(max_keys)
     num_segments = cdiv(max_keys, segment)
     block_d = max(16, next_power_of_2(head_dim))
-    shape = _shape(head_dim, q.dtype)
+    shape = _shape(head_dim, heads_per_kv, q.dtype, device)
     stages = 2 if k_cache.dtype == torch.uint8 else shape.stages  # a third leaves too few registers to widen fp8 in; no bit depends on it
     common: dict[str, Any] = {
         "query_start_loc": query_start_loc, "seq_lens": seq_lens, "k_cache": k_cache, "v_cache": v_cache, "block_tables": block_tables,
@@ -182,7 +186,7 @@ def paged_attend_reason(
     kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
     if not 0 < dim <= MAX_HEAD_DIM:
         return f"head_dim {dim}; it takes up to {MAX_HEAD_DIM}"
-    most = _shape(dim, q.dtype).rows
+    most = _shape(dim, heads // max(kv_heads, 1), q.dtype, H200).rows
     if kv_heads == 0 or heads % kv_heads or heads // kv_heads > most:
         return f"{heads} heads on {kv_heads} kv heads; it takes multiples of up to {most}"
     if block_size & (block_size - 1):
