@@ -53,7 +53,6 @@ class PlanRecord(_Record, frozen=True):
     table_blocks: int  # M, columns of block_tables; the same in every plan of an entry
 
 
-class Entry(_Record, frozen=True):
 class SamplingRecord(_Record, frozen=True):
     """A plan that turns the logits which a step's plan left into tokens, for one number of rows (docs/plan_format.md, "Sampling")."""
 
@@ -64,6 +63,7 @@ class SamplingRecord(_Record, frozen=True):
     num_top: int  # kind "full": log-probabilities a row; else 0
 
 
+class Entry(_Record, frozen=True):
     """One compiled program.
 
     executor "nodes": `program` is a JSON node list (docs/node_list.md) run over torch.ops.
@@ -81,8 +81,8 @@ class SamplingRecord(_Record, frozen=True):
     outputs: list[TensorSpec]
     constants: dict[str, str]  # the program's own name for a constant -> name in `Manifest.tensors`
     plans: list[PlanRecord] = []  # since version 3
-
     sampling: list[SamplingRecord] = []  # since version 3; none: the host samples from the logits
+
 
 class KVGroup(_Record, frozen=True):
     """Layers that share one block table. Layers with the same sliding window stand in the same group."""

@@ -7,10 +7,9 @@ History, one dated line per version:
     3  2026-11  programs for a GPU: executor "plans" and entries[].plans, images of role "cubin", target.gpu, requirements.cuda
                 (absent before, which reads as none).
                 manifest field pooling, for artifacts that embed (absent before, which reads as null: they generate).
-                manifest field kv_quantization and kv.dtype int8 and uint8, for caches of eight bits (absent before, which reads as null).
                 entries[].sampling, plans that sample (absent before, which reads as none).
+                manifest field kv_quantization and kv.dtype int8 and uint8, for caches of eight bits (absent before, which reads as null).
                 recipe op dequantize, for checkpoints that are quantised already.
-                recipe op in_rows, for quantised weights of a GPU.
 """
 
 from __future__ import annotations

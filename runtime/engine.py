@@ -166,6 +166,13 @@ class Engine:
             )
         return self._grammars
 
+    def _submit_ahead(self) -> None:
+        """Begin the next step before this one's tokens are known, where neither the runner nor the scheduler needs them for that."""
+        if self._pooling is None and self._generating.can_follow():
+            ahead = self._scheduler.plan_ahead()
+            if ahead is not None:
+                self._generating.submit_following(ahead)
+
     def _admit_compiled(self) -> list[TokenEvent]:
         """Hand requests whose grammar is ready to the scheduler; the events of those that cannot run."""
         assert self._grammars is not None
@@ -179,13 +186,6 @@ class Engine:
                 failure = TokenEvent(
                     request_id=request.request_id, token_ids=[], finish_reason="error", error=str(error), error_status=error.status
                 )
-    def _submit_ahead(self) -> None:
-        """Begin the next step before this one's tokens are known, where neither the runner nor the scheduler needs them for that."""
-        if self._pooling is None and self._generating.can_follow():
-            ahead = self._scheduler.plan_ahead()
-            if ahead is not None:
-                self._generating.submit_following(ahead)
-
                 events.append(failure)
         return events
 

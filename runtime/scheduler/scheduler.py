@@ -83,6 +83,11 @@ class Scheduler:
         """Whether a live request exists. If so, and no step is in flight, `plan` schedules at least one sequence."""
         return bool(self._sequences)
 
+    @property
+    def num_in_flight(self) -> int:
+        """Steps that were planned and not committed: 0 to 2."""
+        return len(self._in_flight)
+
     def stats(self) -> EngineStats:
         """The state and the counters since the start."""
         return self._counters.as_stats(step=self._step, num_running=len(self._running), num_waiting=len(self._waiting), pool=self._kv.pool)
@@ -92,11 +97,6 @@ class Scheduler:
 
         Raises:
             InternalError: one does not hold.
-    @property
-    def num_in_flight(self) -> int:
-        """Steps that were planned and not committed: 0 to 2."""
-        return len(self._in_flight)
-
         """
         self._kv.check(sequence.blocks for sequence in self._sequences.values())
         check_sequences(self._sequences.values(), self._waiting, self._running, num_prefilling=self._num_prefilling)
