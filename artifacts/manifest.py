@@ -12,6 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 Dtype = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"]
+Role = Literal["kernels", "aoti_shim", "tensor_runtime", "model", "cubin"]  # of an image; "tensor_runtime" and "cubin" since version 3
 
 
 class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=False):
@@ -39,7 +40,7 @@ class Image(_Record, frozen=True):
 
     sha256: str
     path: str
-    role: Literal["kernels", "aoti_shim", "model", "cubin"]  # "cubin" since version 3
+    role: Role
 
 
 class PlanRecord(_Record, frozen=True):

@@ -6,6 +6,7 @@ History, one dated line per version:
                 null); a source may name its shape, for weights that are bound when served.
     3  2026-11  programs for a GPU: executor "plans" and entries[].plans, images of role "cubin", target.gpu, requirements.cuda
                 (absent before, which reads as none).
+                images of role "tensor_runtime", in place of "aoti_shim" where a program needs no libtorch (requirements.torch null).
                 manifest field pooling, for artifacts that embed (absent before, which reads as null: they generate).
                 entries[].sampling, plans that sample (absent before, which reads as none).
                 manifest field kv_quantization and kv.dtype int8 and uint8, for caches of eight bits (absent before, which reads as null).

@@ -32,7 +32,7 @@ from llmc.artifacts.filesystem import (
     sync_folder,
     write_all,
 )
-from llmc.artifacts.manifest import FileRecord, Image, Manifest, TensorRecord, WeightFile
+from llmc.artifacts.manifest import FileRecord, Image, Manifest, Role, TensorRecord, WeightFile
 from llmc.artifacts.manifest_json import MAX_MANIFEST_BYTES, encode_manifest
 from llmc.artifacts.relative_paths import MANIFEST_NAME, check_relative_path
 from llmc.artifacts.temporary_folder import ASIDE, TEMPORARY, locked_parent, make_locked_folder, make_parents, recover, remove_stale
@@ -164,7 +164,7 @@ class ArtifactWriter:
         self._files[path] = FileRecord(path=path, size_bytes=written, sha256=hasher.hexdigest())
         return self._files[path]
 
-    def add_image(self, content: bytes | Path, role: Literal["kernels", "aoti_shim", "model", "cubin"], extension: str = "so") -> Image:
+    def add_image(self, content: bytes | Path, role: Role, extension: str = "so") -> Image:
         """Put a code object into the artifact under the name of its hash; the same bytes twice are one file."""
         data = content if isinstance(content, bytes) else _read_source(self._fs, content)
         digest = sha256_hex(data)

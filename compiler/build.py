@@ -38,6 +38,7 @@ from llmc.compiler.canary import FetchConstant
 from llmc.compiler.capture import TracedModel, capture
 from llmc.compiler.cuda.build import check_sizes, cuda_program
 from llmc.compiler.dequantized import dequantized_fetcher, quantized_bits
+from llmc.compiler.image import only_libtorch_has
 from llmc.compiler.input_key import toolchain
 from llmc.compiler.lowered_cache import lower
 from llmc.compiler.model import ModelSource, read_model
@@ -236,9 +237,11 @@ def _program(
         built = kernels.result()
         note.detail = target.isa
     model = writer.add_image(lowered.path, "model")
-    images = [writer.add_image(built.kernels_so, "kernels"), writer.add_image(built.shim_so, "aoti_shim"), model]
+    from_torch = only_libtorch_has(lowered.path)
+    tensors = writer.add_image(built.shim_so, "aoti_shim") if from_torch else writer.add_image(built.tensor_runtime_so, "tensor_runtime")
+    images = [writer.add_image(built.kernels_so, "kernels"), tensors, model]
     entry = Entry(name="step", executor="aoti", program=model.path, inputs=inputs, outputs=outputs, constants=dict(lowered.constants))
-    return Program(entry=entry, images=images, calls=dict(lowered.calls))
+    return Program(entry=entry, images=images, calls=dict(lowered.calls), from_torch=tuple(from_torch))
 
 
 def _quantization(
@@ -352,7 +355,7 @@ def _manifest(
             num_parameters=traced.num_parameters,
         ),
         target=target_record(target),
-        requirements=requirements(target, uses_torch=aoti),
+        requirements=requirements(target, uses_torch=bool(program.from_torch)),
         level=config.level,
         limits=limits,
         kv=traced.kv,
@@ -361,7 +364,7 @@ def _manifest(
         weights=files,
         tensors=tensors,
         passes=[pass_record(r) for r in reports],
-        op_implementations=implementations(target, _ops(traced.graph), aoti),
+        op_implementations=implementations(target, _ops(traced.graph), aoti, program.from_torch),
         tokenizer=tokenizer.facts,
         generation_defaults=generation_defaults(source.generation_config),
         canaries=canaries,

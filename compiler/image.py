@@ -18,6 +18,7 @@ import torch
 
 from llmc.compiler.inductor import GeneratedCode
 from llmc.errors import ConfigError, InternalError
+from llmc.kernels.aoti_runtime import SONAME, lacking
 from llmc.kernels.isa import isa_level
 
 # As Inductor compiles its own loops: errno and traps are given up, nothing that changes a sum is. -ffp-contract=off: a fused
@@ -47,7 +48,7 @@ class _Unit:
 
 
 def compile_image(code: GeneratedCode, isa: str, out: Path, *, jobs: int = 1) -> None:
-    """Compile and link.
+    """Compile and link. The image asks for the tensor runtime by name, unless it calls what only libtorch has (`only_libtorch_has`).
 
     Args:
         code: what Inductor wrote.
@@ -68,10 +69,30 @@ def compile_image(code: GeneratedCode, isa: str, out: Path, *, jobs: int = 1) ->
     try:
         with ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
             list(pool.map(lambda unit: _compile(unit, isa, work), units))
-        _run([_compiler(), *(f"{unit.name}.o" for unit in units), *_LINK, "-o", "image.so"], work)
+        objects = [f"{unit.name}.o" for unit in units]
+        _run([_compiler(), *objects, *_LINK, "-o", "image.so"], work)
+        if not only_libtorch_has(work / "image.so"):
+            # A library of that name with nothing in it makes the linker write the name down.
+            _run([_compiler(), "-shared", "-nostdlib", f"-Wl,-soname,{SONAME}", "-x", "c", "/dev/null", "-o", SONAME], work)
+            _run([_compiler(), *objects, *_LINK, "-Wl,--no-as-needed", f"./{SONAME}", "-Wl,--as-needed", "-o", "image.so"], work)
         os.replace(work / "image.so", out)
     finally:
         shutil.rmtree(work)
+
+
+def only_libtorch_has(image: Path) -> list[str]:
+    """Functions a model image calls that the tensor runtime does not have, sorted; where there are none it needs no libtorch.
+
+    Raises:
+        ConfigError: there is no `nm`, which comes with every linker.
+    """
+    nm = shutil.which(os.environ.get("NM", "nm"))
+    if nm is None:
+        raise ConfigError("no `nm` on PATH, which tells what a compiled image calls; install binutils or set NM")
+    listed = subprocess.run([nm, "-D", "--undefined-only", str(image)], capture_output=True, text=True, check=True).stdout
+    # Weak ones ("w") may stay open; one with a version ("@GLIBC_2.4") is in a library that the image names.
+    wanted = [name for kind, name in (line.split()[-2:] for line in listed.splitlines()) if kind == "U" and "@" not in name]
+    return lacking(wanted)
 
 
 def compiler_version() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -53,8 +53,9 @@ def requirements(target: Target, *, uses_torch: bool) -> Requirements:
     return Requirements(machine="x86_64", cpu_features=[], torch=None, min_format=FORMAT_VERSION, cuda=cuda)
 
 
-def implementations(target: Target, ops: Iterable[str], aoti: bool) -> dict[str, str]:
-    """What computes each op. `ops`: of the graph that was lowered, as "llmc.rms_norm.default"."""
+def implementations(target: Target, ops: Iterable[str], aoti: bool, from_torch: Sequence[str] = ()) -> dict[str, str]:
+    """What computes each op. `ops`: of the graph that was lowered, as "llmc.rms_norm.default". `from_torch`: C functions of libtorch's
+    that the program calls."""
     if isinstance(target, CudaTarget):
         ours = {f"llmc.{name}": f"Triton, {target.architecture}" for name in OPS if f"llmc.{name}.default" in set(ops)}
         return {**ours, "everything else": f"Inductor, Triton, {target.architecture}"}
@@ -62,5 +63,6 @@ def implementations(target: Target, ops: Iterable[str], aoti: bool) -> dict[str,
     if not aoti:
         return {**chosen, "everything else": "aten"}
     return {
-        **chosen, **{f"llmc.{name}": f"C++, {target.isa}" for name in COMPILED}, "everything else": f"Inductor C++, {target.isa}"
+        **chosen, **{f"llmc.{name}": f"C++, {target.isa}" for name in COMPILED}, "everything else": f"Inductor C++, {target.isa}",
+        "tensors": f"libtorch, for {', '.join(from_torch)}" if from_torch else f"llmc's tensor runtime, {target.isa}",
     }  # fmt: skip

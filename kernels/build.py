@@ -1,8 +1,11 @@
 """Compile the C++ kernels for one instruction-set level, once per set of sources, flags and compiler.
 
-Two shared objects come out:
-    kernels  every kernels/<op>/cpu/<op>.cpp; C entry points, knows nothing of torch, needs libstdc++ and libgomp only
-    shim     every kernels/<op>/cpu/<op>_shim.cpp; the aoti_torch_cpu_llmc_* functions that AOTInductor code calls
+Three shared objects come out:
+    kernels         every kernels/<op>/cpu/<op>.cpp; C entry points, knows nothing of torch, needs libstdc++ and libgomp only
+    shim            every kernels/<op>/cpu/<op>_shim.cpp; the aoti_torch_cpu_llmc_* functions that AOTInductor code calls
+    tensor_runtime  the shim's functions again, and kernels/aoti_runtime/: what they and the code call of libtorch, without libtorch
+
+An artifact takes the shim, which then runs over libtorch, or the tensor runtime.
 
 The shim names neither libtorch nor the kernels in its DT_NEEDED: the loader resolves aoti_torch_* from libtorch_cpu and llmc_*
 from the kernels, so both must have been opened with RTLD_GLOBAL before it (`dlopen_order`).
@@ -29,10 +32,12 @@ from pathlib import Path
 
 from llmc.errors import ConfigError, InternalError
 
+from .aoti_runtime import SONAME
 from .isa import isa_level
 
 _ROOT = Path(__file__).parent
 _KERNELS_NAME, _SHIM_NAME, _RECORD_NAME = "libllmc_kernels.so", "libllmc_aoti_shim.so", "built.json"
+_NAMES = (_KERNELS_NAME, _SHIM_NAME, SONAME)
 # -ffp-contract=off: a fused multiply-add appears where the source asks for one, so that bits do not hang on the optimiser's mood.
 _COMPILE_FLAGS = (
     "-O3", "-std=c++20", "-fopenmp", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-fvisibility-inlines-hidden",
@@ -43,16 +48,17 @@ _LINK_FLAGS = ("-shared", "-fopenmp", "-s", "-Wl,--build-id=none", "-Wl,--as-nee
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuiltKernels:
-    """The two shared objects, and what they were made from.
+    """The shared objects, and what they were made from.
 
     Attributes:
-        kernels_so, shim_so: files in the builder's cache; copy them, never move them.
+        kernels_so, shim_so, tensor_runtime_so: files in the builder's cache; copy them, never move them.
         source_digest: SHA-256 (hex) over the kernel sources and headers alone, the same on every machine.
         compiler: first line of the compiler's --version.
     """
 
     kernels_so: Path
     shim_so: Path
+    tensor_runtime_so: Path
     source_digest: str
     compiler: str
 
@@ -85,7 +91,10 @@ def build_kernels(isa: str, cache_dir: Path, jobs: int = 1, ops: Sequence[str] |
         if final.exists():
             shutil.rmtree(final, ignore_errors=True)  # damaged: another process may be removing it too
         _build_into(final, compiler, flags, sources, jobs)
-    return BuiltKernels(kernels_so=final / _KERNELS_NAME, shim_so=final / _SHIM_NAME, source_digest=digest, compiler=compiler_version)
+    kernels_so, shim_so, tensor_runtime_so = (final / name for name in _NAMES)
+    return BuiltKernels(
+        kernels_so=kernels_so, shim_so=shim_so, tensor_runtime_so=tensor_runtime_so, source_digest=digest, compiler=compiler_version
+    )
 
 
 def kernel_source_digest() -> str:
@@ -99,23 +108,24 @@ def kernel_source_digest() -> str:
 
 
 def dlopen_order(built: BuiltKernels, torch_lib: Path | None) -> list[Path]:
-    """Files to open with RTLD_NOW | RTLD_GLOBAL, in this order. torch_lib is torch's `lib` folder; None leaves torch and shim out."""
+    """Files to open with RTLD_NOW | RTLD_GLOBAL, in this order. torch_lib is torch's `lib` folder; None: the tensor runtime for it."""
     if torch_lib is None:
-        return [built.kernels_so]
+        return [built.kernels_so, built.tensor_runtime_so]
     return [torch_lib / "libtorch_cpu.so", built.kernels_so, built.shim_so]
 
 
 def _all_source_files() -> list[Path]:
-    headers = [*_ROOT.glob("*.h"), *_ROOT.glob("*/cpu/*.h")]
-    return sorted([*headers, *_ROOT.glob("*/cpu/*.cpp")])
+    headers = [*_ROOT.glob("*.h"), *_ROOT.glob("*/cpu/*.h"), *_ROOT.glob("aoti_runtime/*.h")]
+    return sorted([*headers, *_ROOT.glob("*/cpu/*.cpp"), *_ROOT.glob("aoti_runtime/*.cpp")])
 
 
-def _sources(ops: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """(kernel sources, shim sources), relative to the room, sorted so that link order is fixed."""
+def _sources(ops: Sequence[str] | None) -> tuple[list[str], list[str], list[str]]:
+    """(kernel sources, shim sources, tensor sources), relative to the room, sorted so that link order is fixed."""
     names = sorted(path.relative_to(_ROOT).as_posix() for path in _ROOT.glob("*/cpu/*.cpp"))
     if ops is not None:
         names = [name for name in names if name.split("/")[0] in ops]
-    return [n for n in names if not n.endswith("_shim.cpp")], [n for n in names if n.endswith("_shim.cpp")]
+    tensors = sorted(path.relative_to(_ROOT).as_posix() for path in _ROOT.glob("aoti_runtime/*.cpp"))
+    return [n for n in names if not n.endswith("_shim.cpp")], [n for n in names if n.endswith("_shim.cpp")], tensors
 
 
 def _find_compiler() -> tuple[str, str]:
@@ -141,7 +151,7 @@ def _torch_include() -> Path:
     return Path(spec.origin).parent / "include"
 
 
-def _build_into(final: Path, compiler: str, flags: list[str], sources: tuple[list[str], list[str]], jobs: int) -> None:
+def _build_into(final: Path, compiler: str, flags: list[str], sources: tuple[list[str], list[str], list[str]], jobs: int) -> None:
     """Compile into a temporary folder beside `final`, then rename it there; the first process to finish wins."""
     include = _torch_include()
     # Sources are named relative to the room (cwd), torch's headers are mapped to a fixed name: no path reaches the object.
@@ -159,10 +169,10 @@ def _build_into(final: Path, compiler: str, flags: list[str], sources: tuple[lis
             return obj
 
         with ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
-            objects = [list(pool.map(compile_one, group)) for group in sources]
-        for group, name in zip(objects, (_KERNELS_NAME, _SHIM_NAME), strict=True):
+            kernels, shim, tensors = [list(pool.map(compile_one, group)) for group in sources]
+        for group, name in zip((kernels, shim, [*shim, *tensors]), _NAMES, strict=True):
             _run([compiler, *_LINK_FLAGS, f"-Wl,-soname,{name}", *group, "-o", f"out/{name}"], cwd=work)
-        record = {name: _sha256(out / name) for name in (_KERNELS_NAME, _SHIM_NAME)}
+        record = {name: _sha256(out / name) for name in _NAMES}
         (out / _RECORD_NAME).write_text(json.dumps(record, sort_keys=True))
         for path in out.iterdir():
             _fsync(path)
@@ -187,10 +197,10 @@ def _run(command: list[str], cwd: Path) -> None:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a cached build has both files with the bytes it was finished with."""
+    """Whether a cached build has its files with the bytes it was finished with."""
     try:
         record = json.loads((folder / _RECORD_NAME).read_text())
-        return all(record.get(name) == _sha256(folder / name) for name in (_KERNELS_NAME, _SHIM_NAME))
+        return all(record.get(name) == _sha256(folder / name) for name in _NAMES)
     except (FileNotFoundError, ValueError, AttributeError):
         return False
 

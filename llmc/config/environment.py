@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from llmc.config.settings import SETTINGS
 
 # Read elsewhere than in the settings table.
-_OTHERS = {"LLMC_CACHE_DIR", "LLMC_BENCH_DIR", "LLMC_SOAK_S"}
+_OTHERS = {"LLMC_CACHE_DIR", "LLMC_BENCH_DIR", "LLMC_SOAK_S", "LLMC_TENSORS"}
 _TESTS = "LLMC_TEST_"
 # What Kubernetes puts into every pod beside a service named llmc.
 _SERVICE_LINK = re.compile(r"LLMC_(SERVICE_(HOST|PORT)(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from llmc.artifacts.manifest import Entry, Manifest
-from llmc.errors import ArtifactError
+from llmc.errors import ArtifactError, ConfigError
 from llmc.runtime.executors.openmp import bound_spinning
 from llmc.runtime.step import Executor
 from llmc.runtime.weights import Weights
+
+if TYPE_CHECKING:
+    from llmc.runtime.executors.tensor_functions import TensorFunctions  # plans, for a GPU, do without
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,23 +56,55 @@ def load_code(manifest: Manifest, entry: Entry, descriptors: Mapping[str, int], 
 def _load_aoti(manifest: Manifest, entry: Entry, descriptors: Mapping[str, int], num_threads: int) -> LoadedCode:
     from llmc.runtime.executors.aoti import AotiExecutor
     from llmc.runtime.executors.images import load_image
-    from llmc.runtime.executors.libtorch import load_libtorch
 
-    libtorch = load_libtorch()
-    # The shim leaves the kernels undefined and the model the shim, so each must stand before the next
-    for role in ("kernels", "aoti_shim"):
-        for image in manifest.images:
-            if image.role == role:
-                load_image(descriptors[image.path], sha256=image.sha256, role=role, shared=True)
+    tensors, own = _load_tensors(manifest, descriptors)
     model = next((image for image in manifest.images if image.path == entry.program), None)
     if model is None:
         raise ArtifactError(f"manifest.json: entry {entry.name} runs {entry.program}, which is no image; compile again")
-    program = load_image(descriptors[model.path], sha256=model.sha256, role="model", shared=False)
+    program = load_image(descriptors[model.path], sha256=model.sha256, role="model", shared=False, own_first=own)
 
     def bind(weights: Weights) -> Executor:
-        return AotiExecutor(entry=entry, kv=manifest.kv, image=program, libtorch=libtorch, weights=weights, num_threads=num_threads)
+        return AotiExecutor(entry=entry, kv=manifest.kv, image=program, tensors=tensors, weights=weights, num_threads=num_threads)
 
     return LoadedCode(bind=bind)
+
+
+def _load_tensors(manifest: Manifest, descriptors: Mapping[str, int]) -> tuple[TensorFunctions, bool]:
+    """Map what the model image calls, and whose tensors those are; true: the artifact's own, which nothing else in the process, a
+    libtorch least of all, may stand in for."""
+    from llmc.runtime.executors.images import load_image
+
+    images = {image.role: image for image in manifest.images}
+    libtorch = "tensor_runtime" not in images or _oracle_wanted()
+    found: TensorFunctions
+    if libtorch:
+        from llmc.runtime.executors.libtorch import load_libtorch
+
+        found = load_libtorch()
+    # The functions around the kernels leave those undefined and the model leaves them, so each must stand before the next.
+    for role in ("kernels", "aoti_shim"):
+        if role in images:
+            load_image(descriptors[images[role].path], sha256=images[role].sha256, role=role, shared=True)
+    if "tensor_runtime" in images:
+        from llmc.runtime.executors.tensor_runtime import TensorRuntime
+
+        image = images["tensor_runtime"]
+        own = load_image(descriptors[image.path], sha256=image.sha256, role=image.role, shared=False, own_first=not libtorch)
+        if not libtorch:
+            found = TensorRuntime(own)
+    return found, not libtorch
+
+
+def _oracle_wanted() -> bool:
+    """Whether LLMC_TENSORS asks for libtorch where the artifact brings its own tensors.
+
+    Raises:
+        ConfigError: it asks for something else.
+    """
+    wanted = os.environ.get("LLMC_TENSORS", "artifact")
+    if wanted not in ("artifact", "libtorch"):
+        raise ConfigError(f"LLMC_TENSORS={wanted}: tensors are those of the artifact or of libtorch")
+    return wanted == "libtorch"
 
 
 def _load_nodes(manifest: Manifest, entry: Entry, descriptors: Mapping[str, int], num_threads: int) -> LoadedCode:

@@ -18,8 +18,8 @@ from llmc.artifacts.dtypes import NUMPY
 from llmc.artifacts.manifest import Entry, KVFacts
 from llmc.errors import ArtifactError, InternalError
 from llmc.runtime.executors.kv_cache import KVCache, cache_input
-from llmc.runtime.executors.libtorch import LibTorch
 from llmc.runtime.executors.logits import LogitsBuffer
+from llmc.runtime.executors.tensor_functions import TensorFunctions
 from llmc.runtime.step import DeviceBatch
 from llmc.runtime.weights import Weights
 
@@ -40,8 +40,8 @@ class AotiExecutor:
     Args:
         entry: the program's inputs, outputs and constants.
         kv: how the KV cache is cut.
-        image: the loaded model image; kernels, shim and libtorch are loaded before it.
-        libtorch: the C interface.
+        image: the loaded model image; the kernels, and the tensor runtime or libtorch and the shim, are loaded before it.
+        tensors: the C interface that the image calls.
         weights: stays alive as long as this object, which gives the program their addresses.
         num_threads: of every parallel region.
 
@@ -50,11 +50,13 @@ class AotiExecutor:
         InternalError: the image refuses its constants.
     """
 
-    def __init__(self, *, entry: Entry, kv: KVFacts, image: ctypes.CDLL, libtorch: LibTorch, weights: Weights, num_threads: int) -> None:
+    def __init__(
+        self, *, entry: Entry, kv: KVFacts, image: ctypes.CDLL, tensors: TensorFunctions, weights: Weights, num_threads: int
+    ) -> None:
         self._entry = entry
         self._kv_facts = kv
         self._image = image
-        self._torch = libtorch
+        self._tensors = tensors
         self._weights = weights
         self._num_threads = num_threads
         self._thread: int | None = None
@@ -89,7 +91,7 @@ class AotiExecutor:
                 self._varying.append((spec.name, spec.dtype, place, {}))
             else:
                 array = self._cache.tensor(*owner)
-                self._fixed.append((self._torch.tensor(array.ctypes.data, array.shape, spec.dtype), place))
+                self._fixed.append((self._tensors.tensor(array.ctypes.data, array.shape, spec.dtype), place))
 
     def run(self, batch: DeviceBatch) -> np.ndarray:
         """One step. Returns float32 [N, vocab_size], valid until the next call.
@@ -106,7 +108,7 @@ class AotiExecutor:
             raise InternalError(f"the compiled program failed in a step of {len(batch.input_ids)} tokens: {self._last_error()}")
         handle = self._output[0] or 0
         self._held_output = handle
-        logits = self._torch.read(handle, dtype=self._output_dtype)
+        logits = self._tensors.read(handle, dtype=self._output_dtype)
         if len(logits) != len(batch.logits_indices):
             raise InternalError(f"the program gave {len(logits)} rows of logits for {len(batch.logits_indices)}; please report this")
         return self._logits.to_float32(logits)
@@ -118,19 +120,19 @@ class AotiExecutor:
             self._call("AOTInductorModelContainerDelete", self._container)
             self._container = _HANDLE()
         for handle in self._constants:
-            self._torch.delete(handle)
+            self._tensors.delete(handle)
         for handle, _ in self._fixed:
-            self._torch.delete(handle)
+            self._tensors.delete(handle)
         for _, _, _, handles in self._varying:
             for handle in handles.values():
-                self._torch.delete(handle)
+                self._tensors.delete(handle)
         self._constants, self._fixed, self._varying, self._cache = [], [], [], None
 
     def _place_inputs(self, batch: DeviceBatch) -> None:
         """A fresh handle for every input, which the program will free."""
         if self._cache is None:
             raise InternalError("a step ran before the KV cache was allocated; please report this")
-        copy = self._torch.new_handle
+        copy = self._tensors.new_handle
         for base, place in self._fixed:
             copy(base, place)
         for name, dtype, place, handles in self._varying:
@@ -146,17 +148,17 @@ class AotiExecutor:
             raise InternalError(f"input {name} is {array.dtype}, contiguous: {array.flags.c_contiguous}; contiguous {dtype} is expected")
         if len(handles) >= _MAX_CACHED_SHAPES:
             for handle in handles.values():
-                self._torch.delete(handle)
+                self._tensors.delete(handle)
             handles.clear()
-        return self._torch.tensor(array.ctypes.data, array.shape, dtype)
+        return self._tensors.tensor(array.ctypes.data, array.shape, dtype)
 
     def _release_output(self) -> None:
         if self._held_output:
-            self._torch.delete(self._held_output)
+            self._tensors.delete(self._held_output)
             self._held_output = 0
 
     def _use_threads(self) -> None:
-        self._torch.set_num_threads(self._num_threads)
+        self._tensors.set_num_threads(self._num_threads)
         self._thread = threading.get_ident()
 
     def _check_arity(self) -> None:
@@ -209,7 +211,7 @@ class AotiExecutor:
         self._call("AOTInductorModelContainerGetConstantDataSize", self._container, ctypes.c_size_t(index), ctypes.byref(size))
         if size.value != -(-view.array.nbytes // _SIZE_STEP) * _SIZE_STEP:
             raise ArtifactError(f"tensor {tensor}: {view.array.nbytes} bytes where the program expects {size.value}; compile again")
-        handle = self._torch.tensor(view.address, view.shape, view.dtype)
+        handle = self._tensors.tensor(view.address, view.shape, view.dtype)
         self._constants.append(handle)
         return handle
 
@@ -232,4 +234,5 @@ class AotiExecutor:
         message = ctypes.c_char_p()
         self._function("AOTInductorGetLastError")(ctypes.byref(message))
         text = (message.value or b"").decode(errors="replace").strip() or "no message"
-        return text.splitlines()[0]  # the lines after it are a C++ stack
+        why = self._tensors.message()
+        return text.splitlines()[0] + (f" ({why})" if why else "")  # the lines after the first are a C++ stack

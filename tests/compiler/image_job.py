@@ -45,10 +45,13 @@ class ImageJob:
         self.steps.append({"world": world, "threads": threads, "inputs": files})
         return len(self.steps) - 1
 
-    def run(self) -> list[Tensor]:
-        """Logits of every step, in a fresh interpreter that never imports torch."""
+    def run(self, *, libtorch: bool = False) -> list[Tensor]:
+        """Logits of every step, in a fresh interpreter that never imports torch; with libtorch's tensors or with ours."""
+        libraries = dlopen_order(self.kernels, Path(torch.__file__).parent / "lib" if libtorch else None)
+        if libtorch:
+            libraries.append(self.kernels.tensor_runtime_so)  # the image asks for it by name, and finds libtorch before it
         job = {
-            "libraries": [str(path) for path in dlopen_order(self.kernels, Path(torch.__file__).parent / "lib")],
+            "libraries": [str(path) for path in libraries],
             "image": str(self.lowered.path),
             "constants": {name: [self._save(f"constant_{i}", t), _name(t.dtype)] for i, (name, t) in enumerate(self._constants())},
             "caches": [list(cache.shape) for cache in PagedSteps(self.kv).caches],

@@ -33,7 +33,7 @@ class Image:
     def __init__(self, job: dict[str, Any], folder: Path) -> None:
         everybody = ctypes.RTLD_GLOBAL | os.RTLD_NOW
         self.libraries = [ctypes.CDLL(path, mode=everybody) for path in job["libraries"]]
-        self.torch = self.libraries[0]
+        self.torch = next(library for library in self.libraries if hasattr(library, "aoti_torch_get_data_ptr"))
         descriptor = os.open(job["image"], os.O_RDONLY)
         self.image = ctypes.CDLL(f"/proc/self/fd/{descriptor}", mode=os.RTLD_NOW)  # as a runtime loads what it has verified
         self.kept: list[Any] = []

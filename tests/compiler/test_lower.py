@@ -14,6 +14,7 @@ from torch import Tensor
 import llmc.kernels.ops  # noqa: F401  (registers the ops)
 from llmc.artifacts.manifest import KVFacts
 from llmc.compiler.capture import capture
+from llmc.compiler.image import only_libtorch_has
 from llmc.compiler.inductor import SHIM_NAMES, GeneratedCode
 from llmc.compiler.lower import LoweredModel, called_ops, check_caches, lower_aoti
 from llmc.compiler.model import read_model
@@ -127,6 +128,16 @@ def test_a_row_has_the_same_bits_alone_and_in_company(world: World, tmp_path: Pa
         rows = [found[step][row] for step, row in zip(steps, places, strict=True)]
         for row in rows[1:]:
             assert torch.equal(row, rows[0])
+
+
+def test_our_tensors_give_the_bits_that_libtorchs_give(world: World, tmp_path: Path) -> None:
+    assert only_libtorch_has(world.lowered.path) == []
+    job = world.job(tmp_path)
+    sequences = job.world()
+    job.step(sequences, [(0, PROMPT), *OTHERS], threads=2)
+    job.step(sequences, [(2, [7]), (0, [8])], padding=2)
+    for ours, theirs in zip(job.run(), job.run(libtorch=True), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_two_compiles_in_different_folders_give_the_same_bytes(bf16: World, tmp_path: Path) -> None:

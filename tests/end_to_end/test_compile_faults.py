@@ -184,7 +184,8 @@ def test_an_artifact_for_v3_holds_no_avx512_instruction(workshop: Workshop, smal
     compile_model(CompileConfig(model=small, target="cpu:x86-64-v3", out=tmp_path / "out"), store=workshop.store)
     with open_artifact(tmp_path / "out") as artifact:
         manifest = artifact.manifest
-    assert {image.role for image in manifest.images} == {"kernels", "aoti_shim", "model"}
+    assert {image.role for image in manifest.images} == {"kernels", "tensor_runtime", "model"}
+    assert manifest.requirements.torch is None
     assert "avx2" in manifest.requirements.cpu_features
     assert not [feature for feature in manifest.requirements.cpu_features if feature.startswith(("avx512", "amx"))]
     for image in manifest.images:

@@ -121,9 +121,9 @@ def test_no_process_imports_a_compiler_and_sigterm_ends_all_with_0(served: Serve
     mapped = {
         pid: {line.split("/")[-1].strip() for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "/" in line} for pid in tree
     }
-    assert "libtorch_cpu.so" in mapped[served.engine] and "libtorch_cpu.so" not in mapped[served.process.pid]
+    assert any(name.startswith("libgomp") for name in mapped[served.engine])  # the engine's list is read
     for files in mapped.values():
-        assert not {name for name in files if name.startswith(("libtorch_python", "libtriton"))}
+        assert not {name for name in files if name.startswith(("libtorch", "libc10", "libtriton"))}
     assert served.stop() == 0
     assert not alive(tree[1])
     reports = {int(path.stem): json.loads(path.read_text()) for path in served.seen.glob("*.json")}

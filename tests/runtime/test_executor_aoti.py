@@ -42,7 +42,7 @@ def _executor(toy_folder: Path, weights: dict[str, np.ndarray], **entry: object)
     fd = os.open(toy_folder / "toy.so", os.O_RDONLY)
     image = load_image(fd, sha256="toy", role="model", shared=False)
     os.close(fd)
-    return AotiExecutor(entry=toy_entry(**entry), kv=toy_kv(), image=image, libtorch=libtorch, weights=_weights(weights), num_threads=1)
+    return AotiExecutor(entry=toy_entry(**entry), kv=toy_kv(), image=image, tensors=libtorch, weights=_weights(weights), num_threads=1)
 
 
 def _builder() -> BatchBuilder:

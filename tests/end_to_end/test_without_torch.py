@@ -1,0 +1,87 @@
+"""A compiled artifact runs where no torch is to be found, and over libtorch with the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmc.artifacts.verify import open_artifact
+from tests.end_to_end.workshop import Workshop
+
+# Imported by every interpreter that starts with this folder on its path: torch can neither be found nor imported.
+_HIDE_TORCH = """
+import sys
+
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError(f"{name} is hidden", name=name)
+        return None
+
+
+sys.meta_path.insert(0, Hidden())
+"""
+_GENERATE = """
+import importlib.util, json, sys
+import llmc
+
+try:
+    found = importlib.util.find_spec("torch") is not None
+except ModuleNotFoundError:
+    found = False
+prompts = [[5, 6, 7, 8, 9], list(range(40, 70))]
+params = llmc.SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=5)
+with llmc.LLM(sys.argv[1], threads=1, num_blocks=64, max_num_seqs=4) as model:
+    outputs = model.generate(prompts, params)
+answers = [[(token, p.logprob.hex()) for entry in o.outputs[0].logprobs for token, p in sorted(entry.items())] for o in outputs]
+libraries = sorted({line.split("/")[-1].strip() for line in open("/proc/self/maps") if "/lib" in line})
+print(json.dumps({"found": found, "imported": "torch" in sys.modules, "libraries": libraries, "answers": answers}))
+"""
+
+
+def _generate(artifact: Path, environment: dict[str, str]) -> dict[str, Any]:
+    command = [sys.executable, "-c", _GENERATE, str(artifact)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment}, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_artifact_runs_where_there_is_no_torch(dtype: torch.dtype, workshop: Workshop, tmp_path: Path) -> None:
+    artifact = workshop.artifact("qwen3", dtype=dtype)
+    with open_artifact(artifact) as opened:
+        assert opened.manifest.requirements.torch is None
+        assert {image.role for image in opened.manifest.images} == {"kernels", "tensor_runtime", "model"}
+        assert opened.manifest.op_implementations["tensors"].startswith("llmc's tensor runtime")
+    (tmp_path / "sitecustomize.py").write_text(_HIDE_TORCH)
+    ours = _generate(artifact, {"PYTHONPATH": str(tmp_path)})
+    assert not ours["found"] and not ours["imported"]
+    assert not [name for name in ours["libraries"] if name.startswith(("libtorch", "libc10"))]
+    oracle = _generate(artifact, {"LLMC_TENSORS": "libtorch"})
+    assert "libtorch_cpu.so" in oracle["libraries"] and not oracle["imported"]
+    assert ours["answers"] == oracle["answers"]
+
+
+def test_what_only_libtorch_has_is_named(workshop: Workshop) -> None:
+    """A mixture of experts calls topk."""
+    with open_artifact(workshop.artifact("mixtral", level=1)) as opened:
+        manifest = opened.manifest
+    assert manifest.op_implementations["tensors"] == "libtorch, for aoti_torch_cpu_topk"
+    assert manifest.requirements.torch == ".".join(torch.__version__.split(".")[:2])
+    assert {image.role for image in manifest.images} == {"kernels", "aoti_shim", "model"}
+
+
+def test_tensors_of_another_kind_are_refused(workshop: Workshop) -> None:
+    command = [sys.executable, "-c", _GENERATE, str(workshop.artifact("qwen3"))]
+    environment = {**os.environ, "LLMC_TENSORS": "numpy"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
+    assert done.returncode != 0 and "LLMC_TENSORS=numpy: tensors are those of the artifact or of libtorch" in done.stderr
