@@ -11,6 +11,7 @@ History, one dated line per version:
                 entries[].sampling, plans that sample (absent before, which reads as none).
                 manifest field kv_quantization and kv.dtype int8 and uint8, for caches of eight bits (absent before, which reads as null).
                 recipe op dequantize, for checkpoints that are quantised already.
+                recipe op in_rows, for quantised weights of a GPU.
 """
 
 from __future__ import annotations
