@@ -18,6 +18,7 @@ from llmc.runtime.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from llmc.runtime.grammar.service import GrammarService
+    from llmc.runtime.speculation.drafter import ModelDrafter
 
 __all__ = ["Engine", "EngineConfig"]
 
@@ -51,7 +52,8 @@ class Engine:
         self._pooling = PoolingRunner(model.executor, model.builder, pooling) if pooling is not None else None
         self._generating = ModelRunner(model.executor, self._sampler, model.builder)
         self._runner: ModelRunner | PoolingRunner = self._pooling or self._generating
-        self._scheduler = Scheduler(limits, model.manifest.kv)
+        self._drafter = self._make_drafter(model)
+        self._scheduler = Scheduler(limits, model.manifest.kv, drafter=self._drafter)
         self._tokenizer = model.tokenizer
         self._grammars: GrammarService | None = None
         self._closed = False
@@ -132,6 +134,8 @@ class Engine:
 
     def reset_prefix_cache(self) -> int:
         """Forget all cached prefixes; running sequences go on. Returns the number of blocks freed."""
+        if self._drafter is not None:
+            self._drafter.drop_cache()
         return self._scheduler.reset_prefix_cache()
 
     def close(self) -> None:
@@ -142,7 +146,16 @@ class Engine:
                 self._grammars.close()
             if self._tokenizer is not None:
                 self._tokenizer.close()
+            if self._drafter is not None:
+                self._drafter.close()
             self._executor.close()
+
+    def _make_drafter(self, model: LoadedModel) -> ModelDrafter | None:
+        if model.draft is None:
+            return None
+        from llmc.runtime.speculation.drafter import ModelDrafter  # few have a draft model
+
+        return ModelDrafter(model.draft, self._sampler)
 
     def _grammar_service(self) -> GrammarService:
         """What follows grammars, made with the first request that has one: a start without any pays nothing for it.

@@ -11,7 +11,7 @@ from llmc.artifacts.manifest import Manifest
 from llmc.errors import ConfigError
 from llmc.runtime.kv import peak_blocks
 from llmc.runtime.scheduler import Policy, SchedulerConfig
-from llmc.runtime.scheduler.drafts import SpeculationConfig, speculation_config
+from llmc.runtime.scheduler.drafts import DraftModelConfig, SpeculationConfig, speculation_config
 
 VerifyWeights = Literal["always", "once", "never"]
 
@@ -78,8 +78,9 @@ def num_threads(config: EngineConfig) -> int:
     return config.threads if config.threads is not None else len(os.sched_getaffinity(0))
 
 
-def resolve(config: EngineConfig, manifest: Manifest, *, available_bytes: int) -> SchedulerConfig:
-    """Settle every limit. `available_bytes` is what is free once the weights are in memory.
+def resolve(config: EngineConfig, manifest: Manifest, *, available_bytes: int, draft: Manifest | None = None) -> SchedulerConfig:
+    """Settle every limit. `available_bytes` is what is free once the weights are in memory, those of a draft model included; its KV
+    cache is taken from the same memory.
 
     Raises:
         ConfigError: a limit is above what the artifact was compiled for, or the memory does not hold one sequence.
@@ -93,7 +94,7 @@ def resolve(config: EngineConfig, manifest: Manifest, *, available_bytes: int) -
     longest = peak_blocks(manifest.kv, max_model_len, max_chunk_tokens=max_num_batched_tokens)
     num_blocks = config.num_blocks
     if num_blocks is None:
-        num_blocks = _fitting_blocks(config, manifest, wanted=max_num_seqs * longest + 1, available_bytes=available_bytes)
+        num_blocks = _fitting_blocks(config, manifest, wanted=max_num_seqs * longest + 1, available_bytes=available_bytes, draft=draft)
     return SchedulerConfig(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
@@ -108,11 +109,16 @@ def resolve(config: EngineConfig, manifest: Manifest, *, available_bytes: int) -
         reserve_blocks=min(8, num_blocks // 4),
         max_queue=config.max_queue,
         eos_token_ids=frozenset(manifest.tokenizer.eos_token_ids),
-        speculation=_speculation(config, manifest),
+        speculation=speculation(config, manifest),
     )
 
 
-def _speculation(config: EngineConfig, manifest: Manifest) -> SpeculationConfig | None:
+def speculation(config: EngineConfig, manifest: Manifest) -> SpeculationConfig | DraftModelConfig | None:
+    """What guesses, if anything.
+
+    Raises:
+        ConfigError: this artifact cannot have it, or its settings are wrong.
+    """
     if config.speculative_config is None:
         return None
     if manifest.pooling is not None:
@@ -129,9 +135,13 @@ def _at_most(name: str, asked: int | None, compiled: int) -> int:
     return compiled if asked is None else asked
 
 
-def _fitting_blocks(config: EngineConfig, manifest: Manifest, *, wanted: int, available_bytes: int) -> int:
+def _fitting_blocks(config: EngineConfig, manifest: Manifest, *, wanted: int, available_bytes: int, draft: Manifest | None) -> int:
     """What the most sequences of the greatest length could use, within the bytes there are."""
     one = block_bytes(manifest.kv)
+    if draft is not None:
+        from llmc.runtime.speculation.share import bytes_beside_block  # few have a draft model
+
+        one += bytes_beside_block(manifest.kv, draft.kv)
     if config.kv_cache_memory_bytes is not None:
         fitting, where = config.kv_cache_memory_bytes // one, f"kv_cache_memory_bytes={config.kv_cache_memory_bytes}"
     else:

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmc.artifacts.manifest import Manifest, TensorRecord
 from llmc.artifacts.verify import OpenArtifact, open_artifact
 from llmc.errors import ConfigError
 from llmc.runtime.batch import BatchBuilder
 from llmc.runtime.canary import run_canaries
-from llmc.runtime.engine_config import EngineConfig, num_threads, resolve
+from llmc.runtime.engine_config import EngineConfig, num_threads, resolve, speculation
 from llmc.runtime.executors import LoadedCode, load_code, step_entry
 from llmc.runtime.kept_file import KeptFile
 from llmc.runtime.memory import available_bytes, keep_freed_memory
 from llmc.runtime.scheduler import SchedulerConfig
+from llmc.runtime.scheduler.drafts import DraftModelConfig
 from llmc.runtime.stage_timer import StageTimer
 from llmc.runtime.step import Executor
 from llmc.runtime.weights import Weights, load_weights, merge_weights
+
+if TYPE_CHECKING:
+    from llmc.runtime.speculation.load import DraftModel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +39,7 @@ class LoadedModel:
     num_canary_tokens: int  # compared with the reference; 0 when canaries were skipped
     startup_ms: Mapping[str, float]  # stage -> milliseconds; "load.code" and "load.weights" run side by side inside "load"
     tokenizer: KeptFile | None = None  # tokenizer.json, for structured output; None: the artifact has none
+    draft: DraftModel | None = None  # runs ahead and guesses (speculative decoding)
 
 
 def load_model(config: EngineConfig, artifact: OpenArtifact | None = None) -> LoadedModel:
@@ -59,19 +66,28 @@ def load_model(config: EngineConfig, artifact: OpenArtifact | None = None) -> Lo
 def _load(artifact: OpenArtifact, config: EngineConfig, timer: StageTimer) -> LoadedModel:
     keep_freed_memory()
     manifest = artifact.manifest
-    executor, free_bytes = _load_executor(artifact, config, timer)
+    guesses = speculation(config, manifest)
     compared = 0
-    try:
+    with ExitStack() as undo:  # a GPU's memory does not go with the object
+        executor, free_bytes = _load_executor(artifact, config, timer)
+        undo.callback(executor.close)
+        begun = None
+        if isinstance(guesses, DraftModelConfig):
+            with timer.stage("draft.load"):
+                begun = _load_draft(manifest, guesses, config)
+            undo.callback(begun[1].close)
         with timer.stage("kv"):
-            limits = resolve(config, manifest, available_bytes=free_bytes())
+            limits = resolve(config, manifest, available_bytes=free_bytes(), draft=begun[0] if begun is not None else None)
             executor.allocate_kv(limits.num_blocks)
             builder = make_builder(manifest, limits)
         if config.canary:
             with timer.stage("canary"):
                 compared = run_canaries(manifest, executor, builder, max_tokens=limits.max_num_batched_tokens, num_blocks=limits.num_blocks)
-    except BaseException:
-        executor.close()  # a GPU's memory does not go with the object
-        raise
+        draft = None
+        if begun is not None and isinstance(guesses, DraftModelConfig):
+            with timer.stage("draft.kv"):
+                draft = _finish_draft(begun[0], begun[1], guesses, config, limits, manifest)
+        undo.pop_all()
     return LoadedModel(
         manifest=manifest,
         executor=executor,
@@ -80,6 +96,48 @@ def _load(artifact: OpenArtifact, config: EngineConfig, timer: StageTimer) -> Lo
         num_canary_tokens=compared,
         startup_ms=timer.milliseconds,
         tokenizer=_tokenizer(artifact),
+        draft=draft,
+    )
+
+
+def _load_draft(manifest: Manifest, guesses: DraftModelConfig, config: EngineConfig) -> tuple[Manifest, Executor]:
+    """The draft's program and weights, verified as the model's are.
+
+    Raises:
+        ArtifactError, ConfigError: it is damaged, or does not fit the model.
+    """
+    from llmc.runtime.speculation.load import check_fits  # few have a draft model
+
+    trust = Path(config.trust) if config.trust else None
+    with open_artifact(guesses.model, require_signature=config.require_signature, trust=trust) as artifact:
+        check_fits(manifest, artifact.manifest, guesses.model)
+        executor, _ = _load_executor(artifact, replace(config, artifact=guesses.model, checkpoint=None), StageTimer())
+        return artifact.manifest, executor
+
+
+def _finish_draft(
+    draft: Manifest, executor: Executor, guesses: DraftModelConfig, config: EngineConfig, limits: SchedulerConfig, manifest: Manifest
+) -> DraftModel:
+    """The draft's KV cache, for as many tokens as the model's, and its canaries.
+
+    Raises:
+        ArtifactError: it computes something else than its compiler did.
+    """
+    from llmc.runtime.speculation.load import DraftModel
+    from llmc.runtime.speculation.share import draft_blocks
+
+    own = EngineConfig(
+        artifact=guesses.model,
+        num_blocks=draft_blocks(limits.num_blocks, manifest.kv, draft.kv),
+        enable_prefix_caching=limits.enable_prefix_caching,
+    )
+    own_limits = resolve(own, draft, available_bytes=0)  # the blocks are settled
+    executor.allocate_kv(own_limits.num_blocks)
+    builder = make_builder(draft, own_limits)
+    if config.canary:
+        run_canaries(draft, executor, builder, max_tokens=own_limits.max_num_batched_tokens, num_blocks=own_limits.num_blocks)
+    return DraftModel(
+        manifest=draft, executor=executor, builder=builder, limits=own_limits, num_speculative_tokens=guesses.num_speculative_tokens
     )
 
 

@@ -326,7 +326,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(name="threads", parse=integer(1, 1024), default=None, commands=ENGINE, group="Engine", metavar="N",
             help="Threads of a step; default: the processors this process may use."),
     Setting(name="speculative_config", aliases=("-sc",), parse=json_object, default=None, commands=ENGINE, group="Engine", metavar="JSON",
-            help='Speculative decoding by prompt lookup: {"method": "ngram", "num_speculative_tokens": N}, also prompt_lookup_max, _min.'),
+            help='Speculative decoding: {"method": "ngram", "num_speculative_tokens": N} by prompt lookup; {"method": "draft_model", '
+                 '"model": DIR, "num_speculative_tokens": N} by a smaller artifact.'),
     Setting(name="max_logprobs", parse=integer(-1), default=20, commands=ENGINE, group="Engine", metavar="N",
             help="Most log-probabilities a request may ask for per token; -1: as many as the vocabulary has."),
     Setting(name="generation_config", parse=choice("auto", "vllm", "llmc"), default="auto", commands=ENGINE, group="Engine",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from llmc.errors import ConfigError
-from llmc.runtime.scheduler.drafts import SpeculationConfig
+from llmc.runtime.scheduler.drafts import DraftModelConfig, SpeculationConfig
 
 Policy = Literal["fcfs", "priority"]
 
@@ -32,7 +32,7 @@ class SchedulerConfig:
     reserve_blocks: int = 8  # kept free at admission, so that running sequences can still grow
     max_queue: int = 1024  # waiting requests; one more is refused with 429
     eos_token_ids: frozenset[int] = frozenset()
-    speculation: SpeculationConfig | None = None  # None: every step gives a sequence one token
+    speculation: SpeculationConfig | DraftModelConfig | None = None  # None: every step gives a sequence one token
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "num_blocks", "max_num_partial_prefills", "max_queue"):

@@ -1,4 +1,4 @@
-"""Speculative decoding by prompt lookup: what followed the last time the sequence said this is guessed to follow again.
+"""Speculative decoding: its settings, and guesses by prompt lookup (what followed the last time the sequence said this follows again).
 
 A step computes a sequence's newest token and the guesses behind it; the sampler then chooses the token after each in turn, with the
 very draws it would have made in steps of one token, and stops at the first that differs from the guess. So guesses decide how many
@@ -10,19 +10,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmc.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llmc.runtime.scheduler.request import Sequence
 
 MAX_SPECULATIVE_TOKENS = 64
 _MAX_NGRAM = 32
 _MAX_CANDIDATES = 16  # earlier places compared; more would cost every step of a repetitive text
-_KEYS = ("method", "num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min")
+_KEYS = {
+    "ngram": ("method", "num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min"),
+    "draft_model": ("method", "num_speculative_tokens", "model"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DraftModelConfig:
+    """How many tokens are guessed, by which smaller model.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    num_speculative_tokens: int  # most guesses in one step
+    model: str  # folder of the draft's artifact
+
+    def __post_init__(self) -> None:
+        _check_number("num_speculative_tokens", self.num_speculative_tokens, MAX_SPECULATIVE_TOKENS)
+        if not isinstance(self.model, str) or not self.model:
+            raise ConfigError(f"speculative_config: model is {self.model!r}; the folder of the draft's artifact is expected")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpeculationConfig:
-    """How many tokens are guessed, from how long a repetition.
+    """How many tokens are guessed by prompt lookup, from how long a repetition.
 
     Raises:
         ConfigError: a value is out of range or two disagree.
@@ -38,35 +61,44 @@ class SpeculationConfig:
             ("prompt_lookup_max", _MAX_NGRAM),
             ("prompt_lookup_min", _MAX_NGRAM),
         ):
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= most:
-                raise ConfigError(f"speculative_config: {name} is {value!r}; an integer from 1 to {most} is expected")
+            _check_number(name, getattr(self, name), most)
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise ConfigError(
                 f"speculative_config: prompt_lookup_min={self.prompt_lookup_min} is above prompt_lookup_max={self.prompt_lookup_max}"
             )
 
 
-def speculation_config(given: Mapping[str, Any]) -> SpeculationConfig:
-    """What `--speculative-config` holds, checked.
+def speculation_config(given: Mapping[str, Any]) -> SpeculationConfig | DraftModelConfig:
+    """What `--speculative-config` holds, checked. A `model` without a method is a draft model, as in vLLM.
 
     Raises:
         ConfigError: another method, or a key that is unknown, missing or out of range.
     """
-    method = given.get("method")
-    if method != "ngram":
-        raise ConfigError(f'speculative_config: method {method!r} is not built; accepted: "ngram" (guesses from the text so far)')
-    unknown = sorted(set(given) - set(_KEYS))
+    method = given.get("method") or ("draft_model" if given.get("model") is not None else None)
+    keys = _KEYS.get(method) if isinstance(method, str) else None
+    if keys is None:
+        raise ConfigError(
+            f'speculative_config: method {method!r} is not built; accepted: "ngram" (guesses from the text so far), '
+            '"draft_model" (guesses of a smaller model\'s artifact, named by model)'
+        )
+    unknown = sorted(set(given) - set(keys))
     if unknown:
-        raise ConfigError(f"speculative_config: {unknown[0]!r} is unknown for method ngram; accepted: {', '.join(_KEYS)}")
+        raise ConfigError(f"speculative_config: {unknown[0]!r} is unknown for method {method}; accepted: {', '.join(keys)}")
     if "num_speculative_tokens" not in given:
         raise ConfigError(
             f"speculative_config: num_speculative_tokens is missing; an integer from 1 to {MAX_SPECULATIVE_TOKENS} is expected"
         )
-    fields = {name: given[name] for name in _KEYS[1:] if given.get(name) is not None}
+    if method == "draft_model":
+        return DraftModelConfig(num_speculative_tokens=given["num_speculative_tokens"], model=given.get("model") or "")
+    fields = {name: given[name] for name in keys[1:] if given.get(name) is not None}
     if "prompt_lookup_max" in fields and "prompt_lookup_min" not in fields and type(fields["prompt_lookup_max"]) is int:
         fields["prompt_lookup_min"] = max(1, min(2, fields["prompt_lookup_max"]))
     return SpeculationConfig(**fields)
+
+
+def _check_number(name: str, value: object, most: int) -> None:
+    if type(value) is not int or not 1 <= value <= most:
+        raise ConfigError(f"speculative_config: {name} is {value!r}; an integer from 1 to {most} is expected")
 
 
 @dataclass(slots=True)
@@ -83,6 +115,10 @@ class NgramDrafter:
     def __init__(self, config: SpeculationConfig) -> None:
         self.config = config
         self._places: dict[str, _Places] = {}
+
+    def propose_all(self, sequences: list[Sequence], limits: list[int]) -> list[list[int]]:
+        """Guesses for each of `sequences`, at most its limit."""
+        return [self.propose(one.request_id, one.token_ids, limit) for one, limit in zip(sequences, limits, strict=True)]
 
     def propose(self, request_id: str, token_ids: list[int], limit: int) -> list[int]:
         """At most `limit` guesses of what follows `token_ids`; none where the last tokens are new. Takes new tokens in.
@@ -108,7 +144,7 @@ class NgramDrafter:
         self._places.pop(request_id, None)
 
     def check(self, live: set[str]) -> bool:
-        """Whether nothing is kept of a sequence that has ended."""
+        """Whether nothing is kept of a sequence that has ended. Asks."""
         return self._places.keys() <= live
 
     def _agreement(self, token_ids: list[int], position: int) -> int:

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import msgspec
 
 from llmc.runtime.kv import KVManager
 from llmc.runtime.messages import FinishReason
 from llmc.runtime.scheduler.config import SchedulerConfig
-from llmc.runtime.scheduler.drafts import NgramDrafter
 from llmc.runtime.scheduler.request import Sequence
 from llmc.runtime.step import SampledToken, ScheduledSequence
 
 
+class Drafter(Protocol):
+    """Guesses what comes next in sequences that decode."""
+
+    def propose_all(self, sequences: list[Sequence], limits: list[int]) -> list[list[int]]:
+        """Guesses for each of `sequences` (best rank first), at most its limit; fewer or none where it has none to give."""
+
+    def forget(self, request_id: str) -> None:
+        """Drop what is kept of a sequence that has ended; unknown ids had nothing kept."""
+
+    def check(self, live: set[str]) -> bool:
+        """Whether its own books agree and nothing is kept of a sequence that is not `live`. Asks."""
+
+
 def add_guesses(
-    drafter: NgramDrafter,
+    drafter: Drafter,
     kv: KVManager,
     config: SchedulerConfig,
     running: list[Sequence],
@@ -29,14 +43,21 @@ def add_guesses(
     """
     budget = config.max_num_batched_tokens - sum(share.end - share.start for share in scheduled)
     spare = -config.reserve_blocks - sum(kv.blocks_to_finish(s.blocks, len(s.token_ids)) for s in running if s.prefilling)
-    for index, (sequence, share) in enumerate(zip(sequences, scheduled, strict=True)):
+    decoding: list[int] = []
+    limits: list[int] = []
+    for index, sequence in enumerate(sequences):
         # Rows of a grammar are masked by what stands before them, which only one token at a time can tell.
         if sequence.prefilling or sequence.sampling.structured_outputs is not None:
             continue
         limit = min(budget, sequence.max_length - len(sequence.token_ids) - 1)  # one token comes out beside the guesses
-        if limit < 1:
-            continue
-        drafts = drafter.propose(sequence.request_id, sequence.token_ids, limit)
+        if limit >= 1:
+            decoding.append(index)
+            limits.append(limit)
+    if not decoding:
+        return
+    proposed = drafter.propose_all([sequences[index] for index in decoding], limits)
+    for index, guesses in zip(decoding, proposed, strict=True):
+        sequence, share, drafts = sequences[index], scheduled[index], guesses[:budget]
         if share.end + len(drafts) > sequence.blocks.ready_tokens:
             kv.return_passed(sequence.blocks, share.start)
             if kv.blocks_to_extend(sequence.blocks, share.end + len(drafts)) <= kv.pool.num_available + spare:

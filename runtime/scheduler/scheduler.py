@@ -21,8 +21,8 @@ from llmc.runtime.messages import EngineStats, FinishReason, GenerateRequest, To
 from llmc.runtime.scheduler.ahead import extend_all, going_on
 from llmc.runtime.scheduler.config import SchedulerConfig
 from llmc.runtime.scheduler.counters import Counters
-from llmc.runtime.scheduler.drafts import NgramDrafter
-from llmc.runtime.scheduler.guessing import add_guesses, take_checked
+from llmc.runtime.scheduler.drafts import NgramDrafter, SpeculationConfig
+from llmc.runtime.scheduler.guessing import Drafter, add_guesses, take_checked
 from llmc.runtime.scheduler.invariants import check_sequences
 from llmc.runtime.scheduler.policy import insert_ranked, remove_ranked
 from llmc.runtime.scheduler.request import Sequence, make_sequence, problem_of, share_of
@@ -44,10 +44,17 @@ class Scheduler:
         kv_facts: the artifact's KV layout.
         clock: seconds, as `time.monotonic`; only `stats` shows it.
         secret: key of the prefix cache's hashes; None makes a random one.
+        drafter: what guesses where `config` names a draft model; prompt lookup needs none.
     """
 
     def __init__(
-        self, config: SchedulerConfig, kv_facts: KVFacts, *, clock: Callable[[], float] = time.monotonic, secret: bytes | None = None
+        self,
+        config: SchedulerConfig,
+        kv_facts: KVFacts,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        secret: bytes | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         if config.block_size != kv_facts.block_size:
             raise ConfigError(f"block_size={config.block_size} differs from the artifact's {kv_facts.block_size}")
@@ -68,7 +75,9 @@ class Scheduler:
         self._num_prefilling = 0  # of the running ones
         self._in_flight: deque[tuple[StepPlan, list[Sequence]]] = deque()
         self._step = 0
-        self._drafter = NgramDrafter(config.speculation) if config.speculation is not None else None
+        self._drafter = NgramDrafter(config.speculation) if isinstance(config.speculation, SpeculationConfig) else drafter
+        if (self._drafter is None) != (config.speculation is None):
+            raise InternalError("scheduler: speculation is configured without what guesses, or the other way round; please report this")
         self._clock = clock
         self._counters = Counters(last_progress=clock())
 
@@ -101,7 +110,7 @@ class Scheduler:
         self._kv.check(sequence.blocks for sequence in self._sequences.values())
         check_sequences(self._sequences.values(), self._waiting, self._running, num_prefilling=self._num_prefilling)
         if self._drafter is not None and not self._drafter.check(set(self._sequences)):
-            raise InternalError("scheduler: guesses are kept for a sequence that has ended")
+            raise InternalError("scheduler: the books of guesses are wrong, or hold a sequence that has ended")
 
     # Doing.
 

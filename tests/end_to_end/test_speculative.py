@@ -61,6 +61,22 @@ def test_tokens_are_those_of_decoding_without_it(workshop: Workshop) -> None:
     assert before.num_preemptions > 0 and before.spec_draft_tokens == 0
 
 
+@pytest.mark.parametrize(
+    ("draft", "tokens"), [("qwen3", 4), ("qwen3", 1), ("llama", 3), ("gemma3_text", 5)], ids=["itself", "one", "stranger", "windows"]
+)
+def test_a_draft_model_changes_no_token(workshop: Workshop, draft: str, tokens: int) -> None:
+    """The model itself guesses nearly always right (but for penalties, of which a guess knows less), another one nearly never; both
+    meet chunks, preemptions and a tight pool."""
+    artifact = workshop.artifact("qwen3")
+    plain, before = outputs(artifact, None, 48)
+    guess = {"method": "draft_model", "model": str(workshop.artifact(draft)), "num_speculative_tokens": tokens}
+    guessed, stats = outputs(artifact, guess, 48)
+    assert guessed == plain  # tokens, log-probabilities to the last bit, reasons
+    assert stats.generation_tokens == before.generation_tokens and stats.kv_blocks_used == 0 and stats.spec_draft_tokens > 100
+    share = stats.spec_accepted_tokens / stats.spec_draft_tokens
+    assert (share > 0.8 and stats.step < before.step) if draft == "qwen3" else share < 0.2
+
+
 def test_stop_strings_end_where_they_would(workshop: Workshop) -> None:
     """A step may give tokens behind the stop string; none of them is part of the output."""
     artifact = workshop.artifact("demo", dtype=torch.bfloat16)
@@ -81,7 +97,11 @@ def test_stop_strings_end_where_they_would(workshop: Workshop) -> None:
     ("given", "match"),
     [
         ({"method": "eagle", "num_speculative_tokens": 3}, "method 'eagle' is not built"),
-        ({"model": "draft", "num_speculative_tokens": 3}, "method None is not built"),
+        ({"num_speculative_tokens": 3}, "method None is not built"),
+        ({"method": ["ngram"], "num_speculative_tokens": 3}, "is not built"),
+        ({"method": "draft_model", "num_speculative_tokens": 3}, "model is ''; the folder"),
+        ({"model": "draft", "num_speculative_tokens": 3, "prompt_lookup_max": 2}, "'prompt_lookup_max' is unknown for method draft_model"),
+        ({"model": "draft"}, "num_speculative_tokens is missing"),
         ({"method": "ngram"}, "num_speculative_tokens is missing"),
         ({"method": "ngram", "num_speculative_tokens": 0}, "from 1 to 64"),
         ({"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 1, "prompt_lookup_min": 2}, "is above"),
