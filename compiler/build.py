@@ -355,7 +355,7 @@ def _manifest(
             num_parameters=traced.num_parameters,
         ),
         target=target_record(target),
-        requirements=requirements(target, uses_torch=bool(program.from_torch)),
+        requirements=requirements(target, uses_torch=bool(program.from_torch), shared_bytes=_shared_bytes(program)),
         level=config.level,
         limits=limits,
         kv=traced.kv,
@@ -376,6 +376,11 @@ def _manifest(
         kv_quantization=kv_quantization,
         pooling=PoolingFacts(kind=config.pooling, normalize=config.normalize) if config.pooling is not None else None,  # type: ignore[arg-type]
     )
+
+
+def _shared_bytes(program: Program) -> int:
+    """The most shared memory that a block of any of a GPU's kernels takes; 0 for other programs."""
+    return max((kernel["shared_bytes"] for kernel in (program.gpu or {}).get("kernels", [])), default=0)
 
 
 def pass_record(done: PassReport) -> PassRecord:

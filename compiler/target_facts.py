@@ -37,8 +37,13 @@ def target_record(target: Target) -> TargetRecord:
     return TargetRecord(name=target.name, kind="cuda", isa=target.architecture, gpu=gpu)
 
 
-def requirements(target: Target, *, uses_torch: bool) -> Requirements:
-    """What a machine must have to run the artifact. `uses_torch`: the code calls libtorch's C interface."""
+def requirements(target: Target, *, uses_torch: bool, shared_bytes: int = 0) -> Requirements:
+    """What a machine must have to run the artifact.
+
+    Args:
+        uses_torch: the code calls libtorch's C interface.
+        shared_bytes: the most shared memory that a block of any kernel takes; of a GPU alone.
+    """
     version = ".".join(torch.__version__.split(".")[:2]) if uses_torch else None
     if not isinstance(target, CudaTarget):
         features = sorted(target.cpu_features)
@@ -46,7 +51,7 @@ def requirements(target: Target, *, uses_torch: bool) -> Requirements:
     cuda = CudaRequirements(
         compute_capability=".".join(map(str, target.compute_capability)),
         driver_version=_DRIVER if target.capability_number < 100 else _DRIVER_BLACKWELL,
-        shared_memory_per_block_bytes=target.shared_memory_per_block_bytes,
+        shared_memory_per_block_bytes=shared_bytes,
         num_sms=target.num_sms,
     )
     # The host's part is Python alone; the machine is that of every other artifact.

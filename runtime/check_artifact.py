@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 
+from llmc.artifacts.verify import open_artifact
 from llmc.errors import LlmcError
 from llmc.runtime.engine_config import EngineConfig
 from llmc.runtime.load import load_model
@@ -22,8 +23,10 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m llmc.runtime.check_artifact FOLDER", file=sys.stderr)
         return 2
     try:
-        # mapped, not copied: a compile needs no second model's worth of memory. Not hashed: the writer has just done so.
-        model = load_model(EngineConfig(artifact=arguments[0], num_blocks=_BLOCKS, weights_mmap=True, verify_weights="never"))
+        with open_artifact(arguments[0], check_machine=False) as opened:
+            on_cpu = opened.manifest.target.kind == "cpu"
+        # mapped, not copied: a compile needs no second model's worth of memory; a GPU copies. Not hashed: the writer has just done so.
+        model = load_model(EngineConfig(artifact=arguments[0], num_blocks=_BLOCKS, weights_mmap=on_cpu, verify_weights="never"))
     except LlmcError as error:
         print(error, file=sys.stderr)
         return error.exit_code

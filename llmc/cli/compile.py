@@ -24,6 +24,7 @@ from llmc.errors import ArtifactError, ConfigError, InternalError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from llmc.artifacts.manifest import Manifest
     from llmc.artifacts.store import Store
     from llmc.compiler.cached import CompileResult
 
@@ -152,18 +153,29 @@ def _run_canaries(folder: Path) -> Checked:
         manifest = artifact.manifest
     if not manifest.canaries:
         return Checked(detail="not run: no weights in the artifact")
-    if manifest.target.kind == "cuda":
-        return Checked(detail="not run: they are run by the GPU's own `llmc serve`, before it says that it is ready")
     try:
+        if manifest.target.kind == "cuda":
+            _find_gpu(manifest)
         check_requirements(manifest.requirements, this_machine(), str(folder))
-    except ArtifactError as error:
-        return Checked(detail=f"not run here: {error}")
+    except (ArtifactError, ConfigError) as error:
+        return Checked(detail=f"not run here, but by `llmc serve` before it is ready: {error}")
     done = subprocess.run([sys.executable, "-m", "llmc.runtime.check_artifact", str(folder)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"status {done.returncode}"
         raise InternalError(f"the compiled artifact fails on its own canary prompts and was not published: {reason}")
     answer = json.loads(done.stdout.splitlines()[-1])
     return Checked(detail=f"{answer['compared']} canary tokens as the reference", startup_ms=answer["startup_ms"])
+
+
+def _find_gpu(manifest: Manifest) -> None:
+    """Check that this machine has the GPU an artifact was compiled for.
+
+    Raises:
+        ConfigError: no driver or no GPU. ArtifactError: another one.
+    """
+    from llmc.runtime.cuda.load import open_device
+
+    open_device(manifest).close()
 
 
 def _time_decode(folder: Path) -> list[float]:
