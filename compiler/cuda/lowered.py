@@ -104,6 +104,7 @@ def _write(folder: Path, program: CudaProgram) -> None:
             "layers": program.layers,
             "distinct_layers": program.distinct,
             "inductor_layers": program.inductor,
+            "tiles": dict(program.tiles),
             "size_passes": dict(program.size_passes),
             "spill_budget_bytes": SPILL_BUDGET_BYTES,
             "plans": [

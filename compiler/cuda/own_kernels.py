@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from llmc.artifacts.cubin import read_cubin
 from llmc.compiler.cuda.schedule import CompiledKernel, check_kernel
 from llmc.kernels.cuda_targets import CudaTarget
+
+if TYPE_CHECKING:  # triton stands behind it
+    from llmc.kernels.tuned import TunedTiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +48,21 @@ class OwnKernel:
 
 @dataclass
 class KernelCache:
-    """The kernels of ours of one compile, for one target. Use inside `cross_cuda`."""
+    """The kernels of ours of one compile, for one target, and the tiles measured for it. Use inside `cross_cuda`."""
 
     target: CudaTarget
     _known: dict[str, OwnKernel] = field(default_factory=dict)
+
+    @cached_property
+    def tuned(self) -> TunedTiles:
+        """The target's table.
+
+        Raises:
+            ConfigError: it is damaged.
+        """
+        from llmc.kernels.tuned import read_tuned
+
+        return read_tuned(self.target.name)
 
     def kernel(self, launch: Any) -> OwnKernel:
         """What runs a launch (`kernels.launch.Launch`); its tensors may be fake.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch._ops import OpOverload
@@ -45,7 +46,8 @@ class CudaProgram:
     """Plans by size, in the order given, and how they came about.
 
     layers: parts stamped into all plans together. distinct: of them compiled. inductor: of these by Inductor, the rest being ops of ours.
-    size_passes: rewrites at the first size by each pass that runs on fixed sizes.
+    size_passes: rewrites at the first size by each pass that runs on fixed sizes. tiles: where those of the matrix
+    products come from (`kernels.tuned`).
     """
 
     plans: Mapping[PlanSize, PlannedProgram]
@@ -53,6 +55,7 @@ class CudaProgram:
     distinct: int
     inductor: int
     size_passes: Mapping[str, int]
+    tiles: Mapping[str, Any]
 
 
 @dataclass
@@ -127,7 +130,14 @@ def compile_program(
             rewrites = rewrites or matches
             plans[size] = _plan(fixed, inputs, dims, layers, own, decode=size.decode)
             check_weights(plans[size], wanted, str(size))
-    return CudaProgram(plans=plans, layers=layers.used, distinct=len(layers.known), inductor=layers.inductor, size_passes=rewrites)
+    return CudaProgram(
+        plans=plans,
+        layers=layers.used,
+        distinct=len(layers.known),
+        inductor=layers.inductor,
+        size_passes=rewrites,
+        tiles=own.tuned.facts(),
+    )
 
 
 def run_size_passes(graph: GraphModule) -> dict[str, int]:

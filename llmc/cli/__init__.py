@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "oci": ("llmc.cli.oci", "oci_group", "Put artifacts into OCI image layouts, and take them out."),
     "report": ("llmc.cli.report", "report_command", "Show the report of an artifact, or compare two."),
     "export": ("llmc.cli.export", "export_group", "Write a model in the format of another program (ONNX)."),
+    "tune": ("llmc.cli.tune", "tune_command", "Measure matrix products on this GPU, for compiles anywhere."),
     "bench": ("llmc.cli.bench", "bench_group", "Measure levels, artifacts, servers and kernels."),
     "bisect": ("llmc.cli.bisect", "bisect_command", "Find the pass that changed an answer."),
     "why": ("llmc.cli.cache", "why_command", "Say which part of a cache key differs."),

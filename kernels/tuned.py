@@ -1,0 +1,150 @@
+"""Measured tiles of plain_linear by GPU: found by `llmc tune` where the GPU is, read by cross compilation everywhere.
+
+    tuned_tiles.json   {"format": 1, "targets": {"cuda:h200": {"measured": {...}, "tiles": [{"n", "k", "dtype", "rows", ...}, ...]}}}
+
+A row's bits must not depend on how many rows there are, nor on whether a table exists. So an entry chooses only what no bit depends on:
+the columns and rows of a tile, its warps, and how far its loads run ahead. The step along K, the parts of K and the kind of instruction
+follow from N, K and dtype alone. A matrix that is not in the table takes `tile_for`'s tile.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmc.errors import ConfigError
+
+from .plain_linear.triton_impl import Tile
+from .plain_linear.tuning import candidates
+
+TABLE = Path(__file__).with_name("tuned_tiles.json")
+FORMAT = 1
+DTYPE = "bfloat16"
+ROWS = (16, 32, 64, 512, 2048)  # a class each: up to so many rows, the last one: more than the one before. Measured at these numbers
+WORTH = 0.98  # of the default's time: what gains less stays with it
+
+Timer = Callable[[int, int, int, Tile], float]  # rows, N, K, tile -> seconds; raises where a tile does not compile
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedTiles:
+    """The measured tiles of one target. measured: what `llmc tune` wrote of the machine; empty: nothing was measured."""
+
+    tiles: Mapping[tuple[int, int, str, int], Tile] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
+
+    def tile(self, n: int, k: int, dtype: torch.dtype, rows: int) -> Tile | None:
+        """The tile for a matrix [N, K] times so many rows; None: `tile_for` decides."""
+        return self.tiles.get((n, k, str(dtype).removeprefix("torch."), row_class(rows)))
+
+    def facts(self) -> dict[str, Any]:
+        """For the artifact's report."""
+        return {"entries": len(self.tiles), "measured": dict(self.measured), "elsewhere": "by number of rows, as tile_for says"}
+
+
+def row_class(rows: int) -> int:
+    """The number of rows that stands for `rows`."""
+    return next((most for most in ROWS[:-1] if rows <= most), ROWS[-1])
+
+
+def read_tuned(target: str, path: Path = TABLE) -> TunedTiles:
+    """The table of a target.
+
+    Raises:
+        ConfigError: the file is damaged, or holds a tile that would change a row's bits.
+    """
+    targets = _targets(path)
+    found = targets.get(target)
+    if found is None:
+        return TunedTiles()
+    try:
+        tiles = {_key(entry): _tile(entry) for entry in found["tiles"]}
+        measured = dict(found["measured"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: {target} is damaged ({type(error).__name__}: {error}); write it again with `llmc tune`") from None
+    for (n, k, dtype, rows), tile in tiles.items():
+        if dtype != DTYPE or rows not in ROWS or tile not in set(candidates(rows)):
+            raise ConfigError(
+                f"{path}: {target} has for {rows} rows of {n}x{k}, {dtype}, {tile}, which is none that keeps a row's bits; "
+                "write it again with `llmc tune`"
+            )
+    return TunedTiles(tiles=tiles, measured=measured)
+
+
+def tune(matrices: Iterable[tuple[int, int]], timer: Timer, *, progress: Callable[[str], None] = lambda line: None) -> list[dict[str, Any]]:
+    """Measure every candidate for every matrix and class of rows, and keep what is faster than the default.
+
+    Args:
+        matrices: (N, K) each.
+        timer: seconds of one product; a tile for which it raises RuntimeError or ValueError is out, the default excepted.
+
+    Returns:
+        Entries of the table, with the times in microseconds.
+    """
+    entries = []
+    for n, k in dict.fromkeys(matrices):
+        for rows in ROWS:
+            default, *others = candidates(rows)
+            times = {default: timer(rows, n, k, default)}
+            for tile in others:
+                try:
+                    times[tile] = timer(rows, n, k, tile)
+                except (RuntimeError, ValueError):  # does not fit this GPU; a finding of the search, not a failure of it
+                    continue
+            best = min(times, key=lambda tile: times[tile])
+            progress(f"{rows} x {n}x{k}: {times[default] * 1e6:.1f} us, best of {len(times)} tiles {times[best] * 1e6:.1f} us")
+            if times[best] < WORTH * times[default]:
+                entries.append(_entry(n, k, rows, best, times[best], times[default]))
+    return entries
+
+
+def write_tuned(target: str, entries: Sequence[Mapping[str, Any]], measured: Mapping[str, Any], path: Path = TABLE) -> None:
+    """Put a target's entries into the table, in place of those of the same matrices; other targets and matrices stay.
+
+    Raises:
+        ConfigError: the file is damaged or cannot be written.
+    """
+    targets = _targets(path)
+    again = {(n, k) for n, k in measured["matrices"]}
+    kept = [entry for entry in targets.get(target, {}).get("tiles", []) if (entry["n"], entry["k"]) not in again]
+    ordered = sorted([*kept, *entries], key=lambda entry: (entry["n"], entry["k"], entry["rows"]))
+    targets[target] = {"measured": dict(measured), "tiles": ordered}
+    text = json.dumps({"format": FORMAT, "targets": targets}, indent=1, sort_keys=True) + "\n"
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}); name another file with --out") from None
+
+
+def _targets(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if held["format"] != FORMAT:
+            raise ConfigError(f"{path}: format {held['format']}, this llmc reads {FORMAT}; write it again with `llmc tune`")
+        return dict(held["targets"])
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ConfigError(f"{path}: is no table of tiles ({type(error).__name__}: {error}); write it again with `llmc tune`") from None
+
+
+def _key(entry: Mapping[str, Any]) -> tuple[int, int, str, int]:
+    return int(entry["n"]), int(entry["k"]), str(entry["dtype"]), int(entry["rows"])
+
+
+def _tile(entry: Mapping[str, Any]) -> Tile:
+    names = ("block_n", "block_t", "block_k", "num_warps", "num_stages")
+    return Tile(**{name: int(entry[name]) for name in names})
+
+
+def _entry(n: int, k: int, rows: int, tile: Tile, seconds: float, default_seconds: float) -> dict[str, Any]:
+    return {
+        "n": n, "k": k, "dtype": DTYPE, "rows": rows, "block_n": tile.block_n, "block_t": tile.block_t, "block_k": tile.block_k,
+        "num_warps": tile.num_warps, "num_stages": tile.num_stages, "us": round(seconds * 1e6, 2),
+        "default_us": round(default_seconds * 1e6, 2),
+    }  # fmt: skip

@@ -1,0 +1,127 @@
+"""Measured tiles: what a search keeps, what a table may hold, and that a plan uses it. Times are planted; no GPU is needed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs the cuda extra: pip install 'llmc[cuda]'")
+
+import llmc.kernels.ops  # noqa: F401  (registers the ops)
+from llmc.cli import main
+from llmc.compiler.cuda import planner
+from llmc.compiler.cuda.own_kernels import KernelCache
+from llmc.errors import ConfigError
+from llmc.kernels.cuda_targets import cuda_target
+from llmc.kernels.plain_linear.triton_impl import Tile, tile_for
+from llmc.kernels.plain_linear.tuning import candidates
+from llmc.kernels.tuned import ROWS, TABLE, TunedTiles, read_tuned, row_class, tune, write_tuned
+
+N, K = 512, 256
+TARGET = "cuda:h200"
+MEASURED = {"device": "planted", "matrices": [[N, K]]}
+
+
+def likes_few_stages(rows: int, n: int, k: int, tile: Tile) -> float:
+    """Every candidate but the default is faster the fewer stages it has; the widest do not compile."""
+    if tile.block_n == 256:
+        raise RuntimeError("out of resource: shared memory")
+    return 1e-5 if tile == tile_for(rows, torch.bfloat16) else 1e-6 * (tile.num_stages + tile.block_t / 1000)
+
+
+def test_a_search_keeps_the_fastest_that_compiles() -> None:
+    entries = tune([(N, K), (N, K)], likes_few_stages)
+    assert [(e["n"], e["k"], e["rows"]) for e in entries] == [(N, K, rows) for rows in ROWS]
+    assert all(e["num_stages"] == 3 and e["block_n"] != 256 and e["default_us"] == 10 for e in entries)
+    assert {e["block_k"] for e in entries} == {64}, "the step along K decides a row's bits and is never searched"
+
+
+def test_what_gains_little_stays_with_the_rule() -> None:
+    assert tune([(N, K)], lambda rows, n, k, tile: 1e-5 if tile == tile_for(rows, torch.bfloat16) else 0.99e-5) == []
+
+
+def test_a_default_that_cannot_run_is_no_finding() -> None:
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        tune([(N, K)], lambda *_: (_ for _ in ()).throw(RuntimeError("no kernel image")))
+
+
+def test_a_table_comes_back_as_written(tmp_path: Path) -> None:
+    path = tmp_path / "tiles.json"
+    write_tuned(TARGET, tune([(N, K)], likes_few_stages), MEASURED, path)
+    first = path.read_bytes()
+    write_tuned(TARGET, tune([(N, K)], likes_few_stages), MEASURED, path)
+    assert path.read_bytes() == first, "measuring the same matrices again replaces them"
+    write_tuned(TARGET, tune([(N, 2 * K)], likes_few_stages), MEASURED | {"matrices": [[N, 2 * K]]}, path)
+    table = read_tuned(TARGET, path)
+    assert len(table.tiles) == 2 * len(ROWS) == table.facts()["entries"]
+    for rows in (1, 17, 64, 65, 513, 9000):
+        found = table.tile(N, K, torch.bfloat16, rows)
+        assert found is not None and found in set(candidates(row_class(rows))) and found.num_stages == 3
+    assert table.tile(N, K, torch.float32, 1) is None and table.tile(N + 16, K, torch.bfloat16, 1) is None
+    assert read_tuned("cuda:sm_80", path) == TunedTiles()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"block_k": 128}, "none that keeps a row's bits"),
+        ({"rows": 100}, "none that keeps a row's bits"),
+        ({"dtype": "float32"}, "none that keeps a row's bits"),
+        ({"num_warps": "many"}, "is damaged"),
+    ],
+)
+def test_a_table_that_would_change_bits_is_refused(change: dict[str, object], says: str, tmp_path: Path) -> None:
+    path = tmp_path / "tiles.json"
+    write_tuned(TARGET, [tune([(N, K)], likes_few_stages)[0] | change], MEASURED, path)
+    with pytest.raises(ConfigError, match=says):
+        read_tuned(TARGET, path)
+
+
+@pytest.mark.parametrize("text", ["{", '{"format": 2, "targets": {}}', '{"format": 1}', "[]"])
+def test_a_file_that_is_no_table_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "tiles.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="llmc tune"):
+        read_tuned(TARGET, path)
+
+
+def test_the_table_of_this_llmc_can_be_read() -> None:
+    for target in json.loads(TABLE.read_text())["targets"]:
+        assert read_tuned(target).tiles
+
+
+def test_a_plan_is_made_with_the_measured_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = KernelCache(cuda_target(TARGET))
+    tile = next(t for t in candidates(16) if t.num_warps == 8)
+    own.__dict__["tuned"] = TunedTiles(tiles={(N, K, "bfloat16", 16): tile})
+    launched = []
+    monkeypatch.setattr(planner, "_own_launch", lambda builder, launch: launched.append(launch))
+    graph = torch.fx.Graph()
+    x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    call = graph.call_function(torch.ops.llmc.plain_linear.default, (x, weight, None))
+    builder = planner._Builder(target=own.target, own=own)
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        for rows in (2, 40):
+            values = {x: torch.empty(rows, K, dtype=torch.bfloat16), weight: torch.empty(N, K, dtype=torch.bfloat16)}
+            planner._own_op(builder, call, values, True)
+    products = [launch for launch in launched if "BLOCK_K" in launch.constants]
+    assert [(p.constants["BLOCK_N"], p.num_warps) for p in products] == [(tile.block_n, 8), (64, 4)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_without_a_gpu_the_command_says_where_to_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "tiles.json"
+    assert main(["tune", "--target", TARGET, "--matrix", "4096x1024", "--out", str(table)]) == ConfigError.exit_code
+    assert "run it where NVIDIA H200 is" in " ".join(capsys.readouterr().err.split()) and not table.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [([], "name what to measure"), (["--matrix", "4096"], "expected rows and columns"), (["--matrix", "0x4"], "expected rows and columns")],
+)
+def test_the_command_names_what_it_lacks(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "--target", TARGET, *arguments]) == ConfigError.exit_code
+    assert says in " ".join(capsys.readouterr().err.split())
