@@ -176,6 +176,7 @@ def verify(path: str | Path, *, trust: Path | None = None) -> VerifyReport:
     Raises:
         ArtifactError: one sentence about the first thing that is wrong.
     """
+    from llmc.artifacts.plan_files import check_plan_files
     from llmc.artifacts.weight_header import check_weight_header
 
     with open_artifact(path, trust=trust, check_machine=False) as artifact:
@@ -185,6 +186,7 @@ def verify(path: str | Path, *, trust: Path | None = None) -> VerifyReport:
                 source.read_chunk(index, buffer[: source.chunk_span(index)[1]])
             source.finish()
             check_weight_header(source.fd, artifact.manifest.tensors, source.path, str(path))
+        check_plan_files(artifact.manifest, artifact.read)
         size = sum(record.size_bytes for record in artifact.manifest.files)
         return VerifyReport(
             num_files=len(artifact.manifest.files) + 1,

@@ -11,7 +11,8 @@ import numpy as np
 
 from llmc.artifacts.dtypes import NUMPY
 from llmc.artifacts.element_sizes import nbytes_of
-from llmc.artifacts.manifest import Entry, PlanRecord
+from llmc.artifacts.kv_bytes import cache_shape, layer_block_bytes
+from llmc.artifacts.manifest import Entry, KVFacts, PlanRecord
 from llmc.artifacts.plan import Plan, PlanOutput
 from llmc.artifacts.plan_check import REGION_ALIGNMENT
 from llmc.errors import ArtifactError, InternalError
@@ -20,7 +21,7 @@ from llmc.runtime.cuda.graph import build_graph
 from llmc.runtime.cuda.modules import Modules
 from llmc.runtime.cuda.sampling import FED, GIVEN, LIKELY, Tail, tails_of
 from llmc.runtime.cuda.sampling import TOKENS as SAMPLED
-from llmc.runtime.cuda.staging import InputLayout, StagedInputs, fixed_shape
+from llmc.runtime.cuda.staging import InputLayout, StagedInputs
 from llmc.runtime.cuda.weights import DeviceTensor
 from llmc.runtime.device_sampling import DeviceLimits, Fed, RowSampling, SampledRows
 from llmc.runtime.executors.kv_cache import cache_input
@@ -62,7 +63,7 @@ class PlanExecutor:
 
     Args:
         device: on which everything is; closed with this object.
-        entry: of executor "plans".
+        entry: of executor "plans". kv: the manifest's, which says how large the caches are.
         plans: the entry's, checked, in its order.
         modules: the kernels of all plans.
         weights: where each tensor lies.
@@ -78,6 +79,7 @@ class PlanExecutor:
         *,
         device: Device,
         entry: Entry,
+        kv: KVFacts,
         plans: Sequence[Plan],
         sampling: Sequence[Plan],
         modules: Modules,
@@ -85,6 +87,8 @@ class PlanExecutor:
     ) -> None:
         self._device = device
         self._entry = entry
+        self._kv = kv
+        _check_caches(entry, kv)
         self._modules = modules
         self._weights = weights
         self._thread = threading.get_ident()
@@ -147,10 +151,10 @@ class PlanExecutor:
         places: dict[str, int] = {}
         total = 0
         for spec in self._entry.inputs:
-            if cache_input(spec.name) is not None:
+            cache = cache_input(spec.name)
+            if cache is not None:
                 places[spec.name] = total
-                nbytes = nbytes_of(spec.dtype, fixed_shape(spec.shape, {"NB": num_blocks}, f"entry {self._entry.name}: {spec.name}"))
-                total = round_up(total + nbytes, REGION_ALIGNMENT)
+                total = round_up(total + num_blocks * layer_block_bytes(self._kv, cache[1]), REGION_ALIGNMENT)
         base = self._device.allocate(total, what=f"a KV cache of {num_blocks} blocks")
         self._device.zero(base, total, self._stream)
         self._caches = {name: base + place for name, place in places.items()}
@@ -383,6 +387,24 @@ def _logits(plan: Plan, entry: Entry, where: str) -> PlanOutput:
                 )
             return output
     raise ArtifactError(f"{where}: has no output {LOGITS}; compile again")
+
+
+def _check_caches(entry: Entry, kv: KVFacts) -> None:
+    """Whether the entry's caches are those of the manifest's KV facts.
+
+    Raises:
+        ArtifactError: one is of another layer, dtype or shape.
+    """
+    for spec in entry.inputs:
+        cache = cache_input(spec.name)
+        if cache is None:
+            continue
+        expected = ["NB", *cache_shape(kv, cache[1], 1)[1:]] if cache[1] < len(kv.head_dim) else None
+        if (spec.dtype, spec.shape) != (kv.dtype, expected):
+            raise ArtifactError(
+                f"manifest.json: entry {entry.name}: {spec.name} is {spec.dtype} {spec.shape}, the KV facts say {kv.dtype} {expected}; "
+                "compile again"
+            )
 
 
 def _nbytes(output: PlanOutput) -> int:

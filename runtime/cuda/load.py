@@ -67,7 +67,7 @@ def _read_plan(
     path: str, manifest: Manifest, descriptors: Mapping[str, int], images: Mapping[str, bytes], cubins: dict[str, Cubin]
 ) -> Plan:
     plan = decode_plan(_read(descriptors[path], path, MAX_PLAN_BYTES), path)
-    check_plan(plan, images, path, cubins)
+    check_plan(plan, images, path, cubins, order=False)
     if plan.target != manifest.target.isa:
         raise ArtifactError(f"{path}: made for {plan.target}, the manifest says {manifest.target.isa}; compile again")
     return plan
@@ -127,7 +127,9 @@ def load_executor(
                 "load.weights", lambda: load_weights(device, sources, manifest.tensors, bound, num_threads=max(2, num_threads))
             )
             modules = loading.result()
-        return PlanExecutor(device=device, entry=entry, plans=checked.plans, sampling=checked.sampling, modules=modules, weights=weights)
+        return PlanExecutor(
+            device=device, entry=entry, kv=manifest.kv, plans=checked.plans, sampling=checked.sampling, modules=modules, weights=weights
+        )
     except BaseException:
         device.close()
         raise

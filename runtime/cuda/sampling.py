@@ -93,7 +93,9 @@ def tails_of(entry: Entry, plans: Sequence[Plan]) -> dict[tuple[str, int], Tail]
     Raises:
         ArtifactError: one is missing, or does not fit.
     """
-    tails = {(record.kind, record.num_logits): make_tail(record, plan, entry) for record, plan in zip(entry.sampling, plans, strict=True)}
+    tails: dict[tuple[str, int], Tail] = {}
+    for record, plan in zip(entry.sampling, plans, strict=True):
+        tails[record.kind, record.num_logits] = make_tail(record, plan, entry)
     if tails:
         for step in entry.plans:
             if ("check", step.num_logits) not in tails:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from llmc.artifacts.plan import Plan
+from llmc.artifacts.verify import verify
 from llmc.errors import ArtifactError, ConfigError, DeviceLost, InternalError, LlmcError
 from llmc.runtime.engine import Engine, EngineConfig
 from llmc.runtime.messages import GenerateRequest, SamplingParams, TokenEvent
@@ -18,7 +19,7 @@ from tests.cuda.stand_in import StandIn
 from tests.cuda.toy_cubin import toy_cubin
 from tests.cuda.toy_plans import IMAGE, KERNELS, SAMPLING_IMAGE, SIZES, toy_plan, write_toy_plans
 from tests.cuda.toy_sampling import sampling_plan
-from tests.runtime.toy_artifact import toy_greedy, toy_logits
+from tests.runtime.toy_artifact import toy_greedy, toy_kv, toy_logits, toy_manifest
 from tests.runtime.toy_program import DIM, VOCAB
 
 MakeStandIn = Callable[..., StandIn]
@@ -308,12 +309,23 @@ def test_much_shared_memory_and_clusters_are_asked_for(weights: Weights, use: Ma
     assert driver.get("live") == 0
 
 
-def test_edges_that_leave_a_hazard_open_never_reach_the_driver(weights: Weights, use: MakeStandIn, tmp_path: Path) -> None:
-    driver = use()
+def test_edges_that_leave_a_hazard_open_are_found_where_an_artifact_is_verified(weights: Weights, tmp_path: Path) -> None:
+    verify(write_toy_plans(tmp_path / "good", weights))
     out = write_toy_plans(tmp_path / "out", weights, plans=broken(lambda plan: msgspec.structs.replace(plan, edges=plan.edges[1:])))
     with pytest.raises(ArtifactError, match=r"launches 0 \(remember\) and 1 \(answer\) touch the same bytes, and no edge orders them"):
+        verify(out)
+
+
+def test_caches_that_are_not_those_of_the_facts(
+    weights: Weights, use: MakeStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = use()
+    narrow = msgspec.structs.replace(toy_kv(), head_dim=[DIM // 2])
+    monkeypatch.setattr("tests.cuda.toy_plans.toy_manifest", lambda **fields: toy_manifest(**{"kv": narrow, **fields}))
+    out = write_toy_plans(tmp_path / "out", weights)
+    with pytest.raises(ArtifactError, match=r"k_cache.0 is float32 .'NB', 1, 16, 16., the KV facts say float32 .'NB', 1, 16, 8."):
         Engine(config(out))
-    assert driver.get("allocations") == 0
+    assert driver.get("live") == 0
 
 
 def test_plans_that_do_not_reach_the_limits(weights: Weights, use: MakeStandIn, tmp_path: Path) -> None:
