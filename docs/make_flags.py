@@ -48,7 +48,7 @@ def text() -> str:
         lines += [row(setting) for setting in SETTINGS if setting.group == group]
         lines.append("")
     refused = tomllib.loads((files("llmc.config") / "refused_flags.toml").read_text(encoding="utf-8"))["flag"]
-    lines += ["## Flags of vLLM that are refused by name", "| flag | why, and what to do |", "|---|---|"]
+    lines += ["## Flags that are refused by name", "| flag | why, and what to do |", "|---|---|"]
     lines += [f"| {', '.join(f'`{n}`' for n in (entry['name'], *entry['aliases']))} | {entry['reason']} |" for entry in refused]
     return "\n".join(lines) + "\n"
 

@@ -199,6 +199,12 @@ def test_parser_names_are_those_of_the_formats() -> None:
     assert (BY_NAME["reasoning_parser"].default, BY_NAME["tool_call_parser"].default) == (FLAGS["--reasoning-parser"]["default"], None)
 
 
+@pytest.mark.parametrize("spelling", [["--backend", "tvm"], ["--backend=tvm"]])
+def test_another_compiler_is_refused_with_the_reason(spelling: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"--backend.*no executor for programs of another compiler, such as TVM"):
+        rewrite("compile", ["model", *spelling])
+
+
 def test_settings_have_one_name_each() -> None:
     spellings = [s for setting in SETTINGS for s in (setting.flag, *setting.aliases)]
     assert len(spellings) == len(set(spellings))
