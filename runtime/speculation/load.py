@@ -41,7 +41,7 @@ def check_fits(manifest: Manifest, draft: Manifest, path: str) -> None:
         )
     if _tokenizer_digest(draft) != _tokenizer_digest(manifest):
         raise ConfigError(f"speculative_config: the tokenizer of {path} is not the model's; a draft must have the same tokenizer.json")
-    for role in ("kernels", "aoti_shim"):
+    for role in ("kernels", "aoti_shim", "tensor_runtime"):
         own, other = ({image.sha256 for image in one.images if image.role == role} for one in (manifest, draft))
         if own and other and own != other:
             raise ConfigError(

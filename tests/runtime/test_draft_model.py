@@ -7,6 +7,7 @@ position in the draft's cache changes a guess, and a wrong guess is counted.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import msgspec
 import numpy as np
@@ -16,12 +17,14 @@ from llmc.artifacts.kv_bytes import block_bytes
 from llmc.artifacts.manifest import FileRecord, Image, Manifest, PoolingFacts, TensorRecord
 from llmc.errors import ConfigError
 from llmc.runtime.engine import Engine, EngineConfig
+from llmc.runtime.engine_config import resolve
 from llmc.runtime.load import LoadedModel, make_builder
 from llmc.runtime.messages import GenerateRequest
 from llmc.runtime.scheduler import SchedulerConfig
 from llmc.runtime.scheduler.drafts import DraftModelConfig
 from llmc.runtime.speculation.load import DraftModel, check_fits
 from llmc.runtime.speculation.share import bytes_beside_block, draft_blocks
+from llmc.runtime.step import DeviceBatch
 from tests.runtime.recall_executor import RecallExecutor, request, tokens_of
 from tests.runtime.toy_artifact import EOS, toy_entry, toy_kv, toy_manifest
 from tests.runtime.toy_program import VOCAB
@@ -161,6 +164,37 @@ def test_the_drafts_cache_holds_as_many_tokens() -> None:
     assert draft_blocks(30, kv, draft) == 80 and draft_blocks(1, kv, draft) == 3 and draft_blocks(1, toy_kv(1, (0,)), toy_kv(8, (0,))) == 2
     assert bytes_beside_block(kv, kv) == block_bytes(kv)
     assert bytes_beside_block(kv, draft) == -(-block_bytes(draft) * 4 * 2 // 3)
+
+
+def test_memory_is_shared_between_the_two_caches() -> None:
+    """A budget of bytes holds the model's blocks and the draft's; without a draft it holds more of the model's."""
+    manifest, draft = toy_manifest(kv=toy_kv(4, (0,))), toy_manifest(kv=toy_kv(2, (0, 3)))
+    budget = 40 * block_bytes(manifest.kv)
+    config = EngineConfig(artifact="none", kv_cache_memory_bytes=budget, max_model_len=64)
+    alone, both = (resolve(config, manifest, available_bytes=0, draft=one).num_blocks for one in (None, draft))
+    needed = both * block_bytes(manifest.kv) + draft_blocks(both, manifest.kv, draft.kv) * block_bytes(draft.kv)
+    assert alone == 40 and budget - block_bytes(manifest.kv) * 5 < needed <= budget
+
+
+def test_tenants_share_no_prefix_in_the_drafts_cache() -> None:
+    prompt, computed = list(range(3, 27)), []
+    for salt in ("", "another tenant"):
+        draft = parts(4, (0,), 160)
+        engine = engine_with(draft)
+        run(engine, [request("first", prompt, max_tokens=6, temperature=0.0, ignore_eos=True)])
+        executor, own = draft["executor"], 0
+        inner = executor.run
+
+        def count(batch: DeviceBatch, inner: Callable[[DeviceBatch], np.ndarray] = inner) -> np.ndarray:
+            nonlocal own
+            own += len(batch.input_ids)
+            return inner(batch)
+
+        executor.run = count
+        again = request("second", prompt, max_tokens=6, temperature=0.0, ignore_eos=True)
+        run(engine, [msgspec.structs.replace(again, cache_salt=salt)])
+        computed.append(own)
+    assert computed[1] - computed[0] >= 20  # the prompt's full blocks
 
 
 def _digest(letter: str) -> str:
