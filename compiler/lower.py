@@ -2,8 +2,9 @@
 
     GraphModule -> LoweredModel
 
-The image has AOTInductor's C interface (torch/csrc/inductor/aoti_runtime/interface.h). A runtime opens libtorch_cpu, the kernels
-and the shim with RTLD_GLOBAL, then the image, binds each constant by its name, and runs; no Python torch is involved.
+The image has AOTInductor's C interface (torch/csrc/inductor/aoti_runtime/interface.h). A runtime opens the kernels with
+RTLD_GLOBAL and the tensor runtime, or where the image needs them libtorch_cpu and the shim, then the image, binds each constant by its
+name, and runs; no Python torch is involved.
 
 What Inductor decided is not trusted but checked in the code it wrote: which functions are called, and that nobody but attention
 touches a KV cache.

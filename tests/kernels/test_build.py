@@ -31,11 +31,11 @@ def disassembly(path: Path) -> str:
     return subprocess.run([objdump, "-d", "--no-show-raw-insn", str(path)], capture_output=True, text=True, check=True).stdout
 
 
-def build_in_root(arguments: tuple[Path, Path]) -> tuple[bytes, bytes]:
+def build_in_root(arguments: tuple[Path, Path]) -> tuple[bytes, ...]:
     root, cache = arguments
     build._ROOT = root
     built = build_kernels("x86-64-v3", cache, ops=SMALL)
-    return built.kernels_so.read_bytes(), built.shim_so.read_bytes()
+    return tuple(path.read_bytes() for path in (built.kernels_so, built.shim_so, built.tensor_runtime_so))
 
 
 def test_same_bytes_from_two_processes_and_another_folder(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_missing_compiler_says_what_to_install(tmp_path: Path, monkeypatch: py
 
 def test_v3_holds_no_avx512(tmp_path_factory: pytest.TempPathFactory) -> None:
     built = build_kernels("x86-64-v3", kernel_cache(tmp_path_factory))
-    for path in (built.kernels_so, built.shim_so):
+    for path in (built.kernels_so, built.shim_so, built.tensor_runtime_so):
         text = disassembly(path)
         assert "%ymm" in text or path == built.shim_so
         assert not re.search(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])\b|%k[0-7]\b|%tmm", text)
@@ -92,7 +92,7 @@ def test_each_level_has_its_own_instructions_and_none_above(tmp_path_factory: py
 
 def test_kernels_need_no_torch(tmp_path_factory: pytest.TempPathFactory) -> None:
     built = build_kernels("x86-64-v3", kernel_cache(tmp_path_factory))
-    for path in (built.kernels_so, built.shim_so):
+    for path in (built.kernels_so, built.shim_so, built.tensor_runtime_so):
         needed = subprocess.run(["readelf", "-d", str(path)], capture_output=True, text=True, check=True).stdout
         names = set(re.findall(r"NEEDED.*\[(.+?)\]", needed))
         assert names <= {"libstdc++.so.6", "libgomp.so.1", "libgcc_s.so.1", "libc.so.6", "libm.so.6", "ld-linux-x86-64.so.2"}

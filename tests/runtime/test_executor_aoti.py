@@ -152,6 +152,32 @@ def test_two_artifacts_kernels_cannot_share_a_process():
         images._global_roles.update(before)
 
 
+def test_a_library_of_the_compilers_that_is_missing_is_named(tmp_path):
+    for name, source in (
+        ("libgomp", "int gomp_part(void) { return 1; }"),
+        ("image", "int gomp_part(void); int f(void) { return gomp_part(); }"),
+    ):
+        (tmp_path / f"{name}.c").write_text(source)
+    compiled = ["gcc", "-shared", "-fPIC"]
+    subprocess.run([*compiled, "-Wl,-soname,libgomp.so.99", "libgomp.c", "-o", "libgomp.so.99"], cwd=tmp_path, check=True)
+    subprocess.run([*compiled, "image.c", "./libgomp.so.99", "-o", "image.so"], cwd=tmp_path, check=True)
+    fd = os.open(tmp_path / "image.so", os.O_RDONLY)
+    with pytest.raises(ConfigError, match=r"needs libgomp\.so\.99, a library of the C\+\+ compiler's.*apt-get install libgomp1"):
+        load_image(fd, sha256="no libgomp", role="model", shared=False)
+    os.close(fd)
+
+
+def test_a_tensor_runtime_is_bound_in_one_way(monkeypatch):
+    from llmc.runtime.executors import images
+
+    monkeypatch.setattr(images, "_by_hash", {("c" * 64, False, True): None})
+    monkeypatch.setattr(images, "_global_roles", {"tensor_runtime": "c" * 64})
+    with pytest.raises(ConfigError, match="bound in another way"):
+        load_image(0, sha256="c" * 64, role="tensor_runtime", shared=False)
+    with pytest.raises(ConfigError, match="one process per artifact"):
+        load_image(0, sha256="d" * 64, role="tensor_runtime", shared=False, own_first=True)
+
+
 STRANGER = """
 import ctypes, os, sys
 from llmc.errors import ConfigError
