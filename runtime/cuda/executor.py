@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,6 +30,7 @@ from llmc.runtime.executors.logits import LogitsBuffer
 from llmc.runtime.memory import round_up
 from llmc.runtime.step import DeviceBatch
 
+_BUILDERS = 4  # threads that build graphs; the driver does most of the work
 LOGITS, TOKENS = "logits", "next_tokens"
 
 
@@ -66,7 +68,8 @@ class PlanExecutor:
         entry: of executor "plans". kv: the manifest's, which says how large the caches are.
         plans: the entry's, checked, in its order.
         modules: the kernels of all plans.
-        weights: where each tensor lies.
+        weights: where each tensor lies, or will. loaded: waits until they are there, or raises why they will not be.
+        stop_loading: waits for what of it was begun.
         sampling: the entry's plans that sample, checked, in its order.
 
     Raises:
@@ -84,10 +87,13 @@ class PlanExecutor:
         sampling: Sequence[Plan],
         modules: Modules,
         weights: Mapping[str, DeviceTensor],
+        loaded: Callable[[], None],
+        stop_loading: Callable[[], None],
     ) -> None:
         self._device = device
         self._entry = entry
         self._kv = kv
+        self._loaded, self._stop_loading = loaded, stop_loading
         _check_caches(entry, kv)
         self._modules = modules
         self._weights = weights
@@ -140,9 +146,11 @@ class PlanExecutor:
         return self._device.free_bytes()
 
     def allocate_kv(self, num_blocks: int) -> None:
-        """Allocate K and V of every layer, zeroed, and build every plan's graph over them.
+        """Allocate K and V of every layer, zeroed, and build every plan's graph over them while weights are still on their way; then
+        wait for these.
 
         Raises:
+            ArtifactError: a weight is damaged.
             ConfigError: the GPU's memory does not hold so many blocks.
         """
         if self._caches:
@@ -158,12 +166,15 @@ class PlanExecutor:
         base = self._device.allocate(total, what=f"a KV cache of {num_blocks} blocks")
         self._device.zero(base, total, self._stream)
         self._caches = {name: base + place for name, place in places.items()}
-        for program in self._programs:
-            self._build(program)
+        with ThreadPoolExecutor(_BUILDERS, thread_name_prefix="llmc-graphs") as pool:
+            for _ in pool.map(self._build, self._programs):
+                pass  # reading the results raises what a thread raised
+        self._loaded()
         self._device.synchronize(self._stream)
 
     def _build(self, program: _Program) -> None:
         """The graphs of a step of one size: the step itself with the check of its tokens, and each way to sample behind it."""
+        self._device.enter()
         parts = [(program.plan, self._addresses(program))]
         for (kind, rows), tail in self._tails.items():
             if rows != program.record.num_logits:
@@ -268,6 +279,7 @@ class PlanExecutor:
 
     def close(self) -> None:
         """Free graphs, modules and all memory."""
+        self._stop_loading()
         for program in self._programs:
             for executable in (program.executable, *program.samples.values()):
                 if executable:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from llmc.artifacts.cubin import Cubin
@@ -18,7 +17,7 @@ from llmc.runtime.cuda.device import Device
 from llmc.runtime.cuda.driver import Driver
 from llmc.runtime.cuda.executor import PlanExecutor
 from llmc.runtime.cuda.modules import Modules
-from llmc.runtime.cuda.weights import load_weights
+from llmc.runtime.cuda.weights import WeightLoading
 from llmc.runtime.stage_timer import StageTimer
 from llmc.runtime.weights import Weights
 
@@ -108,7 +107,8 @@ def load_executor(
     *,
     num_threads: int,
 ) -> PlanExecutor:
-    """Everything up to the KV cache: plans checked, the device opened, code and weights on it.
+    """Everything up to the KV cache: plans checked, the device opened, code on it and weights on their way, for which
+    `PlanExecutor.allocate_kv` waits: graphs are built meanwhile.
 
     Args:
         sources: the artifact's weight files.
@@ -116,21 +116,37 @@ def load_executor(
         num_threads: that read and hash weights.
 
     Raises:
-        ArtifactError, ConfigError: as `read_plans`, `open_device`, `load_weights` and `PlanExecutor` say.
+        ArtifactError, ConfigError: as `read_plans`, `open_device`, `WeightLoading` and `PlanExecutor` say.
     """
     checked = timer.timed("plans", lambda: read_plans(manifest, entry, descriptors))
     device = timer.timed("device", lambda: open_device(manifest))
+    loading: WeightLoading | None = None
     try:
-        with timer.stage("load"), ThreadPoolExecutor(1, thread_name_prefix="llmc-code") as pool:
-            loading = pool.submit(timer.timed, "load.code", lambda: _modules(device, checked))
-            weights = timer.timed(
-                "load.weights", lambda: load_weights(device, sources, manifest.tensors, bound, num_threads=max(2, num_threads))
+        with timer.stage("load"):
+            loading = WeightLoading(
+                device,
+                sources,
+                manifest.tensors,
+                bound,
+                num_threads=max(2, num_threads),
+                timed=lambda work: timer.timed("load.weights", work),
             )
-            modules = loading.result()
+            modules = timer.timed("load.code", lambda: _modules(device, checked))
+
         return PlanExecutor(
-            device=device, entry=entry, kv=manifest.kv, plans=checked.plans, sampling=checked.sampling, modules=modules, weights=weights
+            device=device,
+            entry=entry,
+            kv=manifest.kv,
+            plans=checked.plans,
+            sampling=checked.sampling,
+            modules=modules,
+            weights=loading.placed,
+            loaded=loading.wait,
+            stop_loading=loading.stop,
         )
     except BaseException:
+        if loading is not None:
+            loading.stop()
         device.close()
         raise
 

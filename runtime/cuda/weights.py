@@ -87,44 +87,91 @@ class _Lanes:
                 self._device.free_stream(lane.stream)
 
 
-def load_weights(
-    device: Device, sources: Sequence[WeightSource], tensors: Sequence[TensorRecord], bound: Weights | None, *, num_threads: int
-) -> dict[str, DeviceTensor]:
-    """Bring every tensor to the GPU, in one allocation.
+class WeightLoading:
+    """Every tensor on its way to the GPU, into one allocation, beside whatever else is done meanwhile.
 
     Args:
         sources: the artifact's weight files; each knows whether its chunks are to be hashed.
         tensors: all of the manifest's.
         bound: tensors without a file, from a checkpoint, in the host's memory.
-        num_threads: readers, at least 1.
+        num_threads: readers, at least 1. timed: runs the whole, as a stage of the start.
+
+    Attributes:
+        placed: tensor name -> its place; what is there is known after `wait`.
+
+    Raises:
+        ArtifactError: a tensor has no source.
+        ConfigError: the GPU's memory does not hold them.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        sources: Sequence[WeightSource],
+        tensors: Sequence[TensorRecord],
+        bound: Weights | None,
+        *,
+        num_threads: int,
+        timed: Callable[[Callable[[], None]], None] = lambda work: work(),
+    ) -> None:
+        places: dict[str, int] = {}
+        total = 0
+        for record in tensors:
+            places[record.name] = total
+            total = round_up(total + record.nbytes, REGION_ALIGNMENT)
+        base = device.allocate(total, what="the weights")
+        self.placed = {record.name: DeviceTensor(address=base + places[record.name], nbytes=record.nbytes) for record in tensors}
+        self._sources = sources
+        self._jobs = _file_jobs(sources, tensors, self.placed) + _bound_jobs(tensors, bound, self.placed)
+        size = max((nbytes for nbytes, _, _ in self._jobs), default=0)
+        self._lanes = _Lanes(device, count=num_threads + 1, nbytes=size) if self._jobs else None
+        self._readers = ThreadPoolExecutor(max(1, num_threads), thread_name_prefix="llmc-weights")
+        self._whole = ThreadPoolExecutor(1, thread_name_prefix="llmc-weights-all")
+        self._device = device
+        self._loaded = self._whole.submit(timed, self._load)
+
+    def wait(self) -> None:
+        """Wait until everything is there.
+
+        Raises:
+            ArtifactError: a file is short, or a chunk's hash differs.
+        """
+        self._loaded.result()
+        self._whole.shutdown()
+
+    def stop(self) -> None:
+        """Wait for what was begun, after which the device may be closed. A failure is told by `wait`."""
+        self._readers.shutdown(cancel_futures=True)
+        self._whole.shutdown()
+
+    def _load(self) -> None:
+        self._device.enter()
+        lanes = self._lanes
+        try:
+            for _ in self._readers.map(lambda job: lanes.send(*job) if lanes else None, self._jobs):
+                pass  # reading the results raises what a thread raised
+        finally:
+            self._readers.shutdown(cancel_futures=True)
+            if lanes is not None:
+                lanes.close()
+        for source in self._sources:
+            source.finish()
+
+
+def load_weights(
+    device: Device, sources: Sequence[WeightSource], tensors: Sequence[TensorRecord], bound: Weights | None, *, num_threads: int
+) -> dict[str, DeviceTensor]:
+    """Bring every tensor to the GPU and wait for it; see `WeightLoading`.
 
     Returns:
         Tensor name -> its place.
 
     Raises:
-        ArtifactError: a file is short, a chunk's hash differs, or a tensor has no source.
-        ConfigError: the GPU's memory does not hold them.
+        ArtifactError, ConfigError: as `WeightLoading` and its `wait` say.
     """
-    places: dict[str, int] = {}
-    total = 0
-    for record in tensors:
-        places[record.name] = total
-        total = round_up(total + record.nbytes, REGION_ALIGNMENT)
-    base = device.allocate(total, what="the weights")
-    placed = {record.name: DeviceTensor(address=base + places[record.name], nbytes=record.nbytes) for record in tensors}
-    jobs = _file_jobs(sources, tensors, placed) + _bound_jobs(tensors, bound, placed)
-    size = max((nbytes for nbytes, _, _ in jobs), default=0)
-    lanes = _Lanes(device, count=num_threads + 1, nbytes=size) if jobs else None
-    try:
-        with ThreadPoolExecutor(max(1, num_threads), thread_name_prefix="llmc-weights") as pool:
-            for _ in pool.map(lambda job: lanes.send(*job) if lanes else None, jobs):
-                pass  # reading the results raises what a thread raised
-    finally:
-        if lanes is not None:
-            lanes.close()
-    for source in sources:
-        source.finish()
-    return placed
+    loading = WeightLoading(device, sources, tensors, bound, num_threads=num_threads)
+    loading.wait()
+    return loading.placed
 
 
 _Job = tuple[int, Callable[[np.ndarray], None], list[_Piece]]
@@ -150,7 +197,7 @@ def _file_jobs(sources: Sequence[WeightSource], tensors: Sequence[TensorRecord],
             for record in inside[bisect_left(ends, start + 1) :]:
                 if record.offset >= start + nbytes:
                     break
-                low, high = max(record.offset, start), min(record.offset + record.nbytes, start + nbytes)
+                low, high = (max(record.offset, start), min(record.offset + record.nbytes, start + nbytes))
                 pieces.append(_Piece(low - start, high - low, placed[record.name].address + low - record.offset))
             jobs.append((nbytes, lambda buffer, s=source, i=index: s.read_chunk(i, buffer.data), pieces))  # type: ignore[misc]
     return jobs

@@ -28,7 +28,7 @@ from llmc.artifacts.plan import Launch, Plan, Pointer, decode_plan
 POISON = 0xFF  # NaN in every float type, -1 in every integer
 DTYPES = {
     "*fp32": torch.float32, "*bf16": torch.bfloat16, "*fp16": torch.float16, "*i64": torch.int64, "*i32": torch.int32, "*i1": torch.bool,
-    "*i8": torch.int8, "*u8": torch.uint8,
+    "*i8": torch.int8, "*u8": torch.uint8, "*fp64": torch.float64,
 }  # fmt: skip
 
 
