@@ -87,10 +87,11 @@ def test_stop_strings_end_where_they_would(workshop: Workshop) -> None:
     ]
     asked = llmc.SamplingParams(temperature=0, max_tokens=40, stop=["return", "os\nimport os\nim", "c a"], logprobs=0)
     found = []
-    for speculative in (None, {"method": "ngram", "num_speculative_tokens": 8, "prompt_lookup_min": 1}):
+    draft = {"model": str(artifact), "num_speculative_tokens": 5}
+    for speculative in (None, {"method": "ngram", "num_speculative_tokens": 8, "prompt_lookup_min": 1}, draft):
         with llmc.LLM(artifact, speculative_config=speculative, threads=1) as llm:
             found.append([o.outputs[0] for o in llm.generate(texts, asked)])
-    assert found[0] == found[1] and any(isinstance(o.stop_reason, str) for o in found[0])
+    assert found[0] == found[1] == found[2] and any(isinstance(o.stop_reason, str) for o in found[0])
 
 
 @pytest.mark.parametrize(
