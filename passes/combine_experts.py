@@ -45,7 +45,7 @@ class CombineExperts(NodePass[Combination]):
         picked = G.args_of(node)[0]
         rows = G.args_of(picked)[1][0] if G.is_op(picked, aten.index.Tensor) and len(G.args_of(picked)[1]) == 1 else None
         view = picked if rows is None else G.args_of(picked)[0]
-        product = G.args_of(view)[0] if G.is_op(view, *_VIEWS) else None
+        product: Any = G.args_of(view)[0] if G.is_op(view, *_VIEWS) else None
         if not G.is_op(product, aten.mul.Tensor) or len(G.val(view).shape) != 3:
             return None
         y, column = G.args_of(product)

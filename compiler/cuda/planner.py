@@ -283,13 +283,14 @@ def _own_op(builder: _Builder, node: Node, values: Mapping[Node, Any], decode: b
     from llmc.kernels.registry import choose
 
     op = str(node.target).split(".")[1]
-    arguments = map_arg(node.args, values.__getitem__)
+    arguments: Any = map_arg(node.args, values.__getitem__)
     launches: list[own.Launch] = []
     device = own.Device(num_sms=builder.target.num_sms, shared_bytes=builder.target.shared_memory_per_block_bytes)
     extra: dict[str, Any] = {"decode": decode} if op in ("paged_attention", "paged_attend") else {}
     if op == "plain_linear":
         x, weight = arguments[:2]
-        extra["tile"] = builder.own.tuned.tile(*weight.shape, weight.dtype, x.numel() // x.shape[-1])
+        n, k = weight.shape
+        extra["tile"] = builder.own.tuned.tile(n, k, weight.dtype, x.numel() // k)
     result = choose(op, *arguments).call(*arguments, launch=launches.append, device=device, **extra)
     for each in launches:
         if not each.empty:

@@ -56,9 +56,12 @@ def test_the_runtime_reads_what_was_compiled(artifact: Path) -> None:
     with open_artifact(artifact) as opened:
         manifest = opened.manifest
         entry = step_entry(manifest)
+        opened_plans = {plan.path: opened.read(plan.path) for plan in entry.plans}
         checked = read_plans(manifest, entry, {record.path: opened.fd(record.path) for record in manifest.files})
     assert (manifest.target.kind, manifest.target.isa) == ("cuda", "sm_90")
     assert manifest.requirements.cuda is not None and manifest.requirements.cuda.compute_capability == "9.0"
+    shared = [kernel.shared_bytes for plan in entry.plans for kernel in decode_plan(opened_plans[plan.path], plan.path).kernels]
+    assert max(shared) <= manifest.requirements.cuda.shared_memory_per_block_bytes < 232448, "what the kernels need, not what the GPU has"
     assert manifest.requirements.torch is None
     assert [(plan.decode, plan.num_tokens, plan.num_seqs) for plan in entry.plans] == [(True, 1, 1), (True, 4, 4), (False, 16, 4)]
     assert {plan.table_blocks for plan in entry.plans} == {512 // 16}
@@ -66,7 +69,8 @@ def test_the_runtime_reads_what_was_compiled(artifact: Path) -> None:
     for plan in checked.plans:
         assert {region.name for region in plan.regions if region.kind == "weight"} == names == set(entry.constants)
         assert [output.name for output in plan.outputs] == ["logits", "next_tokens"] == [spec.name for spec in entry.outputs]
-    assert sum(len(plan.images) for plan in checked.plans) > len(checked.images)  # sizes share images
+    images = [image.sha256 for plan in checked.plans for image in plan.images]
+    assert len(images) > len(set(images)), "sizes share images"
 
 
 def test_the_report_has_a_row_per_image_and_counts_every_launch(artifact: Path, store: Store, tmp_path: Path) -> None:
