@@ -1,73 +1,188 @@
-"""llama.cpp beside llmc, bf16 and 8 bits, at one and two threads: what `decode.py --peers` adds to its results.
+"""Other engines beside llmc, at one and two threads: what `decode.py --peers [DIR]` adds to its results.
 
-GGUF_DIR holds NAME.gguf (bf16) and NAME-q8_0.gguf. llama.cpp's AMX code ends some virtual machines' processes with a segmentation fault;
-`--llama-plain` runs it without its repacked buffers, and the result says so.
+DIR holds a Python for each engine, and the models in its form; an engine that is not there is named in the results:
+    v-llama/bin/python   llama-cpp-python; gguf/NAME.gguf (bf16), gguf/NAME-q8_0.gguf
+    v-vllm/bin/python    vLLM for CPUs; takes the model folder
+    v-ov/bin/python      openvino-genai; ov/NAME-fp16, made by optimum-cli export openvino
+llama.cpp's AMX code ends some virtual machines' processes with a segmentation fault; `--llama-plain` runs it without its repacked
+buffers, and the result says so.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks import harness
+from llmc.bench.contenders import cold_start, engine_rows
+from llmc.bench.workload import Mode
 
 THREADS = (1, 2)
-# (mode, ours, theirs) -> at least; decode at batch 1 and prefill of 512 tokens
+# mode -> ours, theirs (the best of those that were measured), at least
 BARS = {
-    ("decode", "llmc", "llama.cpp bf16"): 1.3,
-    ("decode", "llmc int8", "llama.cpp q8_0"): 1.1,
-    ("prefill", "llmc", "llama.cpp bf16"): 1.0,
-    ("prefill", "llmc", "llama.cpp q8_0"): 1.0,
+    "decode": [("llmc", ["llama.cpp bf16"], 1.3), ("llmc int8", ["llama.cpp q8_0"], 1.1)],
+    "prefill": [("llmc", ["llama.cpp bf16", "llama.cpp q8_0", "vLLM", "vLLM eager", "OpenVINO"], 1.0)],
+    "concurrent": [("llmc", ["llama.cpp bf16", "llama.cpp q8_0", "vLLM", "vLLM eager", "OpenVINO"], 1.2)],
 }
-Worker = Callable[..., list[float]]
+START_BARS_S = {"S": 0.6, "M": 1.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """One engine with one model. script: its worker. server: it is started as one, else as a library that gives one token."""
+
+    name: str
+    python: Path
+    script: str
+    model: Path
+    flags: tuple[str, ...] = ()
+    server: bool = False
+
+    @property
+    def missing(self) -> Path | None:
+        """What it lacks."""
+        return next((path for path in (self.python, self.model) if not path.exists()), None)
+
+
+def peers(folder: Path, name: str, model: Path, *, plain_llama: bool) -> list[Peer]:
+    """The engines that `folder` may hold."""
+    llama = {"python": folder / "v-llama/bin/python", "script": "worker_llama.py", "flags": ("--plain",) if plain_llama else ()}
+    vllm = {"python": folder / "v-vllm/bin/python", "script": "worker_vllm.py", "model": model, "server": True}
+    openvino = {"python": folder / "v-ov/bin/python", "script": "worker_openvino.py"}
+    return [
+        Peer(name="llama.cpp bf16", model=folder / f"gguf/{name}.gguf", **llama),  # type: ignore[arg-type]
+        Peer(name="llama.cpp q8_0", model=folder / f"gguf/{name}-q8_0.gguf", **llama),  # type: ignore[arg-type]
+        Peer(name="vLLM", **vllm),  # type: ignore[arg-type]
+        Peer(name="vLLM eager", flags=("--eager",), **vllm),  # type: ignore[arg-type]
+        Peer(name="OpenVINO", model=folder / f"ov/{name}-fp16", **openvino),  # type: ignore[arg-type]
+    ]
+
+
+def tok_s(row: Mapping[str, Any], mode: Mode) -> float:
+    """What the mode is about: tokens of the prompt per second in `prefill`, else decoded ones."""
+    return mode.prompt_tokens / row["prefill_s"] if mode.name == "prefill" else float(row["decode_tok_s"])
+
+
+def llmc_tok_s(artifact: Path, mode: Mode, threads: int) -> list[float]:
+    found = engine_rows(artifact, [mode], threads=threads, warmup=1, repeats=3, seed=0)
+    return [tok_s(row, mode) for row in found["modes"][mode.name]]
+
+
+def peer_tok_s(peer: Peer, mode: Mode, threads: int) -> list[float]:
+    sizes = ["--batch", str(mode.batch), "--prompt", str(mode.prompt_tokens), "--new", str(mode.new_tokens)]
+    return [tok_s(row, mode) for row in _worker(peer, threads, *sizes)["rows"]]
+
+
+def _worker(peer: Peer, threads: int, *arguments: str) -> dict[str, Any]:
+    command = [str(peer.python), f"benchmarks/{peer.script}", str(peer.model), *arguments, *peer.flags, "--threads", str(threads)]
+    return harness.json_of(command, {"PYTHONPATH": str(harness.ROOT), "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"})
 
 
 def measure_peers(
-    worker: Worker, name: str, plain: Path, int8: Path, llama: tuple[str, Path], rounds: int, *, plain_llama: bool
-) -> dict[str, object]:
-    """tokens/s of each contender, in turns, and the ratios that have a bar.
+    name: str, model: Path, plain: Path, int8: Path, folder: Path, modes: list[Mode], rounds: int, *, plain_llama: bool
+) -> dict[str, Any]:
+    """tokens/s, start and memory of each contender, in turns, and the ratios that have a bar.
 
     Args:
-        worker: `decode.worker`.
-        plain, int8: llmc's artifacts.
-        llama: the Python with llama-cpp-python, and the folder of GGUF files.
+        model: the Hugging Face folder.
+        plain, int8: llmc's artifacts of it.
+        folder: of the other engines.
 
     Raises:
         RuntimeError: a contender's process failed.
     """
-    python, folder = llama
-    extra = ("--plain",) if plain_llama else ()
-    contenders: dict[str, Callable[[str, int], list[float]]] = {
-        "llmc": lambda mode, threads: worker("worker_llmc.py", plain, mode, threads),
-        "llmc int8": lambda mode, threads: worker("worker_llmc.py", int8, mode, threads),
-        "llama.cpp bf16": lambda mode, threads: worker(
-            "worker_llama.py", folder / f"{name}.gguf", mode, threads, python=python, extra=extra
-        ),
-        "llama.cpp q8_0": lambda mode, threads: worker(
-            "worker_llama.py", folder / f"{name}-q8_0.gguf", mode, threads, python=python, extra=extra
-        ),
+    known = peers(folder, name, model, plain_llama=plain_llama)
+    here = [peer for peer in known if peer.missing is None]
+    result: dict[str, Any] = {
+        "llama_cpp_plain_buffers": plain_llama,
+        "not_measured": {peer.name: f"there is no {peer.missing}" for peer in known if peer.missing is not None},
     }
-    result: dict[str, object] = {"llama_cpp_plain_buffers": plain_llama}
+    contenders: dict[str, Callable[[Mode, int], list[float]]] = {
+        "llmc": lambda mode, threads: llmc_tok_s(plain, mode, threads),
+        "llmc int8": lambda mode, threads: llmc_tok_s(int8, mode, threads),
+    }
+    for peer in here:
+        contenders[peer.name] = lambda mode, threads, peer=peer: peer_tok_s(peer, mode, threads)  # type: ignore[misc]
     for threads in THREADS:
-        for mode in ("decode", "prefill"):
+        for mode in modes:
             seen: dict[str, list[float]] = {contender: [] for contender in contenders}
             for _ in range(rounds):
                 for contender, run in contenders.items():
                     seen[contender] += run(mode, threads)
-            ratios = [
-                {"ours": ours, "theirs": theirs, "ratio": statistics.median(seen[ours]) / statistics.median(seen[theirs]), "bar": bar}
-                for (of, ours, theirs), bar in BARS.items()
-                if of == mode
-            ]
-            result[f"{mode}, threads {threads}"] = {"tok_s": {who: harness.summary(v) for who, v in seen.items()}, "ratios": ratios}
+            medians = {who: statistics.median(values) for who, values in seen.items()}
+            result[f"{mode.name}, threads {threads}"] = {
+                "tok_s": {who: harness.summary(values) for who, values in seen.items()},
+                "ratios": ratios(mode.name, medians),
+            }
+    result["start"] = _starts(name, plain, int8, here, rounds)
     return result
 
 
-def lines(name: str, peers: dict[str, object]) -> list[str]:
-    """For the table: one line per ratio."""
+def ratios(mode: str, medians: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Ours over the best of theirs, wherever one of them was measured."""
+    found = []
+    for ours, theirs, bar in BARS[mode]:
+        measured = {who: medians[who] for who in theirs if who in medians}
+        if measured:
+            best = max(measured, key=lambda who: measured[who])
+            found.append({"ours": ours, "theirs": best, "ratio": medians[ours] / measured[best], "bar": bar})
+    return found
+
+
+def _starts(name: str, plain: Path, int8: Path, here: list[Peer], rounds: int) -> dict[str, Any]:
+    """Seconds from the spawn to the first token, and PSS then, page cache warm, at two threads. llmc and vLLM are servers, the others
+    libraries in a Python process, which have less to do."""
+    for path in (plain, int8, *(peer.model for peer in here if peer.model.is_dir())):
+        harness.warm(path)
+    seen: dict[str, list[tuple[float, float]]] = {}
+    for _ in range(rounds):
+        for contender, artifact in (("llmc", plain), ("llmc int8", int8)):
+            start = cold_start(artifact, threads=2)
+            seen.setdefault(contender, []).append((start.seconds, start.pss_bytes / 1e6))
+        for peer in here:
+            seen.setdefault(peer.name, []).append(_server_start(peer) if peer.server else _library_start(peer))
+    table = {
+        who: {"seconds": harness.summary([s for s, _ in values]), "pss_mb": harness.summary([pss for _, pss in values])}
+        for who, values in seen.items()
+    }
+    return {"contenders": table, "bar_s": START_BARS_S[name], "libraries": [peer.name for peer in here if not peer.server]}
+
+
+def _library_start(peer: Peer) -> tuple[float, float]:
+    started = time.time()
+    answer = _worker(peer, 2, "--startup")
+    return answer["first_token_at"] - started, answer["pss_bytes"] / 1e6
+
+
+def _server_start(peer: Peer) -> tuple[float, float]:
+    """Of vLLM's server, the only one among them."""
+    with tempfile.TemporaryDirectory() as folder:
+        return vllm_start(peer.python, peer.model, Path(folder) / "log", 2, eager="--eager" in peer.flags)
+
+
+def vllm_start(python: Path | str, model: Path, log: Path, threads: int, *, eager: bool) -> tuple[float, float]:
+    """Seconds from the spawn of vLLM's server to its first token, and the megabytes (PSS) of all its processes then."""
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1", "--port", "{port}"]
+    options = ["--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "8", *(["--enforce-eager"] if eager else [])]
+    environ = {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    with harness.server([*command, *options], log, environ) as running:
+        body = {"model": str(model), "prompt": [5, 6, 7, 8, 9, 10, 11, 12, 13], "max_tokens": 1, "temperature": 0, "ignore_eos": True}
+        seconds = harness.first_token_seconds(running, body)
+        return seconds, harness.pss_bytes(running.process.pid) / 1e6
+
+
+def lines(name: str, result: Mapping[str, Any]) -> list[str]:
+    """For the table: one line per ratio, per start, and per engine that is not there."""
     made = []
-    for what, row in peers.items():
-        if isinstance(row, dict):
-            made += [f"{name:<6}{what:<22}{r['ours']} / {r['theirs']}: {r['ratio']:.2f} (bar {r['bar']})" for r in row["ratios"]]
-    return made
+    for what, row in result.items():
+        if isinstance(row, dict) and "ratios" in row:
+            made += [f"{name:<6}{what:<24}{r['ours']} / {r['theirs']}: {r['ratio']:.2f} (bar {r['bar']})" for r in row["ratios"]]
+    for who, row in result["start"]["contenders"].items():
+        library = ", no server" if who in result["start"]["libraries"] else ""
+        made.append(f"{name:<6}{'start':<24}{who}{library}: {row['seconds']['median']:.2f} s, {row['pss_mb']['median']:.0f} MB")
+    return made + [f"{name:<6}{'not measured':<24}{who}: {why}" for who, why in result["not_measured"].items()]

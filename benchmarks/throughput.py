@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import harness
 from benchmarks.models import SHAPES, make_model
+from llmc.bench.contenders import hf_rows
+from llmc.bench.workload import Mode
 
 PROMPT, NEW, WAVES = 128, 64, 3
 
@@ -56,12 +58,10 @@ def measure(name: str, clients: int, threads: int) -> dict[str, Any]:
         if len(rows) != clients * WAVES:
             raise RuntimeError(f"{clients * WAVES - len(rows)} requests failed:\n{running.log.read_text()[-2000:]}")
         seconds = max(row["end"] for row in rows) - started
-    hf = harness.json_of(
-        [sys.executable, "benchmarks/worker_hf.py", str(model), "--batch", str(clients), "--prompt", str(PROMPT), "--new", str(NEW)],
-        {"OMP_NUM_THREADS": str(threads)},
-    )
+    mode = Mode(name="batch", batch=clients, prompt_tokens=PROMPT, new_tokens=NEW)
+    hf = hf_rows(model, "bfloat16", [mode], threads=threads, warmup=1, repeats=3, seed=0)["modes"][mode.name]
     ours = clients * WAVES * NEW / seconds
-    theirs = statistics.median(row["total_tok_s"] for row in hf["rows"])
+    theirs = statistics.median(clients * NEW / row["total_s"] for row in hf)
     return {
         "llmc_served_tok_s": ours,
         "ttft_ms": harness.summary([row["ttft"] * 1e3 for row in rows]),

@@ -1,73 +1,71 @@
-"""Worker: llama.cpp through llama-cpp-python, in a fresh process: greedy, batch 1. One JSON line. Runs in that package's own Python."""
+"""Worker: llama.cpp through llama-cpp-python's C interface: greedy, argmax over the logits it shows. Runs in that package's own Python."""
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import json
-import random
 import time
 
-import llama_cpp
+import llama_cpp as llama
 import numpy as np
 
-
-def generate(model: llama_cpp.Llama, prompt: list[int], new_tokens: int) -> tuple[float, float]:
-    """Returns (seconds to the first token, seconds in all)."""
-    vocab = model.n_vocab()
-
-    def best() -> int:
-        logits = llama_cpp.llama_get_logits_ith(model.ctx, -1)
-        return int(np.ctypeslib.as_array(ctypes.cast(logits, ctypes.POINTER(ctypes.c_float)), (vocab,)).argmax())
-
-    model.reset()
-    started = time.perf_counter()
-    model.eval(prompt)
-    token = best()
-    first = time.perf_counter()
-    for _ in range(new_tokens - 1):
-        model.eval([token])
-        token = best()
-    return first - started, time.perf_counter() - started
+from benchmarks.peer_worker import arguments, report
 
 
-def _without_repacking() -> None:
-    """Llama() has no argument for `use_extra_bufts`, so the defaults that it starts from are changed."""
-    original = llama_cpp.llama_model_default_params
-
-    def plain() -> llama_cpp.llama_model_params:
-        params = original()
-        params.use_extra_bufts = False
-        return params
-
-    llama_cpp.llama_cpp.llama_model_default_params = plain
+@llama.llama_log_callback
+def _quiet(level: int, text: bytes, data: object) -> None:
+    """llama.cpp reports what it loads on standard error; failures are told by what its functions return."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--new", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--plain", action="store_true", help="without repacked buffers")
-    args = parser.parse_args()
-    if args.batch != 1:
-        parser.error("llama.cpp is measured at batch 1 here")
+    args = arguments("--plain")  # without repacked buffers
+    llama.llama_log_set(_quiet, ctypes.c_void_p(0))
+    llama.llama_backend_init()
+    options = llama.llama_model_default_params()
+    options.n_gpu_layers = 0
     if args.plain:
-        _without_repacking()
-    model = llama_cpp.Llama(
-        args.model, n_ctx=args.prompt + args.new + 8, n_threads=args.threads, n_threads_batch=args.threads, n_batch=512, verbose=False
-    )
-    rows = []
-    for run in range(args.repeat + 1):
-        rng = random.Random(run)
-        prompt = [rng.randrange(300, model.n_vocab()) for _ in range(args.prompt)]
-        prefill, total = generate(model, prompt, args.new)
-        if run:
-            rows.append({"prefill_s": prefill, "decode_tok_s": (args.new - 1) / (total - prefill), "total_tok_s": args.new / total})
-    print(json.dumps({"rows": rows}))
+        options.use_extra_bufts = False
+    model = llama.llama_model_load_from_file(args.model.encode(), options)
+    if not model:
+        raise RuntimeError(f"llama.cpp does not load {args.model}")
+    context = llama.llama_context_default_params()
+    context.n_ctx = -(-(args.prompt + args.new) // 256) * 256 * args.batch
+    context.n_batch = max(2048, args.batch * args.prompt)
+    context.n_ubatch = 512
+    context.n_seq_max = args.batch
+    context.n_threads = context.n_threads_batch = args.threads
+    state = llama.llama_init_from_model(model, context)
+    if not state:
+        raise RuntimeError("llama.cpp makes no context")
+    vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
+
+    def best(row: int) -> int:
+        return int(np.ctypeslib.as_array(llama.llama_get_logits_ith(state, row), shape=(vocab,)).argmax())
+
+    def decode(batch: llama.llama_batch, tokens: list[tuple[int, int, int, bool]]) -> None:
+        """tokens: (id, position, sequence, whether its logits are wanted)."""
+        batch.n_tokens = len(tokens)
+        for index, (token, position, sequence, wanted) in enumerate(tokens):
+            batch.token[index], batch.pos[index], batch.logits[index] = token, position, wanted
+            batch.n_seq_id[index], batch.seq_id[index][0] = 1, sequence
+        if llama.llama_decode(state, batch):
+            raise RuntimeError("llama.cpp failed in a step")
+
+    def generate(prompts: list[list[int]], new_tokens: int) -> tuple[float, float]:
+        length = len(prompts[0])
+        llama.llama_memory_clear(llama.llama_get_memory(state), True)
+        batch = llama.llama_batch_init(len(prompts) * length, 0, 1)
+        started = time.perf_counter()
+        decode(batch, [(token, at, row, at == length - 1) for row, prompt in enumerate(prompts) for at, token in enumerate(prompt)])
+        tokens = [best(row * length + length - 1) for row in range(len(prompts))]
+        first = time.perf_counter()
+        for step in range(new_tokens - 1):
+            decode(batch, [(token, length + step, row, True) for row, token in enumerate(tokens)])
+            tokens = [best(row) for row in range(len(prompts))]
+        ended = time.perf_counter()
+        llama.llama_batch_free(batch)
+        return first - started, ended - started
+
+    report(generate, args, vocab)
 
 
 if __name__ == "__main__":
