@@ -185,4 +185,6 @@ def _described(argument: Any) -> Any:
         return type(argument).__name__, tuple(_described(item) for item in argument)
     if isinstance(argument, dict):
         return tuple((name, _described(item)) for name, item in argument.items())
+    if isinstance(argument, slice):  # which cannot be hashed
+        return slice, _described((argument.start, argument.stop, argument.step))
     return type(argument), argument
