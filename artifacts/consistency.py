@@ -17,6 +17,7 @@ ALIGNMENT = 64  # bytes; a cache line, and what the kernels' aligned loads need
 MAX_FILES = 10_000
 MAX_TENSORS = 1_000_000
 MAX_CHUNK_BYTES = 1 << 30
+MAX_RANKS = 16
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
@@ -136,6 +137,9 @@ def _check_entries(manifest: Manifest, files: dict[str, FileRecord], tensors: se
     names = [entry.name for entry in manifest.entries]
     if len(set(names)) != len(names):
         raise ArtifactError(f"{where}: two entries share a name ({', '.join(names)})")
+    ranks = manifest.tensor_parallel_size
+    if not 1 <= ranks <= MAX_RANKS or (ranks > 1 and names != ["step", *(f"step.rank{i}" for i in range(1, ranks))]):
+        raise ArtifactError(f"{where}: {ranks} ranks with the entries {', '.join(names)[:200]}, expected one for each rank, in order")
     for entry in manifest.entries:
         _known(entry.program, files, where, f"entry {entry.name}")
         if entry.executor == "aoti" and entry.program not in images:

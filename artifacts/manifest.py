@@ -288,4 +288,5 @@ class Manifest(_Record, frozen=True):
     quantization: QuantizationFacts | None = None  # since version 2
     kv_quantization: KVQuantizationFacts | None = None  # since version 3; null: K and V are kept in the model's dtype
     pooling: PoolingFacts | None = None  # since version 3; the task is to embed, and the entry gives hidden states; null: to generate
+    tensor_parallel_size: int = 1  # since version 3; ranks: entry "step" is rank 0's, "step.rank<i>" rank i's; `kv` is of one rank
     manifest_sha256: str = ""  # set when the manifest is encoded (manifest_json.py); finds damage, the signature finds malice

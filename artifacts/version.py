@@ -10,6 +10,7 @@ History, one dated line per version:
                 manifest field pooling, for artifacts that embed (absent before, which reads as null: they generate).
                 entries[].sampling, plans that sample (absent before, which reads as none).
                 manifest field kv_quantization and kv.dtype int8 and uint8, for caches of eight bits (absent before, which reads as null).
+                manifest field tensor_parallel_size and entries step.rank<i> (absent before, which reads as 1).
                 recipe op dequantize, for checkpoints that are quantised already.
                 recipe op in_rows, for quantised weights of a GPU.
 """

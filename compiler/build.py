@@ -45,6 +45,7 @@ from llmc.compiler.model import ModelSource, read_model
 from llmc.compiler.nodes import constants_of, to_bytes
 from llmc.compiler.pipeline import QUANTIZATIONS, STORED, pipeline
 from llmc.compiler.program import Program
+from llmc.compiler.ranks import divided, rank_entries
 from llmc.compiler.stages import Stage, StageLog
 from llmc.compiler.target_facts import implementations, requirements, target_record
 from llmc.compiler.targets import Target
@@ -125,11 +126,15 @@ def build_artifact(
             note.detail = f"{len(traced.graph.graph.nodes)} nodes"
         with _checkpoint(source) as checkpoint:
             captured = traced.untouched()  # the passes change the graph in place, and the reference runs it as it was
-            graph, weights = traced.graph, traced.weight_table()
+            graph, weights, ranks = traced.graph, traced.weight_table(), config.tensor_parallel_size
+            if ranks > 1 and source.stored is not None:
+                raise ConfigError(f"--tensor-parallel-size {ranks}: {source.name} is quantised already, which is not built; leave it out")
             with log.stage("passes") as note:
                 context = PassContext(weights=weights, max_positions=limits.max_model_len)
-                passes = pipeline(config.level, applied_quantization(config, source, target.kind), kind=target.kind, passes=config.passes)
+                quantized = applied_quantization(config, source, target.kind)
+                passes = pipeline(config.level, quantized, kind=target.kind, passes=config.passes, ranks=ranks)
                 reports = run_passes(graph, passes, context, dump_dir=dump_directory())
+                traced = divided(traced, ranks, reports) if ranks > 1 else traced
                 matches = sum(r.result.matches for r in reports)
                 note.detail = f"{len(graph.graph.nodes)} nodes, {matches} rewrites by {sum(r.result.changed for r in reports)} passes"
             quality, kv_quality, fetch = _quantization(config, source, captured, weights, checkpoint, tokenizer, scratch, log)
@@ -140,11 +145,17 @@ def build_artifact(
                 assert kernels is not None
                 program = _program(config, target, traced, weights, kernels, writer, scratch, log, store)
             with log.stage("pack") as note:
-                files, tensors = packing.pack(writer, packing.order_of_use(graph), weights, checkpoint, embed=config.weights == "embed")
+                if ranks > 1:
+                    files, tensors, called = packing.pack_ranks(writer, packing.order_of_use(graph), weights, checkpoint, ranks)
+                    entries = rank_entries(program.entry, called)
+                else:
+                    files, tensors = packing.pack(writer, packing.order_of_use(graph), weights, checkpoint, embed=config.weights == "embed")
+                    entries = [program.entry]
                 note.detail = human_bytes(sum(f.size_bytes for f in files))
     for path, data in tokenizer.files.items():
         writer.add_file(path, data)
     manifest = _manifest(config, target, source, traced, limits, program, files, tensors, reports, tokenizer, canaries, quality, kv_quality)
+    manifest = msgspec.structs.replace(manifest, entries=entries, tensor_parallel_size=ranks)
     facts = report.facts(manifest, ops=_ops(graph), extern_calls=sorted(program.calls), captured=captured.graph, lowered=graph)
     facts["predicted"] = {r.applied.name: {"launches_saved": r.result.launches_saved, "bytes_saved": r.result.bytes_saved} for r in reports}
     if program.gpu is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from llmc.artifacts.safetensors import Checkpoint
 from llmc.artifacts.weight_file import WeightTensor
 from llmc.artifacts.writer import ArtifactWriter
 from llmc.errors import InternalError
+from llmc.passes.shard_tensor_parallel import is_sharded, of_rank
 from llmc.passes.weights import Constant, WeightTable
 
 WEIGHTS_PATH = "weights/model.safetensors"
@@ -89,6 +91,41 @@ def pack(
         return [], external
     file, records = writer.add_weights(WEIGHTS_PATH if embed else COMPUTED_PATH, stored)
     return [file], [*records, *external]
+
+
+def pack_ranks(
+    writer: ArtifactWriter, names: Iterable[str], weights: WeightTable, checkpoint: Checkpoint, ranks: int
+) -> tuple[list[WeightFile], list[TensorRecord], list[dict[str, str]]]:
+    """Write the constants `names` for several ranks: a file of each rank's own parts, and one of what all read.
+
+    Returns:
+        The records for `Manifest.weights` and `Manifest.tensors`, and per rank constant name -> tensor name.
+
+    Raises:
+        InternalError, ArtifactError: as `pack`.
+    """
+    specs, computed = checkpoint.specs(), computed_arrays(weights)
+    computed_specs = {key: (dtype, values.shape) for key, (dtype, values) in computed.items()}
+    shared: list[WeightTensor] = []
+    own: list[list[WeightTensor]] = [[] for _ in range(ranks)]
+    called: list[dict[str, str]] = [{} for _ in range(ranks)]
+    for name in names:
+        constant = weights[name]
+        divided = is_sharded(constant.recipe)
+        for rank in range(ranks):
+            called[rank][name] = f"rank{rank}/{name}" if divided else name
+            if rank and not divided:
+                continue
+            mine = replace(constant, recipe=of_rank(constant.recipe, rank))
+            _check(name, mine, infer(mine.recipe, specs, computed_specs))
+            (own[rank] if divided else shared).append(_weight_tensor(called[rank][name], mine, checkpoint, specs, computed))
+    files: list[WeightFile] = []
+    records: list[TensorRecord] = []
+    for path, tensors in ((WEIGHTS_PATH, shared), *((f"weights/rank{rank}.safetensors", own[rank]) for rank in range(ranks))):
+        file, written = writer.add_weights(path, tensors)
+        files.append(file)
+        records += written
+    return files, records, called
 
 
 def _check(name: str, constant: Constant, made: tuple[str, tuple[int, ...]]) -> None:

@@ -27,6 +27,7 @@ from llmc.passes.merge_qkv import MergeQKV
 from llmc.passes.no_op_elimination import NoOpElimination
 from llmc.passes.prune_to_needed_rows import PruneToNeededRows
 from llmc.passes.quantize_linear import QuantizeLinear
+from llmc.passes.shard_tensor_parallel import ShardTensorParallel
 from llmc.passes.quantize_plain_linear import QuantizePlainLinear
 from llmc.passes.sort_experts import SortExperts
 
@@ -36,7 +37,7 @@ QUANTIZATIONS = {"int8": QuantizeLinear(bits=8), "int4": QuantizeLinear(bits=4)}
 STORED = "stored"  # in place of one of these: as the checkpoint is quantised already
 
 
-def pipeline(level: int, quantization: str | None = None, *, kind: str = "cpu", passes: str = "") -> list[Pass]:
+def pipeline(level: int, quantization: str | None = None, *, kind: str = "cpu", passes: str = "", ranks: int = 1) -> list[Pass]:
     """The passes of an optimisation level, in order.
 
     Args:
@@ -45,11 +46,15 @@ def pipeline(level: int, quantization: str | None = None, *, kind: str = "cpu", 
         quantization: a key of QUANTIZATIONS, STORED, or None.
         kind: of the target, one of KINDS.
         passes: the value of --passes, "+name,-name".
+        ranks: how many share a layer; of a CPU alone.
 
     Raises:
         ConfigError: a level that does not exist, quantised weights without passes or kernels, or a pass that is none of the target's.
     """
     assert kind in KINDS
+    if ranks > 1:
+        listed = pipeline(level, quantization, kind=kind, passes=passes)
+        return [*listed[:1], ShardTensorParallel(ranks), *listed[1:]]  # behind no-op-elimination, before the merges
     if passes:
         if level == 0:
             raise ConfigError(f"--passes {passes}: -O0 runs none, it is the oracle; use -O1 or -O2")

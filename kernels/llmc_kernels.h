@@ -2,6 +2,7 @@
 #ifndef LLMC_KERNELS_H
 #define LLMC_KERNELS_H
 
+#include "all_reduce/cpu/all_reduce.h"
 #include "embedding/cpu/embedding.h"
 #include "grouped_linear/cpu/grouped_linear.h"
 #include "linear/cpu/linear.h"

@@ -28,6 +28,7 @@ enum {
   LLMC_BAD_INDEX = 4,    /* an id lies outside the matrix */
   LLMC_NO_HARDWARE = 5,  /* the kernel would not let this process use AMX */
   LLMC_NO_MEMORY = 6,
+  LLMC_PEER_LOST = 7,    /* another process of the group ended; what was to be written is not whole */
 };
 
 /* Rows of a packed weight are handled 16 at a time; K of 16-bit types is padded to 32. */

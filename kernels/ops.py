@@ -15,7 +15,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch._ops import OpOverload
 
-from . import embedding, grouped_linear, linear, paged_attention, quantized_embedding, quantized_linear
+from . import all_reduce, embedding, grouped_linear, linear, paged_attention, quantized_embedding, quantized_linear
 from .gpu_ops import GPU_OPS
 from .native import NativeKernels
 
@@ -30,6 +30,7 @@ _MODULES: dict[str, ModuleType | SimpleNamespace] = {
         "grouped_linear": grouped_linear,
         "quantized_linear": quantized_linear,
         "quantized_embedding": quantized_embedding,
+        "all_reduce": all_reduce,
     }.items()
     if hasattr(module, "SCHEMA")
 }

@@ -51,7 +51,7 @@ class InternalError(LlmcError):
 
 
 class DeviceLost(InternalError):
-    """A GPU kernel failed. Nothing can run there in this process any more: the engine ends, and the front starts another."""
+    """A GPU kernel failed, or a rank ended. Nothing can run in this process any more: the engine ends, and the front starts another."""
 
 
 class PassError(InternalError):

@@ -68,6 +68,7 @@ class Pass(ABC):
 
     name: ClassVar[str]
     numerics: ClassVar[Numerics]
+    changes_inputs: ClassVar[bool] = False  # the one that divides KV caches among ranks does
     tolerance: ClassVar[dict[Any, Any]] = TOLERANCES  # what CLOSE means, per dtype; EXACT passes ignore it
 
     def requires(self, gm: GraphModule) -> str | None:

@@ -34,14 +34,14 @@ def snapshot(gm: GraphModule) -> Snapshot:
     )
 
 
-def violation(gm: GraphModule, weights: WeightTable, before: Snapshot) -> str | None:
-    """The first rule `gm` breaks, as one sentence; None if it is valid."""
+def violation(gm: GraphModule, weights: WeightTable, before: Snapshot, *, inputs_may_change: bool = False) -> str | None:
+    """The first rule `gm` breaks, as one sentence; None if it is valid. `inputs_may_change`: in shape, the pass says so."""
     try:
         gm.graph.lint()
     except (RuntimeError, ValueError) as error:
         return f"the graph is malformed: {error}"
     return (
-        _inputs_changed(gm, before)
+        (None if inputs_may_change else _inputs_changed(gm, before))
         or _missing_values(gm)
         or _unknown_constants(gm, weights)
         or _dead_code(gm)

@@ -143,6 +143,10 @@ def _finish_draft(
 
 def _load_executor(artifact: OpenArtifact, config: EngineConfig, timer: StageTimer) -> tuple[Executor, Callable[[], int]]:
     """The executor the artifact names, with its weights, and what tells how much memory is left where its KV cache will be."""
+    if (ranks := artifact.manifest.tensor_parallel_size) > 1:
+        from llmc.runtime.parallel.load import load_ranks  # few artifacts have several
+
+        return load_ranks(artifact, config, timer), lambda: available_bytes() // ranks  # every rank has a cache of its own
     if step_entry(artifact.manifest).executor == "plans":
         return _load_plans(artifact, config, timer)
     code, weights = _load_files(artifact, config, timer)

@@ -38,6 +38,7 @@ class CompileConfig:
     compile_sizes: tuple[int, ...] | None = None  # tokens of the other steps that get one
     pooling: str | None = None  # "mean", "last", "cls": the artifact embeds; None: it generates
     normalize: bool = True  # an embedding has length 1; says nothing of an artifact that generates
+    tensor_parallel_size: int = 1  # processes of one machine that share each layer
     seed: int = 0
     out: Path
     report: Path | None = None  # None: OUT.report
@@ -74,11 +75,29 @@ class CompileConfig:
             )
         if self.embed and not self.target.startswith("cpu"):
             raise ConfigError(f"--task embed: only CPU targets have a program for it, not {self.target}; compile for a CPU")
+        if self.tensor_parallel_size > 1:
+            self._check_ranks()
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_num_seqs={self.max_num_seqs}: "
                 "a step could not give each sequence one token; raise the first or lower the second"
             )
+
+    def _check_ranks(self) -> None:
+        """Refuse what is not built for several ranks."""
+        named = f"--tensor-parallel-size {self.tensor_parallel_size}"
+        if not self.target.startswith("cpu"):
+            raise ConfigError(f"{named}: ranks are processes of one machine's CPU, and {self.target} has none; leave it out")
+        if self.level not in (1, 2):
+            raise ConfigError(f"{named}: is a pass and needs compiled code, and -O3 measures one process alone; use -O1 or -O2")
+        for flag, given in (
+            ("--quantization", self.quantization is not None),
+            ("--kv-cache-dtype of 8 bits", self.quantized_kv is not None),
+            ("--task embed", self.embed),
+            ("--weights external", self.weights == "external"),
+        ):
+            if given:
+                raise ConfigError(f"{named} with {flag} is not built; leave one of them out")
 
     @property
     def embed(self) -> bool:
@@ -135,6 +154,7 @@ def compile_config(
         cudagraph_capture_sizes=captured,
         max_cudagraph_capture_size=largest,
         compile_sizes=_sizes(settings["compile_sizes"]),
+        tensor_parallel_size=settings["tensor_parallel_size"],
         seed=settings["seed"],
         pooling=pooling[0] if pooling is not None else None,
         normalize=pooling[1] if pooling is not None else True,

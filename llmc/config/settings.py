@@ -255,6 +255,8 @@ SETTINGS: tuple[Setting, ...] = (
             default="auto", commands=_COMPILE, group="Compilation", choices=("auto", "safetensors"), help="Format of the checkpoint."),
     Setting(name="attention_backend", parse=choice("auto", "llmc"), default=None, commands=_COMPILE, group="Compilation",
             choices=("auto", "llmc"), help="llmc's paged attention is the only one; auto names it."),
+    Setting(name="tensor_parallel_size", parse=integer(1, 16), default=1, commands=_COMPILE, group="Compilation", metavar="N",
+            aliases=("-tp",), help="Processes of one machine that share every layer: each holds its part of weights and KV cache. CPUs."),
     Setting(name="quantization", aliases=("-q",), parse=choice("int8", "int4", refused=_OTHER_QUANTIZATIONS), default=None,
             commands=_COMPILE, group="Compilation", choices=("int8", "int4"), refused=_OTHER_QUANTIZATIONS,
             help="Hold the weights of linears as integers with a scale per 32 inputs, rounded to nearest; int4 keeps 8 bits in the head."),
