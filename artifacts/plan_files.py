@@ -19,7 +19,8 @@ def check_plan_files(manifest: Manifest, read: Callable[[str], bytes]) -> None:
     Raises:
         ArtifactError: one sentence about the first thing that is wrong.
     """
-    paths = [record.path for entry in manifest.entries for record in (*entry.plans, *entry.sampling)]
+    paths = [record.path for entry in manifest.entries for record in entry.plans]
+    paths += [record.path for entry in manifest.entries for record in entry.sampling]
     if not paths:
         return
     images = {image.sha256: read(image.path) for image in manifest.images if image.role == "cubin"}
