@@ -11,6 +11,7 @@ from llmc.artifacts.writer import ArtifactWriter
 from llmc.compiler.capture import TracedModel
 from llmc.compiler.cuda.lowered import lower_plans
 from llmc.compiler.cuda.program import output_specs, with_next_tokens
+from llmc.compiler.cuda.sampling import sampling_plans
 from llmc.compiler.cuda.sizes import PlanSize, plan_sizes
 from llmc.compiler.program import Program
 from llmc.compiler.stages import StageLog
@@ -72,7 +73,8 @@ def cuda_program(
             table_blocks=table_blocks,
             store=store,
         )
-        note.detail = lowered.detail
+        sampling = sampling_plans((size.num_logits for size in lowered.plans), traced.outputs[0], target, scratch, store=store)
+        note.detail = lowered.detail + sampling.note
     plans = []
     for size, data in lowered.plans.items():
         path = f"plans/{hashlib.sha256(data).hexdigest()}.json"
@@ -87,6 +89,8 @@ def cuda_program(
                 table_blocks=table_blocks,
             )
         )
+    for record, data in zip(sampling.records, sampling.plans, strict=True):
+        writer.add_file(record.path, data)
     entry = Entry(
         name="step",
         executor="plans",
@@ -95,6 +99,8 @@ def cuda_program(
         outputs=output_specs(traced.outputs[0]),
         constants={name: name for name in G.read_constants(traced.graph)},
         plans=plans,
+        sampling=list(sampling.records),
     )
-    images = [writer.add_image(image, "cubin", "cubin") for image in lowered.images.values()]
-    return Program(entry=entry, images=images, calls={}, gpu=lowered.facts)
+    images = [writer.add_image(image, "cubin", "cubin") for image in {**lowered.images, **sampling.images}.values()]
+    gpu = {**lowered.facts, **{name: [*lowered.facts[name], *rows] for name, rows in sampling.facts.items()}}
+    return Program(entry=entry, images=images, calls={}, gpu=gpu)

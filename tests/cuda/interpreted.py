@@ -7,12 +7,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import llmc.compiler.cuda.lowered as lowered
+import llmc.compiler.cuda.sampling as sampling
+from llmc.artifacts.manifest import SamplingRecord
+from llmc.compiler.cuda.planner import PlannedProgram
 from llmc.compiler.cuda.program import CudaProgram
 from llmc.compiler.driver import compile_model
 from llmc.config.compile import CompileConfig
@@ -21,22 +25,36 @@ ROOT = Path(__file__).parents[2]
 TARGET = "cuda:sm_90"
 
 
-def compile_recorded(model: Path, out: Path, **settings: Any) -> Path:
-    """Compile a model, and write what its kernels were compiled from beside the artifact. Returns the file of sources."""
+def compile_recorded(model: Path, out: Path, *, sampling_kinds: tuple[str, ...] = ("check",), **settings: Any) -> Path:
+    """Compile a model, and write what its kernels were compiled from beside the artifact. Returns the file of sources.
+
+    Args:
+        sampling_kinds: of `sampling.KINDS`; what is left out goes by the logits.
+    """
     records: dict[tuple[str, str], dict[str, Any]] = {}
 
     def recorded(*args: Any, **options: Any) -> CudaProgram:
         program = compile_program(*args, **options)
-        for made in program.plans.values():
+        keep(program.plans.values())
+        return program
+
+    def recorded_sampling(*args: Any) -> list[tuple[SamplingRecord, PlannedProgram]]:
+        found = compile_sampling(*args)
+        keep(program for _, program in found)
+        return found
+
+    def keep(programs: Iterable[PlannedProgram]) -> None:
+        for made in programs:
             for kernel, source in zip(made.plan.kernels, made.sources, strict=True):
                 sha256 = made.plan.images[kernel.image].sha256
                 record = {"sha256": sha256, "entry": kernel.entry, "source": dataclasses.asdict(source)}
                 records.setdefault((sha256, kernel.entry), record)
-        return program
 
-    compile_program = lowered.compile_program
+    compile_program, compile_sampling = lowered.compile_program, sampling.compile_sampling
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lowered, "compile_program", recorded)
+        patch.setattr(sampling, "compile_sampling", recorded_sampling)
+        patch.setattr(sampling, "KINDS", sampling_kinds)
         compile_model(CompileConfig(model=model, out=out, target=TARGET, **settings), store=None)
     assert records
     sources = out.parent / f"{out.name}.sources" / "sources.json"
