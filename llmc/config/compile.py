@@ -33,11 +33,11 @@ class CompileConfig:
     quantization: str | None = None  # "int8", "int4"
     passes: str = ""  # "+name,-name": added to the level's list, left out of it
     max_kl: float | None = None  # nats per token; more fails the compile
+    pooling: str | None = None  # "mean", "last", "cls": the artifact embeds; None: it generates
+    normalize: bool = True  # an embedding has length 1; says nothing of an artifact that generates
     cudagraph_capture_sizes: tuple[int, ...] | None = None  # sequences of a decode step that gets a plan; CUDA targets
     max_cudagraph_capture_size: int | None = None
     compile_sizes: tuple[int, ...] | None = None  # tokens of the other steps that get one
-    pooling: str | None = None  # "mean", "last", "cls": the artifact embeds; None: it generates
-    normalize: bool = True  # an embedding has length 1; says nothing of an artifact that generates
     tensor_parallel_size: int = 1  # processes of one machine that share each layer
     seed: int = 0
     out: Path

@@ -188,7 +188,6 @@ _OTHER_FORMATS = dict.fromkeys(
      "sharded_state", "mistral"),
     "only safetensors are read, since other formats run code or lack checks when they are loaded",
 )  # fmt: skip
-_OTHER_MODES = dict.fromkeys(("interactivity", "throughput"), "it chooses among sizes and kernels that a CPU artifact does not have yet")
 _QUANTISED_KV = dict.fromkeys(
     ("fp8_e4m3", "fp8_e5m2", "fp8_inc", "fp8_ds_mla", "fp8_per_token_head", "int8_per_token_head"),
     "the quantised KV caches are int8, with a scale per token and head, and fp8, which is e4m3 with scale 1",
