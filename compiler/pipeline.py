@@ -27,8 +27,8 @@ from llmc.passes.merge_qkv import MergeQKV
 from llmc.passes.no_op_elimination import NoOpElimination
 from llmc.passes.prune_to_needed_rows import PruneToNeededRows
 from llmc.passes.quantize_linear import QuantizeLinear
-from llmc.passes.shard_tensor_parallel import ShardTensorParallel
 from llmc.passes.quantize_plain_linear import QuantizePlainLinear
+from llmc.passes.shard_tensor_parallel import ShardTensorParallel
 from llmc.passes.sort_experts import SortExperts
 
 LEVELS = (0, 1, 2, 3)

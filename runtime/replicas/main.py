@@ -104,8 +104,8 @@ async def _run(settings: ServerSettings, listener: object, backends: Sequence[Ba
         server.should_exit = True
         await serving
     finally:
-        for task in (*waits, *background):
-            task.cancel()
+        for pending in (*waits, *background):
+            pending.cancel()
     if pool.gave_up.is_set():
         logs.log("replica_given_up", exit_code=pool.exit_code)
         return pool.exit_code
