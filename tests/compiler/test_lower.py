@@ -149,8 +149,11 @@ def test_two_compiles_in_different_folders_give_the_same_bytes(bf16: World, tmp_
 def test_lowered_code_calls_only_llmc_ops_and_lists_them(world: World) -> None:
     assert set(world.lowered.calls) == {
         "llmc::embedding",
+        "llmc::rms_norm",
+        "llmc::add_rms_norm",
         "llmc::linear",
         "llmc::paged_attention",
+        "llmc::silu_mul",
     }
     assert world.lowered.calls["llmc::paged_attention"] == 2
 

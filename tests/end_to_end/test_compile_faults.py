@@ -208,7 +208,7 @@ def test_questions_write_nothing(question: str, small: Path, tmp_path: Path, cap
 
 def test_level_3_is_refused_where_nothing_can_be_timed(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compile", str(small), "-O3", "--weights", "external", "-o", str(tmp_path / "out")]) == 2
-    assert re.fullmatch(r"llmc: -O3 --weights external: .*use -O2, or --weights embed\n", capsys.readouterr().err)
+    assert re.fullmatch(r"llmc: key .*\nllmc: -O3 --weights external: .*use -O2, or --weights embed\n", capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -57,6 +57,11 @@ def run(request: pytest.FixtureRequest, workshop: Workshop) -> Callable[..., See
     return run
 
 
+def _blocks(prompts: list[list[int]]) -> int:
+    """KV blocks that requests with these prompts hold at their end."""
+    return sum(-(-(len(prompt) + NEW_TOKENS) // 16) for prompt in prompts)
+
+
 def _serve(artifact: Path, company: int = 0, first: bool = True, warm: bool = False, preempted: bool | None = None, **options: Any) -> Seen:
     """The subject's result.
 
