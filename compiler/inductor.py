@@ -90,6 +90,7 @@ def _options() -> dict[str, Any]:
         "always_keep_tensor_constants": True,  # small real ones would be written into the code, and a rule for all is simpler
         "size_asserts": False,  # shapes were settled by the trace; the runtime checks its inputs
         "alignment_asserts": False,
+        "cpp.descriptive_names": False,  # what a loop is called after differs between a process's first compiles and its later ones
         "cpp.threads": _PLANNED_THREADS,
         "cpp.dynamic_threads": True,
         "freezing": False,
