@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from llmc import LLM, SamplingParams
@@ -83,8 +83,8 @@ def _serve(artifact: Path, company: int = 0, first: bool = True, warm: bool = Fa
         outputs = llm.generate([prompt for prompt, _ in work], [params for _, params in work])
         for output in outputs:
             assert output.outputs[0].error is None and len(output.outputs[0].token_ids) == NEW_TOKENS
-        if warm:
-            assert outputs[place].num_cached_tokens > 0
+        if warm and (first or _blocks([SUBJECT, *COMPANY[:company]]) <= options.get("num_blocks", GENEROUS["num_blocks"])):
+            assert outputs[place].num_cached_tokens > 0  # else company may have taken the blocks before
         mine = outputs[place].request_id + ".0"
         if preempted is not None:
             again = [end - start for start, end in recorder.spans[mine][1:]]
@@ -139,6 +139,7 @@ def test_same_bits(run: Callable[..., Seen], condition: str) -> None:
     caching=st.booleans(),
     threads=st.integers(1, 2),
 )
+@example(company=3, first=False, warm=True, max_num_batched_tokens=8, num_blocks=12, caching=True, threads=1)  # company evicts its blocks
 def test_same_bits_under_any_conditions(run: Callable[..., Seen], caching: bool, warm: bool, **conditions: Any) -> None:
     alone = run.alone(preempted=False)  # type: ignore[attr-defined]
     assert run(enable_prefix_caching=caching, warm=warm and caching, **conditions) == alone
