@@ -60,18 +60,10 @@ class LowerLinear(Pass):
 
     def applies(self, node: Node) -> Reject | None:
         """Whether llmc.linear can take a matmul that reads a weight."""
-        if G.is_op(node, *EXPERTS):
-            return Reject("a matmul per expert", node.name)
-        x, weight, bias = operands(node)
-        if weight is None or len(G.val(weight.read).shape) != 2:
-            return Reject("the weight is not the right operand, or not a matrix", node.name)
-        dtypes = [G.val(v).dtype for v in (x, weight.read, bias) if v is not None]
-        if dtypes[0] not in DTYPES or len(set(dtypes)) > 1:
-            return Reject("no kernel for these dtypes", dtypes)
-        if bias is not None and len(G.val(bias).shape) != 1:
-            return Reject("the bias is not a vector", tuple(G.val(bias).shape))
-        if any(node.kwargs.get(scale, 1) != 1 for scale in ("alpha", "beta")):
-            return Reject("a scaled addmm", node.name)
+        if (reject := refuse_matmul(node)) is not None:
+            return reject
+        _, weight, _ = operands(node)
+        assert weight is not None
         if any(_other_use(read) for read in _reads(node.graph, weight.read)):
             return Reject("something else than a linear or an embedding reads the weight", weight.read.target)
         return None
@@ -89,6 +81,23 @@ class LowerLinear(Pass):
             if G.is_op(node, *MATMULS) and weights_read(node) and self.applies(node) is None:
                 return f"{node.name} ({node.target}) still multiplies with a plain weight"
         return None
+
+
+def refuse_matmul(node: Node) -> Reject | None:
+    """Why no linear of ours can take a matmul that reads a weight, whatever form the weight is held in."""
+    if G.is_op(node, *EXPERTS):
+        return Reject("a matmul per expert", node.name)
+    x, weight, bias = operands(node)
+    if weight is None or len(G.val(weight.read).shape) != 2:
+        return Reject("the weight is not the right operand, or not a matrix", node.name)
+    dtypes = [G.val(v).dtype for v in (x, weight.read, bias) if v is not None]
+    if dtypes[0] not in DTYPES or len(set(dtypes)) > 1:
+        return Reject("no kernel for these dtypes", dtypes)
+    if bias is not None and len(G.val(bias).shape) != 1:
+        return Reject("the bias is not a vector", tuple(G.val(bias).shape))
+    if any(node.kwargs.get(scale, 1) != 1 for scale in ("alpha", "beta")):
+        return Reject("a scaled addmm", node.name)
+    return None
 
 
 def weights_read(node: Node) -> list[Node]:

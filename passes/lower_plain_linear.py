@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from llmc.kernels.ops import overload
 from llmc.passes import graph as G
 from llmc.passes.base import Numerics, Pass, PassContext, PassResult, Reject
-from llmc.passes.lower_linear import DTYPES, EXPERTS, MATMULS, operands, weights_read
+from llmc.passes.lower_linear import MATMULS, operands, refuse_matmul, weights_read
 from llmc.passes.weights import transpose
 
 
@@ -45,19 +45,7 @@ class LowerPlainLinear(Pass):
 
     def applies(self, node: Node) -> Reject | None:
         """Whether llmc.plain_linear can take a matmul that reads a weight."""
-        if G.is_op(node, *EXPERTS):
-            return Reject("a matmul per expert", node.name)
-        x, weight, bias = operands(node)
-        if weight is None or len(G.val(weight.read).shape) != 2:
-            return Reject("the weight is not the right operand, or not a matrix", node.name)
-        dtypes = [G.val(v).dtype for v in (x, weight.read, bias) if v is not None]
-        if dtypes[0] not in DTYPES or len(set(dtypes)) > 1:
-            return Reject("no kernel for these dtypes", dtypes)
-        if bias is not None and len(G.val(bias).shape) != 1:
-            return Reject("the bias is not a vector", tuple(G.val(bias).shape))
-        if any(node.kwargs.get(scale, 1) != 1 for scale in ("alpha", "beta")):
-            return Reject("a scaled addmm", node.name)
-        return None
+        return refuse_matmul(node)
 
     def ensures(self, gm: GraphModule) -> str | None:
         for node in gm.graph.nodes:

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch.fx import GraphModule, Node
 
 from llmc.passes import graph as G
 from llmc.passes.base import Numerics, Pass, PassContext, PassResult, Reject
-from llmc.passes.merging import cannot_merge, merge
+from llmc.passes.merging import cannot_merge, linears_behind, merge
 
 aten = torch.ops.aten
 
@@ -32,7 +32,7 @@ class MergeQKV(Pass):
         matches = 0
         refusals: Counter[str] = Counter()
         for attention in [n for n in gm.graph.nodes if G.is_op(n, G.ATTENTION)]:
-            sources = [_linears_behind(value) for value in G.args_of(attention)[:3]]
+            sources = [linears_behind(value) for value in G.args_of(attention)[:3]]
             reject = self.applies(sources)
             if reject is not None:
                 refusals[reject.reason] += 1
@@ -48,20 +48,3 @@ class MergeQKV(Pass):
         if any(len(found) != 1 for found in sources):
             return Reject("q, k or v does not come from one aten.linear", [[n.name for n in found] for found in sources])
         return cannot_merge([found[0] for found in sources])
-
-
-def _linears_behind(value: Any) -> list[Node]:
-    """The linears a value is computed from, not looking behind them; positions and constants do not count."""
-    seen: set[Node] = set()
-    found: list[Node] = []
-    pending = [value]
-    while pending:
-        node = pending.pop()
-        if node in seen or node.op != "call_function":
-            continue
-        seen.add(node)
-        if G.is_op(node, aten.linear.default):
-            found.append(node)
-        elif not G.is_op(node, G.ATTENTION, aten.addmm.default, aten.mm.default):
-            pending.extend(n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor | list | tuple))
-    return found

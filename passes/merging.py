@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -29,6 +30,23 @@ def cannot_merge(linears: Sequence[Node]) -> Reject | None:
     if len({(G.val(w).dtype, G.val(w).shape[1]) for w in weights}) > 1:
         return Reject("the weights differ in dtype or width", [G.signature(G.val(w)) for w in weights])
     return None
+
+
+def linears_behind(value: Any) -> list[Node]:
+    """The linears a value is computed from, not looking behind them; positions and constants do not count."""
+    seen: set[Node] = set()
+    found: list[Node] = []
+    pending = [value]
+    while pending:
+        node = pending.pop()
+        if node in seen or node.op != "call_function":
+            continue
+        seen.add(node)
+        if G.is_op(node, aten.linear.default):
+            found.append(node)
+        elif not G.is_op(node, G.ATTENTION, aten.addmm.default, aten.mm.default):
+            pending.extend(n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor | list | tuple))
+    return found
 
 
 def merge(gm: GraphModule, ctx: PassContext, linears: Sequence[Node], label: str) -> None:

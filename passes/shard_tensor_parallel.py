@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch.fx import GraphModule, Node
@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 from llmc.kernels.ops import overload
 from llmc.passes import graph as G
 from llmc.passes.base import Numerics, Pass, PassContext, PassResult, Reject
+from llmc.passes.merging import linears_behind
 from llmc.passes.weights import Constant, Recipe
 
 aten = torch.ops.aten
@@ -46,7 +47,7 @@ class ShardTensorParallel(Pass):
         matches = 0
         refusals: Counter[str] = Counter()
         for attention in [n for n in gm.graph.nodes if G.is_op(n, G.ATTENTION)]:
-            before = [_linears_behind(value) for value in G.args_of(attention)[:3]]
+            before = [linears_behind(value) for value in G.args_of(attention)[:3]]
             after = _linear_after(attention)
             reject = self.applies_to_attention(attention, before, after, ctx)
             if reject is not None:
@@ -155,23 +156,6 @@ def of_rank(recipe: Recipe, rank: int) -> Recipe:
     if "inputs" in recipe:
         return {**recipe, "inputs": [of_rank(child, rank) for child in recipe["inputs"]]}
     return recipe
-
-
-def _linears_behind(value: Any) -> list[Node]:
-    """The linears a value is computed from, not looking behind them; positions and constants do not count."""
-    seen: set[Node] = set()
-    found: list[Node] = []
-    pending = [value]
-    while pending:
-        node = pending.pop()
-        if node in seen or node.op != "call_function":
-            continue
-        seen.add(node)
-        if G.is_op(node, aten.linear.default):
-            found.append(node)
-        elif not G.is_op(node, G.ATTENTION, aten.addmm.default, aten.mm.default):
-            pending.extend(n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor | list | tuple))
-    return found
 
 
 def _linear_after(attention: Node) -> Node | None:
