@@ -18,6 +18,7 @@ from llmc.artifacts.filesystem import FileSystem, remove_tree
 
 TEMPORARY = ".llmc-tmp-"
 ASIDE = ".llmc-old-"
+_CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
 
 def make_parents(fs: FileSystem, path: str) -> None:
@@ -80,6 +81,38 @@ def recover(fs: FileSystem, out: Path) -> bool:
             return False
         fs.rename(max(names, key=lambda name: os.stat(name).st_ctime_ns), str(out))
     return True
+
+
+def swap_folders(fs: FileSystem, folder: str, out: Path) -> str | None:
+    """Let a finished folder take the name of one that is there already. Whatever fails, one of the two has the name.
+
+    Returns:
+        The name under which the old folder lies now, to be deleted; None when nothing had the name any more, and nothing was done.
+
+    Raises:
+        OSError: the system refused.
+    """
+    try:
+        fs.exchange(folder, str(out))
+        return folder
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno not in _CANNOT_EXCHANGE:
+            raise
+    # the fallback: move the old one aside, then ours in. The lock keeps `recover` of others from running in between
+    aside = folder.replace(TEMPORARY, ASIDE)
+    with locked_parent(fs, out.parent):
+        try:
+            fs.rename(str(out), aside)
+        except FileNotFoundError:
+            return None
+        try:
+            fs.rename(folder, str(out))
+        except OSError:
+            fs.rename(aside, str(out))
+            raise
+    return aside
 
 
 @contextmanager

@@ -35,12 +35,11 @@ from llmc.artifacts.filesystem import (
 from llmc.artifacts.manifest import FileRecord, Image, Manifest, Role, TensorRecord, WeightFile
 from llmc.artifacts.manifest_json import MAX_MANIFEST_BYTES, encode_manifest
 from llmc.artifacts.relative_paths import MANIFEST_NAME, check_relative_path
-from llmc.artifacts.temporary_folder import ASIDE, TEMPORARY, locked_parent, make_locked_folder, make_parents, recover, remove_stale
+from llmc.artifacts.temporary_folder import make_locked_folder, make_parents, recover, remove_stale, swap_folders
 from llmc.artifacts.version import FORMAT_VERSION
 from llmc.artifacts.weight_file import WeightTensor, copy_into, write_weight_file
 from llmc.errors import ArtifactError, ConfigError, InternalError
 
-_CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 T = TypeVar("T")
@@ -274,31 +273,9 @@ class ArtifactWriter:
 
     def _exchange(self, out: str) -> bool:
         """Swap names with the artifact that is there; afterwards our folder's name holds the old one, to be deleted."""
-        try:
-            self._fs.exchange(self._folder, out)
-            return True
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            if error.errno not in _CANNOT_EXCHANGE:
-                raise
-        return self._two_renames(out)
-
-    def _two_renames(self, out: str) -> bool:
-        """The fallback: move the old artifact aside, then ours in. The lock keeps `recover` of others from running in between."""
-        aside = self._folder.replace(TEMPORARY, ASIDE)
-        with locked_parent(self._fs, self.out.parent):
-            try:
-                self._fs.rename(out, aside)
-            except FileNotFoundError:
-                return False
-            try:
-                self._fs.rename(self._folder, out)
-            except OSError:
-                self._fs.rename(aside, out)
-                raise
-        self._folder = aside
-        return True
+        old = swap_folders(self._fs, self._folder, Path(out))
+        self._folder = old or self._folder
+        return old is not None
 
     def _new_file(self, path: str, fill: Callable[[int], T], *, needed_bytes: int) -> T:
         try:

@@ -12,11 +12,11 @@ torch.onnx translates each op; one it has no translation for is named in the ref
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import os
 import re
-import secrets
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -28,7 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from llmc.artifacts.filesystem import OS, explain_os_error, remove_tree
 from llmc.artifacts.safetensors import Checkpoint
+from llmc.artifacts.temporary_folder import make_locked_folder, make_parents, recover, remove_stale, swap_folders
 from llmc.compiler import skeleton
 from llmc.compiler.attention_hook import LayerFacts
 from llmc.compiler.cached_attention import CachedAttention, use_cached_attention
@@ -84,7 +86,7 @@ def export_onnx(
         _fill(module, source, checkpoint)
         written = _translate(_capture(module, layers), layers)
         size = sum({id(p): p.nbytes for p in module.parameters()}.values())
-        return _publish(written, source, out, size, embed_bytes)
+        return _publish(written, source, out, weights_bytes=size, embed_bytes=embed_bytes, force=force)
 
 
 def _check(out: Path, dtype: str, force: bool) -> None:
@@ -94,6 +96,10 @@ def _check(out: Path, dtype: str, force: bool) -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"llmc export onnx needs the extra onnx, of which {error.name} is missing: pip install 'llmc[onnx]'") from error
+    _check_output(out, force)
+
+
+def _check_output(out: Path, force: bool) -> None:
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ConfigError(f"{out} is not a folder; choose another --out")
     if out.exists() and any(out.iterdir()):
@@ -233,22 +239,46 @@ def _quiet() -> Iterator[None]:
         log.setLevel(before)
 
 
-def _publish(program: Any, source: ModelSource, out: Path, weights_bytes: int, embed_bytes: int) -> Exported:
-    """Write into a folder beside `out`, then give it that name."""
+def _publish(program: Any, source: ModelSource, out: Path, *, weights_bytes: int, embed_bytes: int, force: bool) -> Exported:
+    """Write into a hidden folder beside `out`, then give it that name. Until then, and if anything fails, an older export stays.
+
+    Raises:
+        ArtifactError: the system refused.
+        ConfigError: something has taken the name meanwhile.
+    """
     external = weights_bytes > embed_bytes
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.with_name(f".{out.name[:180]}.llmc-onnx-{os.getpid()}-{secrets.token_hex(4)}")
-    scratch.mkdir()
+    out = Path(os.path.realpath(out))
     try:
-        program.save(scratch / _MODEL, external_data=external)
+        make_parents(OS, str(out.parent))
+        recover(OS, out)
+        remove_stale(OS, out)
+        folder, lock = make_locked_folder(OS, out)
+    except OSError as error:
+        raise explain_os_error(error, "making a temporary folder", str(out.parent)) from error
+    try:
+        program.save(Path(folder) / _MODEL, external_data=external)
         for name in _COPIED:
             if (source.path / name).is_file():
-                shutil.copyfile(source.path / name, scratch / name)
-        old = scratch.with_name(scratch.name + "-old")
-        if out.exists():
-            out.rename(old)
-        scratch.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
+                shutil.copyfile(source.path / name, f"{folder}/{name}")
+        folder = _take_name(folder, out, force)
+    except OSError as error:
+        raise explain_os_error(error, "writing the export", str(out), needed_bytes=weights_bytes) from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        remove_tree(OS, folder)
+        os.close(lock)
     return Exported(path=out / _MODEL, num_nodes=len(list(program.model.graph)), weights_bytes=weights_bytes, external=external)
+
+
+def _take_name(folder: str, out: Path, force: bool) -> str:
+    """Returns the folder that is left to be deleted; one that is gone already does no harm there."""
+    try:
+        OS.rename(folder, str(out))  # replaces an empty folder, refuses any other
+        return folder
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+    _check_output(out, force)
+    old = swap_folders(OS, folder, out)
+    if old is None:
+        raise ConfigError(f"{out} was removed while its replacement was being written; run again")
+    return old

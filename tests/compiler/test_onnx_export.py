@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,10 +14,12 @@ import pytest
 import torch
 from torch import nn
 
+from llmc.artifacts.filesystem import FileSystem
 from llmc.cli import main
 from llmc.compiler import onnx_export
+from llmc.compiler.model import read_model
 from llmc.compiler.onnx_export import export_onnx
-from llmc.errors import ConfigError, UnsupportedModel
+from llmc.errors import ArtifactError, ConfigError, UnsupportedModel
 from tests.architectures import NAMES, save_tiny_model
 
 pytest.importorskip("onnxscript", reason="needs the extra onnx: pip install 'llmc[onnx]'")
@@ -118,6 +123,42 @@ def test_the_command_exports_and_refuses_what_is_in_the_way(
     logits = run(model, ids, np.ones((1, 3), np.int64), np.arange(3)[None], no_past(model, 1))[0]
     assert logits.dtype == np.float16 and np.isfinite(logits).all()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]  # no folder of the writer's is left
+
+
+@pytest.mark.parametrize("failing", ["save", "second rename"])
+def test_an_export_that_fails_leaves_the_older_one(
+    failing: str, tiny: tuple[Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program is a stand-in: publication, not translation, is under test. The file system here cannot swap names."""
+    source = read_model(tiny[0], dtype="float32")
+
+    class Program:
+        def __init__(self, content: str) -> None:
+            self.content, self.model = content, SimpleNamespace(graph=())
+
+        def save(self, path: Path, *, external_data: bool) -> None:
+            if self.content == "new" and failing == "save":
+                raise OSError(errno.ENOSPC, "no space", str(path))
+            path.write_text(self.content)
+
+    class NoSwap(FileSystem):
+        def exchange(self, one: str, other: str) -> None:
+            raise OSError(errno.EINVAL, "not here", one)
+
+        def rename(self, source: str, target: str) -> None:
+            if os.path.basename(target) == "out" and ".llmc-tmp-" in source and not os.path.exists(target):
+                raise OSError(errno.EIO, "broken", source)
+            super().rename(source, target)
+
+    def publish(content: str) -> None:
+        onnx_export._publish(Program(content), source, tmp_path / "out", weights_bytes=1, embed_bytes=2, force=True)
+
+    publish("old")
+    monkeypatch.setattr(onnx_export, "OS", NoSwap())
+    with pytest.raises(ArtifactError, match="What was there before is untouched"):
+        publish("new")
+    assert (tmp_path / "out" / "model.onnx").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_op_without_a_translation_is_named(tiny: tuple[Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
