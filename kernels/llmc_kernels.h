@@ -6,6 +6,7 @@
 #include "embedding/cpu/embedding.h"
 #include "grouped_linear/cpu/grouped_linear.h"
 #include "linear/cpu/linear.h"
+#include "lora_add/cpu/lora_add.h"
 #include "paged_attention/cpu/paged_attention.h"
 #include "quantized_embedding/cpu/quantized_embedding.h"
 #include "quantized_linear/cpu/quantized_linear.h"

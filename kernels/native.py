@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,6 +28,7 @@ ENTRY_POINTS = (
     "llmc_quantized_embedding",
     "llmc_rms_norm",
     "llmc_gated",
+    "llmc_lora_add",
 )
 
 _I64, _I32, _F64, _P = ctypes.c_int64, ctypes.c_int32, ctypes.c_double, ctypes.c_void_p
@@ -96,6 +98,16 @@ class GatedArgs(ctypes.Structure):
     _fields_: ClassVar[Any] = [
         *[("struct_bytes", _I64), ("gate", _P), ("up", _P), ("y", _P), ("m", _I64), ("n", _I64), ("gate_stride", _I64)],
         *[("up_stride", _I64), ("activation", _I32), ("dtype", _I32), ("num_threads", _I32), ("unused", _I32)],
+    ]
+
+
+class LoraAddArgs(ctypes.Structure):
+    """LlmcLoraAddArgs of lora_add/cpu/lora_add.h."""
+
+    _fields_: ClassVar[Any] = [
+        *[("struct_bytes", _I64), ("y", _P), ("x", _P), ("slots", _P), ("pool", _P), ("out", _P), ("sizes", _P), ("offsets", _P)],
+        *[("m", _I64), ("n", _I64), ("k", _I64), ("y_stride", _I64), ("x_stride", _I64), ("num_slots", _I64), ("slot_elements", _I64)],
+        *[("num_parts", _I64), ("rank", _I64), ("dtype", _I32), ("pool_dtype", _I32), ("num_threads", _I32), ("unused", _I32)],
     ]
 
 
@@ -221,6 +233,22 @@ class NativeKernels:
         )  # fmt: skip
         self._call("llmc_gated", args)
         return y
+
+    def lora_add(
+        self, y: Tensor, x: Tensor, slots: Tensor, pool: Tensor, rank: int, sizes: Sequence[int], offsets: Sequence[int]
+    ) -> Tensor:
+        """The op `llmc::lora_add`, by the compiled kernel."""
+        rows, inputs, slots = _rows(y), _rows(x), slots.contiguous()
+        out = y.new_empty(y.shape)
+        parts = (_I64 * len(sizes))(*sizes), (_I64 * len(offsets))(*offsets)
+        args = LoraAddArgs(
+            y=rows.data_ptr(), x=inputs.data_ptr(), slots=slots.data_ptr(), pool=pool.data_ptr(), out=out.data_ptr(),
+            sizes=ctypes.addressof(parts[0]), offsets=ctypes.addressof(parts[1]), m=rows.shape[0], n=rows.shape[1], k=inputs.shape[1],
+            y_stride=rows.stride(0), x_stride=inputs.stride(0), num_slots=pool.shape[0], slot_elements=pool.shape[1], num_parts=len(sizes),
+            rank=rank, dtype=_DTYPES[y.dtype], pool_dtype=_DTYPES[pool.dtype], num_threads=self.num_threads,
+        )  # fmt: skip
+        self._call("llmc_lora_add", args)
+        return out
 
     def _call(self, name: str, args: ctypes.Structure) -> None:
         args.struct_bytes = ctypes.sizeof(args)

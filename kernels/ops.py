@@ -15,7 +15,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch._ops import OpOverload
 
-from . import all_reduce, embedding, grouped_linear, linear, paged_attention, quantized_embedding, quantized_linear
+from . import all_reduce, embedding, grouped_linear, linear, lora_add, paged_attention, quantized_embedding, quantized_linear
 from .gpu_ops import GPU_OPS
 from .native import NativeKernels
 
@@ -31,13 +31,14 @@ _MODULES: dict[str, ModuleType | SimpleNamespace] = {
         "quantized_linear": quantized_linear,
         "quantized_embedding": quantized_embedding,
         "all_reduce": all_reduce,
+        "lora_add": lora_add,
     }.items()
     if hasattr(module, "SCHEMA")
 }
 _MODULES.update(GPU_OPS)
 COMPILED = (  # methods of NativeKernels
     "linear", "embedding", "grouped_linear", "quantized_linear", "quantized_embedding",
-    "rms_norm", "add_rms_norm", "silu_mul", "gelu_mul",
+    "rms_norm", "add_rms_norm", "silu_mul", "gelu_mul", "lora_add",
 )  # fmt: skip
 _ENTRY_POINTS = {"add_rms_norm": "llmc_rms_norm", "silu_mul": "llmc_gated", "gelu_mul": "llmc_gated"}  # where the name is another
 OP_NAMES: tuple[str, ...] = tuple(_MODULES)
