@@ -1,15 +1,16 @@
 """The attention implementation that Hugging Face models are built with: one llmc op per layer.
 
 Hugging Face hands every attention layer's q, k and v to the function registered under the model's attention
-implementation. Ours writes the layer's K and V into the paged cache and attends, in one op. What a model passes that
-the op cannot express is refused by name, since leaving it out would give wrong answers.
+implementation. Ours hands them on to the `Attention` that the model was called with: the paged cache's writes the layer's
+K and V and attends, in one op. What a model passes that it cannot express is refused by name, since leaving it out would
+give wrong answers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,15 @@ class LayerFacts:
     window: int  # 0 = all
 
 
+class Attention(Protocol):
+    """What a model is called with as `llmc_paged`."""
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, layer: int, window: int, scale: float, softcap: float, sinks: Tensor | None
+    ) -> Tensor:
+        """query [B, H, S, D], key and value [B, Hkv, S, D] -> [B, S, H, D]."""
+
+
 @dataclass
 class LayerProbe:
     """Stands in for the op during a dry run on the meta device and notes each layer's facts, in call order."""
@@ -40,11 +50,12 @@ class LayerProbe:
     layers: list[LayerFacts] = field(default_factory=list)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, *, layer: int, window: int, scale: float, softcap: float, sinks: Tensor | None
+        self, query: Tensor, key: Tensor, value: Tensor, *, layer: int, window: int, scale: float, softcap: float, sinks: Tensor | None
     ) -> Tensor:
         """Note the layer; returns an empty tensor of the result's shape."""
-        self.layers.append(LayerFacts(layer=layer, num_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[2], window=window))
-        return q.new_empty(q.shape)
+        heads, kv_heads, size = query.shape[1], key.shape[1], query.shape[3]
+        self.layers.append(LayerFacts(layer=layer, num_heads=heads, num_kv_heads=kv_heads, head_dim=size, window=window))
+        return torch.empty_like(query.transpose(1, 2))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +71,13 @@ class PagedAttention:
     group_of_layer: tuple[int, ...]
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, *, layer: int, window: int, scale: float, softcap: float, sinks: Tensor | None
+        self, query: Tensor, key: Tensor, value: Tensor, *, layer: int, window: int, scale: float, softcap: float, sinks: Tensor | None
     ) -> Tensor:
-        """Emit llmc::paged_attention for one layer. Shapes and meaning: docs/architecture.md."""
+        """Emit llmc::paged_attention for one layer; B is 1, S the step's tokens. Shapes and meaning: docs/architecture.md."""
         result: Tensor = torch.ops.llmc.paged_attention.default(
-            q,
-            k,
-            v,
+            _flat(query),
+            _flat(key),
+            _flat(value),
             self.k_cache[layer],
             self.v_cache[layer],
             self.slot_mapping,
@@ -80,7 +91,7 @@ class PagedAttention:
             softcap,
             sinks,
         )
-        return result
+        return result.unsqueeze(0)
 
 
 def register() -> None:
@@ -97,7 +108,7 @@ def _forward(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    llmc_paged: LayerProbe | PagedAttention,
+    llmc_paged: Attention,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -105,20 +116,19 @@ def _forward(
     s_aux: Tensor | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H, D]."""
+    """query [B, H, S, D], key and value [B, Hkv, S, D] -> [B, S, H, D]."""
     check_attention(module, query, key, value, attention_mask, dropout, rest)
-    head_dim = query.shape[-1]
     result = llmc_paged.attend(
-        _flat(query),
-        _flat(key),
-        _flat(value),
+        query,
+        key,
+        value,
         layer=int(module.layer_idx),  # type: ignore[arg-type]
         window=int(sliding_window or 0),
-        scale=float(head_dim**-0.5 if scaling is None else scaling),
+        scale=float(query.shape[-1] ** -0.5 if scaling is None else scaling),
         softcap=float(softcap or 0.0),
         sinks=s_aux,
     )
-    return result.unsqueeze(0), None
+    return result, None
 
 
 def check_attention(

@@ -174,7 +174,9 @@ def _start_kernels(background: ThreadPoolExecutor, target: Target, config: Compi
 
 
 def applied_quantization(config: CompileConfig, source: ModelSource, kind: str) -> str | None:
-    """What `pipeline` is asked for: the checkpoint's own quantisation where it has one. -O0 and GPUs take its dequantised weights.
+    """What `pipeline` is asked for: the checkpoint's own quantisation where it has one and the kind of target has kernels for it.
+
+    -O0 takes its dequantised weights, so do GPUs but for fp8, and CPUs of fp8.
 
     Raises:
         ConfigError: --quantization of a quantised checkpoint.
@@ -186,7 +188,7 @@ def applied_quantization(config: CompileConfig, source: ModelSource, kind: str) 
             f"--quantization {config.quantization}: {source.name} is quantised already, by {source.stored.method}; leave the flag out, "
             "or compile the unquantised checkpoint"
         )
-    return STORED if kind == "cpu" and config.level > 0 else None
+    return STORED if config.level > 0 and (kind == "cuda") is (source.stored.form == "fp8_rows") else None
 
 
 def cache_dtype(config: CompileConfig, source: ModelSource) -> str:
@@ -278,7 +280,7 @@ def _quantization(
     if facts is not None:
         with log.stage("quantise") as note:
             fetch = dequantized_fetcher(captured, weights, checkpoint, scratch)
-            note.detail = f"{config.quantization}, {len(facts.tensors)} matrices in groups of {facts.group}"
+            note.detail = f"{config.quantization}, {len(facts.tensors)} matrices{f' in groups of {facts.group}' if facts.group else ''}"
     texts = accuracy.calibration_tokens(source.vocab_size, tokenizer.encode, captured.max_model_len)
     plain_kv = msgspec.structs.replace(captured.kv, dtype=source.dtype)
     asked = [f"--quantization {config.quantization}"] * (facts is not None)
@@ -306,7 +308,7 @@ def _quantization_facts(config: CompileConfig, weights: WeightTable) -> tuple[Qu
     nothing: dict[str, Any] = {"calibration_tokens": 0, "reference_perplexity": None, "perplexity": None, "mean_kl": None}
     facts = kv_facts = None
     if config.quantization is not None:
-        group = QUANTIZATIONS[config.quantization].group
+        group = 0 if config.quantization == "fp8" else QUANTIZATIONS["cpu"][config.quantization].group
         facts = QuantizationFacts(scheme=config.quantization, group=group, tensors=quantized_bits(weights), **nothing)  # type: ignore[arg-type]
     if config.quantized_kv is not None:
         kv_facts = KVQuantizationFacts(scheme=config.quantized_kv, **nothing)  # type: ignore[arg-type]

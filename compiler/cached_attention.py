@@ -2,21 +2,15 @@
 
     past [B, Hkv, P, D] and the step's own k, v [B, Hkv, S, D] -> present [B, Hkv, P + S, D]
 
-Every architecture's attention comes through here, as `attention_hook.py` has it for llmc's paged cache; what the formula cannot
-express is refused by name there and here alike.
+Handed to a model as `llmc_paged`, in the place of llmc's own paged cache: `attention_hook.py` calls whichever is there.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from llmc.compiler.attention_hook import LayerProbe, check_attention
-
-IMPLEMENTATION = "llmc_cached"
+from torch import Tensor
 
 
 @dataclass
@@ -69,43 +63,3 @@ def _repeat(heads: Tensor, groups: int) -> Tensor:
     """[B, Hkv, S, D] -> [B, Hkv * groups, S, D], each head `groups` times in a row."""
     batch, num, length, size = heads.shape
     return heads[:, :, None].expand(batch, num, groups, length, size).reshape(batch, num * groups, length, size)
-
-
-def use_cached_attention(model: nn.Module) -> None:
-    """Let a model built with `attention_hook.IMPLEMENTATION` attend through `CachedAttention`. Mutates its configuration."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(IMPLEMENTATION, _forward)
-    for module in model.modules():
-        if getattr(getattr(module, "config", None), "_attn_implementation", None) is not None:
-            module.config._attn_implementation = IMPLEMENTATION  # type: ignore[union-attr]
-
-
-def _forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    llmc_paged: CachedAttention | LayerProbe,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **rest: Any,
-) -> tuple[Tensor, None]:
-    check_attention(module, query, key, value, attention_mask, dropout, rest)
-    scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
-    result = llmc_paged.attend(
-        query,
-        key,
-        value,
-        layer=int(module.layer_idx),  # type: ignore[arg-type]
-        window=int(sliding_window or 0),
-        scale=scale,
-        softcap=float(softcap or 0.0),
-        sinks=s_aux,
-    )
-    return result, None

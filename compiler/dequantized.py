@@ -22,6 +22,7 @@ from llmc.artifacts.safetensors import Checkpoint
 from llmc.compiler.capture import TracedModel
 from llmc.compiler.packing import dtype_name, fetcher, to_numpy, to_torch
 from llmc.errors import InternalError
+from llmc.kernels.plain_quantized_linear.reference import dequantize_plain
 from llmc.kernels.quantized_linear.reference import dequantize
 from llmc.passes.weights import Constant, Recipe, WeightTable
 
@@ -33,14 +34,14 @@ class _Quantized:
     """How a captured constant is quantised. transposed: it is stored [K, N]."""
 
     bits: int
-    group: int
+    group: int | None  # None: fp8, a scale per row
     transposed: bool
 
 
 def quantized_bits(weights: WeightTable) -> dict[str, int]:
-    """Name of each tensor of integers -> its bits."""
+    """Name of each tensor of small numbers -> its bits."""
     recipes = {name: quantizing(weights[name].recipe) for name in weights}
-    return {name: int(recipe["bits"]) for name, recipe in recipes.items() if recipe["op"] == "quantize"}
+    return {name: int(recipe.get("bits", 8)) for name, recipe in recipes.items() if recipe["op"] in ("quantize", "quantize_fp8")}
 
 
 def quantizing(recipe: Recipe) -> Recipe:
@@ -77,7 +78,7 @@ def _quantized_constants(traced: TracedModel, weights: WeightTable) -> dict[str,
             name = by_recipe.get(_text(part))
             if name is None:
                 raise InternalError(f"{quantized} is not made of whole constants of the captured graph; please report this model")
-            result[name] = _Quantized(bits=recipe["bits"], group=recipe["group"], transposed=transposed)
+            result[name] = _Quantized(bits=recipe.get("bits", 8), group=recipe.get("group"), transposed=transposed)
     return result
 
 
@@ -106,11 +107,16 @@ def _dequantized(constant: Constant, how: _Quantized, checkpoint: Checkpoint, fi
             stop = min(start + step, n)
             rows = {"op": "slice", "axis": 0, "start": start, "stop": stop, "input": matrix}
 
-            def made(op: str, rows: dict[str, Any] = rows) -> Any:
-                return evaluate({"op": op, "bits": how.bits, "group": how.group, "input": rows}, checkpoint.fetch, specs, {})
+            def made(op: str, rows: dict[str, Any] = rows, **settings: int) -> Any:
+                return evaluate({"op": op, **settings, "input": rows}, checkpoint.fetch, specs, {})
 
-            quants = to_torch(made("quantize"), torch.int8 if how.bits == 8 else torch.uint8)
-            values = dequantize(quants, to_torch(made("quantize_scales"), constant.dtype), stop - start, k, how.group)
+            if how.group is None:
+                codes = to_torch(made("quantize_fp8"), torch.float8_e4m3fn)
+                values = dequantize_plain(codes, to_torch(made("quantize_fp8_scales"), constant.dtype), k, k)
+            else:
+                form = {"bits": how.bits, "group": how.group}
+                quants = to_torch(made("quantize", **form), torch.int8 if how.bits == 8 else torch.uint8)
+                values = dequantize(quants, to_torch(made("quantize_scales", **form), constant.dtype), stop - start, k, how.group)
             out.write(to_numpy(values).tobytes())
     mapped = np.memmap(file, dtype=NUMPY[dtype], mode="r", shape=(n, k))
     tensor = to_torch(np.asarray(mapped), constant.dtype)

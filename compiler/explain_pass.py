@@ -35,7 +35,7 @@ def all_passes() -> dict[str, Pass]:
         for level in reversed(LEVELS):
             for applied in pipeline(level, kind=kind):
                 found.setdefault(applied.name, applied)
-        for scheme in QUANTIZATIONS:
+        for scheme in QUANTIZATIONS[kind]:
             found.setdefault(_quantizing(kind, scheme).name, _quantizing(kind, scheme))
     return found
 
@@ -58,7 +58,7 @@ def explain(name: str) -> Explained:
     what, parts = _docstring(applied)
     runs = {kind: [f"-O{level}" for level in LEVELS if any(p.name == name for p in pipeline(level, kind=kind))] for kind in KINDS}
     for kind in KINDS:
-        runs[kind] += [f"--quantization {scheme}" for scheme in QUANTIZATIONS if _quantizing(kind, scheme).name == name]
+        runs[kind] += [f"--quantization {scheme}" for scheme in QUANTIZATIONS[kind] if _quantizing(kind, scheme).name == name]
     return Explained(
         name=name,
         what=what,

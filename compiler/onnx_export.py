@@ -33,7 +33,7 @@ from llmc.artifacts.safetensors import Checkpoint
 from llmc.artifacts.temporary_folder import make_locked_folder, make_parents, recover, remove_stale, swap_folders
 from llmc.compiler import skeleton
 from llmc.compiler.attention_hook import LayerFacts
-from llmc.compiler.cached_attention import CachedAttention, use_cached_attention
+from llmc.compiler.cached_attention import CachedAttention
 from llmc.compiler.capture import probe_layers
 from llmc.compiler.checkpoint_names import parameter_recipe
 from llmc.compiler.model import TOKENIZER_FILES, ModelSource, read_model
@@ -116,7 +116,6 @@ def _module(source: ModelSource, max_model_len: int) -> tuple[nn.Module, list[La
     layers = probe_layers(model)
     skeleton.compute_buffers(model)
     skeleton.fix_rope(model, max_model_len)
-    use_cached_attention(model)
     return model, layers
 
 

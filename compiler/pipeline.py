@@ -16,6 +16,7 @@ from llmc.passes.fuse_gelu_mul import FuseGeluMul
 from llmc.passes.fuse_rms_norm import FuseRmsNorm
 from llmc.passes.fuse_rope_kv_write import FuseRopeKVWrite
 from llmc.passes.fuse_silu_mul import FuseSiluMul
+from llmc.passes.keep_plain_fp8 import KeepPlainFp8
 from llmc.passes.keep_quantized import KeepQuantized
 from llmc.passes.lower_experts import LowerExperts
 from llmc.passes.lower_linear import LowerLinear
@@ -33,7 +34,11 @@ from llmc.passes.sort_experts import SortExperts
 
 LEVELS = (0, 1, 2, 3)
 KINDS = ("cpu", "cuda")
-QUANTIZATIONS = {"int8": QuantizeLinear(bits=8), "int4": QuantizeLinear(bits=4)}
+# The schemes of each kind of target. What a scheme's numbers mean does not depend on the kind; where they lie does.
+QUANTIZATIONS: dict[str, dict[str, QuantizeLinear | QuantizePlainLinear]] = {
+    "cpu": {"int8": QuantizeLinear(bits=8), "int4": QuantizeLinear(bits=4)},
+    "cuda": {"int8": QuantizePlainLinear(bits=8), "int4": QuantizePlainLinear(bits=4), "fp8": QuantizePlainLinear(fp8=True)},
+}
 STORED = "stored"  # in place of one of these: as the checkpoint is quantised already
 
 
@@ -43,7 +48,7 @@ def pipeline(level: int, quantization: str | None = None, *, kind: str = "cpu", 
     Args:
         level: 0 gives no pass at all: the captured graph is the oracle the other levels are held to. 3 is 2 with the fusions left out
             that did not pay, which `compiler/search.py` measures and hands over in `passes`.
-        quantization: a key of QUANTIZATIONS, STORED, or None.
+        quantization: a scheme of the kind in QUANTIZATIONS, STORED, or None.
         kind: of the target, one of KINDS.
         passes: the value of --passes, "+name,-name".
         ranks: how many share a layer; of a CPU alone.
@@ -66,23 +71,16 @@ def pipeline(level: int, quantization: str | None = None, *, kind: str = "cpu", 
             raise ConfigError(f"--quantization {quantization} is a pass, and -O0 runs none: it is the oracle; use -O1 or -O2")
         return []
     if kind == "cuda":
-        return _exact() + (_gpu_fusions() if level >= 2 else []) + _gpu_lowering() + _gpu_quantizing(quantization)
-    return _exact() + (_cpu_fusions() if level >= 2 else []) + _lowering() + _quantizing(quantization)
+        return _exact() + (_gpu_fusions() if level >= 2 else []) + _gpu_lowering() + _quantizing(quantization, kind)
+    return _exact() + (_cpu_fusions() if level >= 2 else []) + _lowering() + _quantizing(quantization, kind)
 
 
-def _quantizing(quantization: str | None) -> list[Pass]:
+def _quantizing(quantization: str | None, kind: str) -> list[Pass]:
     if quantization is None:
         return []
-    return [KeepQuantized() if quantization == STORED else QUANTIZATIONS[quantization]]
-
-
-def _gpu_quantizing(quantization: str | None) -> list[Pass]:
-    """Of STORED nothing is asked here: a GPU takes a quantised checkpoint's dequantised weights."""
-    if quantization is None:
-        return []
-    assert quantization != STORED
-    scheme = QUANTIZATIONS[quantization]
-    return [QuantizePlainLinear(bits=scheme.bits, group=scheme.group, head_bits=scheme.head_bits)]
+    if quantization == STORED:
+        return [KeepQuantized() if kind == "cpu" else KeepPlainFp8()]  # a GPU dequantises the integers of a checkpoint
+    return [QUANTIZATIONS[kind][quantization]]
 
 
 def _exact() -> list[Pass]:

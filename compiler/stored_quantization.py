@@ -1,7 +1,7 @@
 """Checkpoints that are quantised already: which of their tensors make a matrix, by `quantization_config` of config.json.
 
-GPTQ, AWQ (gemm) and compressed-tensors (pack-quantized, int-quantized, weights alone) of 4 and 8 bits are read. What llmc cannot hold
-exactly is refused here, by name and with the reason. Layouts: artifacts/stored_nodes.py.
+GPTQ, AWQ (gemm) and compressed-tensors (pack-quantized, int-quantized, float-quantized, weights alone) of 4 and 8 bits are read. What
+llmc cannot hold exactly is refused here, by name and with the reason. Layouts: artifacts/stored_nodes.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ _PARTS = {
     "awq": ("qweight", "scales", "qzeros"),
     "packed_rows": ("weight_packed", "weight_scale", "weight_zero_point"),
     "int8_rows": ("weight", "weight_scale", "weight_zero_point"),
+    "fp8_rows": ("weight", "weight_scale", "weight_zero_point"),
 }
+
+
+_WHOLE = {"int8_rows": "I8", "fp8_rows": "F8_E4M3"}  # forms of one number to an element, and its type
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,8 +48,10 @@ class StoredQuantization:
         """
         module, _, last = name.rpartition(".")
         quants, scales, zeros = (f"{module}.{part}" for part in _PARTS[self.form])
-        if last != "weight" or len(shape) != 2 or quants not in tensors or (self.form == "int8_rows" and tensors[quants].dtype != "I8"):
+        if last != "weight" or len(shape) != 2 or quants not in tensors:
             return None
+        if tensors[quants].dtype != _WHOLE.get(self.form, tensors[quants].dtype):
+            return None  # a float beside the quantised ones, under the same kind of name
         if scales not in tensors:
             raise UnsupportedModel(f"{tensors[quants].file}: {quants!r} is quantised and has no {scales!r}; the checkpoint is incomplete")
         if f"{module}.weight_g_idx" in tensors:
@@ -132,7 +138,10 @@ def _awq(raw: Mapping[str, Any], refuse: Any) -> StoredQuantization:
 
 
 def _compressed(raw: Mapping[str, Any], refuse: Any) -> StoredQuantization:
-    forms = {"pack-quantized": "packed_rows", "int-quantized": "int8_rows", "naive-quantized": "int8_rows"}
+    forms = {
+        "int": {"pack-quantized": "packed_rows", "int-quantized": "int8_rows", "naive-quantized": "int8_rows"},
+        "float": {"float-quantized": "fp8_rows", "naive-quantized": "fp8_rows"},
+    }
     groups = raw.get("config_groups")
     if not isinstance(groups, Mapping) or len(groups) != 1:
         raise refuse("with other than one config group; llmc reads one form for all linears")
@@ -148,20 +157,23 @@ def _compressed(raw: Mapping[str, Any], refuse: Any) -> StoredQuantization:
         raise refuse("KV cache included; compile one without kv_cache_scheme and give --kv-cache-dtype")
     if raw.get("sparsity_config") not in (None, {}) and raw["sparsity_config"].get("format") != "dense":
         raise refuse("and sparse; llmc reads dense weights")
-    form = raw.get("format") or scheme.get("format")
-    if form not in forms or weights.get("type", "int") != "int":
-        raise refuse(f"in the format {form!r} of {weights.get('type')!r}; llmc reads {', '.join(forms)} of int")
+    written, kind = raw.get("format") or scheme.get("format"), weights.get("type", "int")
+    form = forms.get(str(kind), {}).get(str(written))
+    if form is None:
+        read = "; ".join(f"{', '.join(names)} of {name}" for name, names in forms.items())
+        raise refuse(f"in the format {written!r} of {kind!r}; llmc reads {read}")
     if weights.get("actorder") not in (None, False, "weight", "static"):
         raise refuse(f"which {_ORDER}")
     strategy = weights.get("strategy", "channel")
-    if strategy not in ("group", "channel"):
-        raise refuse(f"with the strategy {strategy!r}; llmc reads group and channel")
+    strategies = ("channel", "tensor") if form == "fp8_rows" else ("group", "channel")
+    if strategy not in strategies:
+        raise refuse(f"with the strategy {strategy!r}; llmc reads {' and '.join(strategies)}{' of fp8' if form == 'fp8_rows' else ''}")
     bits = _bits(weights.get("num_bits"), refuse)
-    if forms[form] == "int8_rows" and bits != 8:
+    if form in _WHOLE and bits != 8:
         raise refuse(f"to {bits} bits, one to a byte; llmc reads 8 so, and 4 as pack-quantized")
     group = _group(weights.get("group_size"), refuse) if strategy == "group" else None
     symmetric = bool(weights.get("symmetric", True))
-    return StoredQuantization(method="compressed-tensors", form=forms[form], bits=bits, group=group, symmetric=symmetric)
+    return StoredQuantization(method="compressed-tensors", form=form, bits=bits, group=group, symmetric=symmetric)
 
 
 def _bits(value: Any, refuse: Any) -> int:
