@@ -13,16 +13,13 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 import prometheus_client
-from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from llmc.runtime.replicas.merged_metrics import merged
 from llmc.runtime.replicas.pool import Pool, Replica
 from llmc.runtime.replicas.upstream import Call, Head, ReplicaLost
 from llmc.runtime.server.answers import json_answer
-from llmc.runtime.server.auth import AuthMiddleware, KeyCheck
 from llmc.runtime.server.errors import error_object, error_response
-from llmc.runtime.server.limits import BodyMiddleware
 from llmc.runtime.server.logs import log
 from llmc.runtime.server.settings import ServerSettings
 from llmc.runtime.server.sse import DONE, event, named_event
@@ -141,21 +138,6 @@ class ReplicaFront:
             log("stream_lost_by_replica", replica=replica.index, reason=str(error))
             await send({"type": "http.response.body", "body": _last_event(scope["path"]), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def build_front(front: ReplicaFront, settings: ServerSettings) -> Any:
-    """`front` behind the layers that every server has; replicas hold no limits on connections and speak no TLS."""
-    layers: Any = BodyMiddleware(front, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
-    layers = AuthMiddleware(layers, KeyCheck(settings.api_keys), settings.root_path)
-    if settings.allowed_origins:
-        layers = CORSMiddleware(
-            layers,
-            allow_origins=settings.allowed_origins,
-            allow_methods=settings.allowed_methods,
-            allow_headers=settings.allowed_headers,
-            allow_credentials=settings.allow_credentials,
-        )
-    return layers
 
 
 def _streams(head: Head) -> bool:

@@ -16,10 +16,11 @@ import uvloop
 
 from llmc.errors import ConfigError
 from llmc.runtime.replicas import ray_serve
-from llmc.runtime.replicas.front import ReplicaFront, build_front
+from llmc.runtime.replicas.front import ReplicaFront
 from llmc.runtime.replicas.pool import Backend, Pool
 from llmc.runtime.replicas.process import CHILD_COMMAND, ReplicaProcess
 from llmc.runtime.server import logs
+from llmc.runtime.server.layers import guarded
 from llmc.runtime.server.main import bind
 from llmc.runtime.server.run import http_server, listening_at, stop_signals
 from llmc.runtime.server.settings import ServerSettings
@@ -84,7 +85,8 @@ def replica_settings(settings: ServerSettings, count: int) -> ServerSettings:
 async def _run(settings: ServerSettings, listener: object, backends: Sequence[Backend], entered_at: float) -> int:
     pool = Pool(backends)
     front = ReplicaFront(settings, pool)
-    server = http_server(settings, build_front(front, settings))
+    # replicas hold no limits on connections and speak no TLS: that is done here
+    server = http_server(settings, guarded(front, settings))
     stopping = stop_signals()
     serving = asyncio.create_task(server.serve(sockets=[listener]))  # type: ignore[list-item]
     waits = [asyncio.create_task(event.wait()) for event in (stopping[0], pool.gave_up)]

@@ -9,7 +9,6 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -17,14 +16,13 @@ from starlette.types import Receive, Scope, Send
 from llmc.errors import RequestRejected
 from llmc.runtime.server.answers import json_answer
 from llmc.runtime.server.anthropic_messages import messages_router
-from llmc.runtime.server.auth import AuthMiddleware, KeyCheck
 from llmc.runtime.server.context import ContextMiddleware
 from llmc.runtime.server.embeddings import embeddings_router
 from llmc.runtime.server.errors import error_response, rejection_response
 from llmc.runtime.server.front import Front
 from llmc.runtime.server.generation import ClientGone
 from llmc.runtime.server.health import operator_router
-from llmc.runtime.server.limits import BodyMiddleware
+from llmc.runtime.server.layers import guarded
 from llmc.runtime.server.openai_chat import chat_router
 from llmc.runtime.server.openai_completions import completions_router
 from llmc.runtime.server.openai_responses import responses_router
@@ -50,18 +48,7 @@ def build_app(front: Front, tracing: Tracing | None = None, reload: Reload | Non
     if not settings.disable_docs:
         app.router.routes += playground_router(front).routes + _description_router(app, settings.root_path).routes
     _add_error_answers(app)
-    layers: Any = BodyMiddleware(app, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
-    layers = AuthMiddleware(layers, KeyCheck(settings.api_keys), settings.root_path)
-    if settings.allowed_origins:
-        # Outside the keys: a browser's preflight carries none.
-        layers = CORSMiddleware(
-            layers,
-            allow_origins=settings.allowed_origins,
-            allow_methods=settings.allowed_methods,
-            allow_headers=settings.allowed_headers,
-            allow_credentials=settings.allow_credentials,
-        )
-    return ContextMiddleware(layers, front.metrics, access_log=not settings.disable_access_log, tracing=tracing)
+    return ContextMiddleware(guarded(app, settings), front.metrics, access_log=not settings.disable_access_log, tracing=tracing)
 
 
 class _Application(Starlette):

@@ -50,6 +50,7 @@ StopText = Annotated[str, MinLen(1), MaxLen(MAX_STOP_CHARS)]
 
 
 def _prompt_kind(value: Any) -> str:
+    """Told by the first entry: a list of a million is not tried four times over."""
     if isinstance(value, list):
         first = value[0] if value else None
         if isinstance(first, str):
@@ -58,22 +59,20 @@ def _prompt_kind(value: Any) -> str:
     return "#text"
 
 
+BY_PROMPT_KIND = Discriminator(_prompt_kind)  # of a union tagged #text, #texts, #tokens, #token_lists
+TEXT_OR_LIST = Discriminator(lambda value: "#list" if isinstance(value, list) else "#text")
+WORD_OR_TOOL = Discriminator(lambda value: "#tool" if isinstance(value, dict) else "#word")
+
 Prompt = Annotated[
     Annotated[Text, Tag("#text")]
     | Annotated[list[Text], MinLen(1), MaxLen(MAX_PROMPTS), FailFast(), Tag("#texts")]
     | Annotated[TokenIds, Tag("#tokens")]
     | Annotated[list[TokenIds], MinLen(1), MaxLen(MAX_PROMPTS), FailFast(), Tag("#token_lists")],
-    Discriminator(_prompt_kind),
+    BY_PROMPT_KIND,
 ]
 
 
-def _text_or_list(value: Any) -> str:
-    return "#list" if isinstance(value, list) else "#text"
-
-
-Stops = Annotated[
-    Annotated[StopText, Tag("#text")] | Annotated[list[StopText], MaxLen(MAX_STOPS), FailFast(), Tag("#list")], Discriminator(_text_or_list)
-]
+Stops = Annotated[Annotated[StopText, Tag("#text")] | Annotated[list[StopText], MaxLen(MAX_STOPS), FailFast(), Tag("#list")], TEXT_OR_LIST]
 # JSON has only string keys; 10 digits hold every token id.
 BiasKey = Annotated[str, MinLen(1), MaxLen(10), Field(pattern=r"^[0-9]+$")]
 
@@ -234,9 +233,7 @@ class TextPart(RequestModel):
     text: Text
 
 
-Content = Annotated[
-    Annotated[Text, Tag("#text")] | Annotated[list[TextPart], MaxLen(MAX_PARTS), FailFast(), Tag("#list")], Discriminator(_text_or_list)
-]
+Content = Annotated[Annotated[Text, Tag("#text")] | Annotated[list[TextPart], MaxLen(MAX_PARTS), FailFast(), Tag("#list")], TEXT_OR_LIST]
 
 
 class FunctionCall(RequestModel):
@@ -288,7 +285,7 @@ class NamedTool(RequestModel):
 Tools = Annotated[list[Tool], MaxLen(MAX_TOOLS), FailFast()]
 ToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("#word")] | Annotated[NamedTool, Tag("#tool")],
-    Discriminator(lambda value: "#tool" if isinstance(value, dict) else "#word"),
+    WORD_OR_TOOL,
 ]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Le, MaxLen, MinLen
-from pydantic import Discriminator, Tag
+from pydantic import Tag
 
-from llmc.runtime.server.schemas import MAX_PROMPT_TOKENS, FailFast, ModelName, RequestModel, Text, TokenIds
+from llmc.runtime.server.schemas import BY_PROMPT_KIND, MAX_PROMPT_TOKENS, TEXT_OR_LIST, FailFast, ModelName, RequestModel, Text, TokenIds
 
 MAX_INPUTS = 2048  # as OpenAI has it
-
-
-def _input_kind(value: Any) -> str:
-    if isinstance(value, list):
-        first = value[0] if value else None
-        if isinstance(first, str):
-            return "#texts"
-        return "#token_lists" if isinstance(first, list) else "#tokens"
-    return "#text"
 
 
 Input = Annotated[
@@ -26,11 +17,11 @@ Input = Annotated[
     | Annotated[list[Text], MinLen(1), MaxLen(MAX_INPUTS), FailFast(), Tag("#texts")]
     | Annotated[TokenIds, Tag("#tokens")]
     | Annotated[list[TokenIds], MinLen(1), MaxLen(MAX_INPUTS), FailFast(), Tag("#token_lists")],
-    Discriminator(_input_kind),
+    BY_PROMPT_KIND,
 ]
 Texts = Annotated[
     Annotated[Text, Tag("#text")] | Annotated[list[Text], MinLen(1), MaxLen(MAX_INPUTS), FailFast(), Tag("#list")],
-    Discriminator(lambda value: "#list" if isinstance(value, list) else "#text"),
+    TEXT_OR_LIST,
 ]
 
 

@@ -13,6 +13,7 @@ from llmc.runtime.server.schemas import (
     MAX_STOPS,
     MAX_TOKEN_ID,
     MAX_TOOLS,
+    TEXT_OR_LIST,
     FailFast,
     JsonObject,
     ModelName,
@@ -57,12 +58,8 @@ class ToolUseBlock(_Block):
     input: JsonObject
 
 
-def _form(value: Any) -> str:
-    return "#list" if isinstance(value, list) else "#text"
-
-
 TextOrBlocks = Annotated[
-    Annotated[Text, Tag("#text")] | Annotated[list[TextBlock], MaxLen(MAX_PARTS), FailFast(), Tag("#list")], Discriminator(_form)
+    Annotated[Text, Tag("#text")] | Annotated[list[TextBlock], MaxLen(MAX_PARTS), FailFast(), Tag("#list")], TEXT_OR_LIST
 ]
 
 
@@ -92,9 +89,7 @@ Block = Annotated[
 
 class InputMessage(RequestModel):
     role: Literal["user", "assistant", "system"]
-    content: Annotated[
-        Annotated[Text, Tag("#text")] | Annotated[list[Block], MaxLen(MAX_PARTS), FailFast(), Tag("#list")], Discriminator(_form)
-    ]
+    content: Annotated[Annotated[Text, Tag("#text")] | Annotated[list[Block], MaxLen(MAX_PARTS), FailFast(), Tag("#list")], TEXT_OR_LIST]
 
 
 class MessagesTool(_Block):

@@ -12,6 +12,8 @@ from llmc.runtime.server.schemas import (
     MAX_PARTS,
     MAX_TOKEN_ID,
     MAX_TOOLS,
+    TEXT_OR_LIST,
+    WORD_OR_TOOL,
     Effort,
     FailFast,
     JsonObject,
@@ -35,12 +37,8 @@ class ResponsePart(RequestModel):
     logprobs: Objects | None = None
 
 
-def _form(value: Any) -> str:
-    return "#list" if isinstance(value, list) else "#text"
-
-
 PartsOrText = Annotated[
-    Annotated[Text, Tag("#text")] | Annotated[list[ResponsePart], MaxLen(MAX_PARTS), FailFast(), Tag("#list")], Discriminator(_form)
+    Annotated[Text, Tag("#text")] | Annotated[list[ResponsePart], MaxLen(MAX_PARTS), FailFast(), Tag("#list")], TEXT_OR_LIST
 ]
 
 
@@ -130,7 +128,7 @@ class ResponsesRequest(RequestModel):
     model: ModelName | None = None
     input: Annotated[
         Annotated[Text, Tag("#text")] | Annotated[list[Item], MinLen(1), MaxLen(MAX_MESSAGES), FailFast(), Tag("#list")],
-        Discriminator(_form),
+        TEXT_OR_LIST,
     ]
     instructions: Text | None = None
     max_output_tokens: Annotated[int, Ge(1), Le(MAX_TOKEN_ID)] | None = None
@@ -141,7 +139,7 @@ class ResponsesRequest(RequestModel):
     tool_choice: (
         Annotated[
             Annotated[Literal["none", "auto", "required"], Tag("#word")] | Annotated[NamedResponseTool, Tag("#tool")],
-            Discriminator(lambda value: "#tool" if isinstance(value, dict) else "#word"),
+            WORD_OR_TOOL,
         ]
         | None
     ) = None
