@@ -3,8 +3,8 @@
 Counted with every open size at 64: tokens, and rows that want logits. A call that is neither a view nor pointwise is a launch: it reads
 its tensors and writes
 its result. Pointwise calls and reductions that feed each other, with no other call between them, are one launch together, as a fusing
-compiler makes them; of what lies inside such a group nothing is moved. KV caches and lookups count as what is read of them: nothing, and
-the rows.
+compiler makes them; of what lies inside such a group nothing is moved. KV caches, the adapters of LoRA and lookups count as what is read
+of them: nothing, nothing, and the rows.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _FUSED = {
     aten.embedding.default, aten.repeat_interleave.self_int,
 }  # fmt: skip
 _LOOKUPS = {aten.index_select.default, aten.embedding.default, aten.index.Tensor}
-_CACHES = ("k_cache", "v_cache")
+_CACHES = ("k_cache", "v_cache", "lora_pool")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from llmc.passes.weights import WeightTable
 
 ATTENTION = "llmc.paged_attention.default"  # by name: matching it needs no kernel to be loaded
 ROPE_KV_WRITE = "llmc.rope_kv_write.default"
+LORA_ADD = "llmc.lora_add.default"
 CACHE_WRITERS = (ATTENTION, ROPE_KV_WRITE)
 
 

@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 
 from llmc.passes import graph as G
 from llmc.passes.base import Numerics, Pass, PassContext, PassResult, Reject
-from llmc.passes.merging import cannot_merge, merge
+from llmc.passes.merging import behind_lora, cannot_merge, merge
 
 aten = torch.ops.aten
 
@@ -58,8 +58,8 @@ class MergeGateUp(Pass):
 def _gate_and_up(product: Node) -> tuple[Node, Node] | None:
     """The two linears of a gated product, the activated one first; None if the product is not one."""
     for gated, plain in (product.args, G.args_of(product)[::-1]):
-        up, gate = _behind_casts(plain), _behind_activation(gated)
-        if gate is not None and G.is_op(up, aten.linear.default) and gate is not up and _behind_casts(gated) is not gate:
+        up, gate = behind_lora(_behind_casts(plain)), _behind_activation(gated)
+        if gate is not None and G.is_op(up, aten.linear.default) and gate is not up and behind_lora(_behind_casts(gated)) is not gate:
             return gate, up
     return None
 
@@ -75,7 +75,7 @@ def _behind_activation(value: Any) -> Node | None:
     found: set[Node] = set()
     pending = [value]
     while pending:
-        node = pending.pop()
+        node = behind_lora(pending.pop())
         if G.is_op(node, aten.linear.default):
             found.add(node)
             continue

@@ -44,13 +44,22 @@ def linears_behind(value: Any) -> list[Node]:
         seen.add(node)
         if G.is_op(node, aten.linear.default):
             found.append(node)
+        elif G.is_op(node, G.LORA_ADD):
+            pending.append(behind_lora(node))
         elif not G.is_op(node, G.ATTENTION, aten.addmm.default, aten.mm.default):
             pending.extend(n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor | list | tuple))
     return found
 
 
+def behind_lora(value: Any) -> Any:
+    """The linear whose result an adapter's term is added to; any other value as it is."""
+    return G.args_of(value)[0] if G.is_op(value, G.LORA_ADD) else value
+
+
 def merge(gm: GraphModule, ctx: PassContext, linears: Sequence[Node], label: str) -> None:
     """Replace linears that `cannot_merge` allows by one, whose weight is the concatenation of theirs, and a split.
+
+    The terms of adapters behind them (add-lora) become one in the same way.
 
     Args:
         linears: in the order their results stand in the merged result.
@@ -63,14 +72,36 @@ def merge(gm: GraphModule, ctx: PassContext, linears: Sequence[Node], label: str
         if _bias(linears[0]) is not None:
             constants.append(_concatenated(gm, ctx, [_bias(n) for n in linears], label))
         merged = G.call(gm, aten.linear.default, (linears[0].args[0], *constants))
+        terms = [_term(n) for n in linears]
+        merged = _merged_terms(gm, merged, terms, sizes)
         split = G.call(gm, aten.split_with_sizes.default, (merged, sizes, -1))
         parts = [G.call(gm, operator.getitem, (split, i)) for i in range(len(sizes))]
     users: set[Node] = set()
-    for linear, part in zip(linears, parts, strict=True):
-        users |= set(linear.users)
-        linear.replace_all_uses_with(part)
+    for linear, term, part in zip(linears, terms, parts, strict=True):
+        last = term or linear
+        users |= set(last.users)
+        last.replace_all_uses_with(part)
+        if term is not None:
+            gm.graph.erase_node(term)
         gm.graph.erase_node(linear)
     G.repropagate(gm, users)
+
+
+def _term(linear: Node) -> Node | None:
+    """The adapter's term behind a linear, which is then its only reader."""
+    found = [user for user in linear.users if G.is_op(user, G.LORA_ADD) and G.args_of(user)[0] is linear]
+    assert not found or len(linear.users) == 1
+    return found[0] if found else None
+
+
+def _merged_terms(gm: GraphModule, merged: Node, terms: Sequence[Node | None], sizes: Sequence[int]) -> Node:
+    """The terms of several linears as one of the merged linear; parts without one have offset -1."""
+    first = next((term for term in terms if term is not None), None)
+    if first is None:
+        return merged
+    _, x, slots, pool, rank = G.args_of(first)[:5]
+    offsets = [-1 if term is None else G.args_of(term)[6][0] for term in terms]
+    return G.call(gm, first.target, (merged, x, slots, pool, rank, list(sizes), offsets))  # type: ignore[arg-type]
 
 
 def _bias(linear: Node) -> Node | None:

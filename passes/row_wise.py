@@ -57,6 +57,9 @@ def row_inputs(node: Node, dim: int) -> Rows | Reject:
         return _broadcast(node, dim, list(node.all_input_nodes))
     if target in (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default) or G.is_op(node, "llmc.linear.default"):
         return _matmul(node, dim)
+    if G.is_op(node, G.LORA_ADD):
+        y, x, slots = G.args_of(node)[:3]
+        return [(y, dim), (x, dim), (slots, 0)] if dim < _rank(node) - 1 else _mixes(node)
     if target in (aten.layer_norm.default, aten.rms_norm.default):
         return [(first, dim)] if dim < _rank(first) - len(G.args_of(node)[1]) else _mixes(node)
     if target in _REDUCTIONS:

@@ -25,7 +25,7 @@ def lora_add_reference(
     pool: [S, P], one adapter's matrices of all linears per row. The columns of y are in parts of `sizes`, as a merged linear's are;
         part i has A [rank, K] at `offsets[i]` of a pool row and B [rank, sizes[i]] right behind it, scale included. An offset of -1:
         the part has no adapter.
-    Sums are in fp32, the result is rounded once.
+    Sums are in fp32 or better, here in fp64, the result is rounded once.
 
     Source: LoRA (Hu et al. 2021, arXiv:2106.09685); rows of several adapters in one product as in Punica (Chen et al. 2023,
     arXiv:2310.18547).
@@ -47,9 +47,9 @@ def lora_add_reference(
             if offset < 0:
                 continue
             middle, end = offset + rank * k, offset + rank * (k + size)
-            a, b = pool[slot, offset:middle].view(rank, k).float(), pool[slot, middle:end].view(rank, size).float()
-            term = (inputs[chosen].float() @ a.T) @ b
-            out[chosen, columns] = (rows[chosen, columns].float() + term).to(y.dtype)
+            a, b = pool[slot, offset:middle].view(rank, k).double(), pool[slot, middle:end].view(rank, size).double()
+            term = (inputs[chosen].double() @ a.T) @ b
+            out[chosen, columns] = (rows[chosen, columns].double() + term).to(y.dtype)
     return out.view(y.shape)
 
 
