@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from llmc.artifacts.manifest import TokenizerFacts
 from llmc.compiler.model import read_json
+from llmc.compiler.template_reference import reference_texts
 from llmc.errors import UnsupportedModel
 
 TOKENIZER_PATH = "tokenizer/tokenizer.json"
@@ -71,7 +72,8 @@ def read_tokenizer(
     A folder without tokenizer.json gives an artifact that serves token ids alone.
 
     Raises:
-        UnsupportedModel: tokenizer.json is not one, or there is only a tokenizer of a form that llmc does not read.
+        UnsupportedModel: tokenizer.json is not one, there is only a tokenizer of a form that llmc does not read, or the chat
+            template does not come to an end.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -111,12 +113,12 @@ def template_parity(template: str, special: Mapping[str, str], render: Render) -
     """Whether the runtime's template engine writes what Jinja2, as transformers sets it up, writes on PROBES.
 
     A conversation that both refuse (templates raise on roles they do not know) counts as the same.
+
+    Raises:
+        UnsupportedModel: Jinja2 does not come to an end with it.
     """
-    return (
-        "same"
-        if all(_outcome(render, template, special, *probe) == _outcome(_jinja2, template, special, *probe) for probe in PROBES)
-        else "differs"
-    )
+    ours = [_outcome(render, template, special, *probe) for probe in PROBES]
+    return "same" if ours == reference_texts(template, special, PROBES) else "differs"
 
 
 def _outcome(render: Render, template: str, special: Mapping[str, str], messages: list[dict[str, Any]], prompt: bool) -> str | None:
@@ -124,18 +126,6 @@ def _outcome(render: Render, template: str, special: Mapping[str, str], messages
         return render(template, special, messages, prompt)
     except ValueError:
         return None
-
-
-def _jinja2(template: str, special: Mapping[str, str], messages: list[dict[str, Any]], prompt: bool) -> str:
-    """As transformers renders it."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    values: dict[str, Any] = dict(special)
-    try:
-        result: Any = render_jinja_template(conversations=[messages], chat_template=template, add_generation_prompt=prompt, **values)
-    except Exception as error:  # a template's expressions fail as Python's do: TypeError, OverflowError, ZeroDivisionError
-        raise ValueError(str(error)) from error
-    return str(result[0][0])  # (texts, generation spans)
 
 
 def _num_tokens(data: bytes, path: Path) -> int:
