@@ -1,4 +1,4 @@
-"""Element types by the manifest's names, their safetensors names, and how numpy carries them here (bf16 as its uint16 bits)."""
+"""Element types by the manifest's names, their safetensors names, and how numpy carries them here: bf16 as uint16 bits, fp8 as bytes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ NUMPY: dict[str, np.dtype[np.generic]] = {
     "int32": np.dtype("<i4"),
     "int8": np.dtype("i1"),
     "uint8": np.dtype("u1"),
+    "float8_e4m3fn": np.dtype("u1"),
     "bool": np.dtype("?"),
 }
 SAFETENSORS: dict[str, str] = {
@@ -25,6 +26,7 @@ SAFETENSORS: dict[str, str] = {
     "int32": "I32",
     "int8": "I8",
     "uint8": "U8",
+    "float8_e4m3fn": "F8_E4M3",
     "bool": "BOOL",
 }
 FROM_SAFETENSORS: dict[str, str] = {name: dtype for dtype, name in SAFETENSORS.items()}

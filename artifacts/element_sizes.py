@@ -12,6 +12,7 @@ ITEM_BYTES: dict[str, int] = {
     "int32": 4,
     "int8": 1,
     "uint8": 1,
+    "float8_e4m3fn": 1,
     "bool": 1,
 }
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-Dtype = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"]
+Dtype = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "float8_e4m3fn", "bool"]
 Role = Literal["kernels", "aoti_shim", "tensor_runtime", "model", "cubin"]  # of an image; "tensor_runtime" and "cubin" since version 3
 
 
@@ -229,9 +229,9 @@ class QuantizationFacts(_Record, frozen=True):
     nothing was measured (external weights) `calibration_tokens` is 0 and the rest is null.
     """
 
-    scheme: Literal["int8", "int4"]
-    group: int  # inputs that share a scale
-    tensors: dict[str, int]  # name of a tensor of integers -> its bits
+    scheme: Literal["int8", "int4", "fp8"]  # fp8 (since version 3): e4m3
+    group: int  # inputs that share a scale; 0: all of a row
+    tensors: dict[str, int]  # name of a tensor of small numbers -> its bits
     calibration_tokens: int  # predicted; the measure is over each one's distribution
     reference_perplexity: float | None
     perplexity: float | None

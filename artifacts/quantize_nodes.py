@@ -75,17 +75,24 @@ class _Quantizing(Node, ABC):
         return padded.reshape(len(padded), num_groups, self.group)
 
     def _scales(self, groups: Wide) -> tuple[Array, Wide]:
-        """[rows, number of groups] scales, as W's dtype and in float32."""
-        wanted = np.abs(groups).max(axis=2) / np.float32(TOP[self.bits])
-        if not np.isfinite(wanted).all():
-            raise ArtifactError("a weight holds NaN or infinity and cannot be quantised; compile without --quantization")
-        dtype = self.input.dtype
-        near = cast(wanted, "float32", dtype)
-        below = cast(near, dtype, "float32") < wanted
-        if below.any():  # the next value up: of a positive float, the bits plus one
-            as_integers = near.view(np.dtype(f"u{near.dtype.itemsize}"))
-            near = (as_integers + below.astype(as_integers.dtype)).view(near.dtype)
-        return near, np.asarray(cast(near, dtype, "float32"), dtype=np.float32)
+        return group_scales(groups, TOP[self.bits], self.input.dtype)
+
+
+def group_scales(groups: Wide, top: float, dtype: str) -> tuple[Array, Wide]:
+    """[rows, number of groups] scales of weights [rows, number of groups, group], as `dtype` and in float32.
+
+    Raises:
+        ArtifactError: a weight is no number.
+    """
+    wanted = np.abs(groups).max(axis=2) / np.float32(top)
+    if not np.isfinite(wanted).all():
+        raise ArtifactError("a weight holds NaN or infinity and cannot be quantised; compile without --quantization")
+    near = cast(wanted, "float32", dtype)
+    below = cast(near, dtype, "float32") < wanted
+    if below.any():  # the next value up: of a positive float, the bits plus one
+        as_integers = near.view(np.dtype(f"u{near.dtype.itemsize}"))
+        near = (as_integers + below.astype(as_integers.dtype)).view(near.dtype)
+    return near, np.asarray(cast(near, dtype, "float32"), dtype=np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,8 @@ A recipe is JSON, a tree of
     {"op": "quantize", "bits": B, "group": G, "input": R}          [N, K] as packed integers (quantize_nodes.py)
     {"op": "quantize_scales", "bits": B, "group": G, "input": R}   and the scales that belong to them
     {"op": "in_rows", "input": R}                        a quantize or quantize_scales out of its panels, for GPUs (row_nodes.py)
+    {"op": "quantize_fp8", "input": R}                   [N, K] as float8_e4m3fn (fp8_nodes.py)
+    {"op": "quantize_fp8_scales", "input": R}            and the scales of its rows
     {"op": "dequantize", "form": F, ..., "inputs": [R, ..]}        [N, K] from a checkpoint's own integers (stored_nodes.py)
 
 `infer` checks a recipe and gives its dtype and shape without touching data. `blocks` gives the result row block by row block:
@@ -30,6 +32,7 @@ import numpy as np
 
 from llmc.artifacts.dtypes import FLOATS, NUMPY, Array
 from llmc.artifacts.element_sizes import nbytes_of
+from llmc.artifacts.fp8_nodes import fp8_node
 from llmc.artifacts.quantize_nodes import quantizing_node
 from llmc.artifacts.recipe_nodes import Cast, Concat, Literal, Node, Pack, Reshape, Slice, Source, Stack, Transpose
 from llmc.artifacts.row_nodes import row_node
@@ -59,6 +62,8 @@ _FIELDS: dict[str, set[str]] = {
     "quantize": {"bits", "group", "input"},
     "quantize_scales": {"bits", "group", "input"},
     "in_rows": {"input"},
+    "quantize_fp8": {"input"},
+    "quantize_fp8_scales": {"input"},
     "dequantize": {"form", "bits", "group", "symmetric", "dtype", "shape", "inputs"},
 }
 
@@ -287,6 +292,8 @@ def _unary(recipe: Recipe, child: Node) -> Node:
         return Reshape(child.dtype, tuple(shape), input=child)
     if op in ("quantize", "quantize_scales"):
         return quantizing_node(op, recipe["bits"], recipe["group"], child)
+    if op in ("quantize_fp8", "quantize_fp8_scales"):
+        return fp8_node(op, child)
     if op == "in_rows":
         return row_node(child)
     if child.dtype not in FLOATS or len(child.shape) < 2 or 0 in child.shape:

@@ -59,7 +59,7 @@ class TensorEntry:
 
     @property
     def dtype(self) -> str | None:
-        """The manifest's name of the dtype; None for those llmc cannot hold (fp8, float64, ...)."""
+        """The manifest's name of the dtype; None for those llmc cannot hold (float64, fp8 e5m2, ...)."""
         return FROM_SAFETENSORS.get(self.stored_dtype)
 
 

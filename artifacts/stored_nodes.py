@@ -11,6 +11,7 @@ shorter; a group of K or more is one per row. Bits lie from the lowest of a 32-b
     awq           int32 [K, N * B / 32], columns 0 2 4 6 1 3 5 7 [groups, N]   int32 [groups, N * B / 32] in that order, zero
     packed_rows   int32 [N, K * B / 32], words along K           [N, groups]   int32 [N * B / 32, groups], words along N, zero
     int8_rows     int8 [N, K], signed                            [N, groups]   none
+    fp8_rows      float8_e4m3fn [N, K]                           [N, 1] or [1] none
 
 In packed_rows integers and zeros carry an offset of 2^(B-1), which cancels; without zeros the offset is taken off. With `symmetric`
 every zero must be 2^(B-1), which is checked where zeros are stored.
@@ -27,12 +28,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llmc.artifacts import float8
 from llmc.artifacts.casts import cast
 from llmc.artifacts.dtypes import FLOATS, Array
 from llmc.artifacts.recipe_nodes import Concat, Data, Node, Slice
 from llmc.errors import ArtifactError
 
-FORMS = ("gptq", "gptq_v2", "awq", "packed_rows", "int8_rows")
+FORMS = ("gptq", "gptq_v2", "awq", "packed_rows", "int8_rows", "fp8_rows")
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # place in a word -> column
 
 Ints = npt.NDArray[np.int16]
@@ -56,10 +58,22 @@ class Dequantize(Node):
         return self.bits if self.symmetric else self.bits + 1
 
     def rows(self, data: Data, start: int, stop: int) -> Array:
-        ints = self.integers(data, start, stop).astype(np.float32)
+        is_fp8 = self.form == "fp8_rows"
+        ints = float8.decode(self.codes(data, start, stop)) if is_fp8 else self.integers(data, start, stop).astype(np.float32)
         scales = np.asarray(cast(self.scale_rows(data, start, stop), self.dtype, "float32"), dtype=np.float32)
         ints *= np.repeat(scales, min(self.group, self.shape[1]), axis=1)[:, : self.shape[1]]
         return cast(ints, "float32", self.dtype)
+
+    def codes(self, data: Data, start: int, stop: int) -> Array:
+        """The bytes of fp8 rows [start, stop), [rows, K].
+
+        Raises:
+            ArtifactError: there is a NaN among them.
+        """
+        rows = self.quants.whole(data)[start:stop]
+        if ((rows & 0x7F) == 0x7F).any():
+            raise ArtifactError(f"a quantised weight of {list(self.shape)}, stored as fp8, holds a NaN; the checkpoint is damaged")
+        return rows
 
     def integers(self, data: Data, start: int, stop: int) -> Ints:
         """q - zero of rows [start, stop), [rows, K]."""
@@ -103,7 +117,9 @@ class Dequantize(Node):
     def scale_rows(self, data: Data, start: int, stop: int) -> Array:
         """[rows, groups] scales in this node's dtype."""
         stored = self.scales.whole(data)
-        rows = stored[start:stop] if self.form in ("packed_rows", "int8_rows") else stored[:, start:stop].T
+        if self.scales.shape == (1,):
+            stored = np.broadcast_to(stored, (self.shape[0], 1))
+        rows = stored[start:stop] if self.form in ("packed_rows", "int8_rows", "fp8_rows") else stored[:, start:stop].T
         return cast(np.ascontiguousarray(rows), self.scales.dtype, self.dtype)
 
 
@@ -122,23 +138,26 @@ def _awq_columns(words: Array, start: int, stop: int) -> Ints:
     return columns[:, start - first * 8 : stop - first * 8]
 
 
-def stored_leaves(node: Node) -> list[Dequantize] | None:
-    """The quantised matrices whose rows make up `node`; None if anything else has a part in it."""
+def stored_leaves(node: Node, *, fp8: bool = False) -> list[Dequantize] | None:
+    """The matrices of integers, or of fp8, whose rows make up `node`; None if anything else has a part in it."""
     if isinstance(node, Dequantize):
-        return [node]
+        return [node] if (node.form == "fp8_rows") is fp8 else None
     if isinstance(node, Slice) and node.axis == 0:
-        return stored_leaves(node.input)
+        return stored_leaves(node.input, fp8=fp8)
     if isinstance(node, Concat) and node.axis == 0:
-        found = [stored_leaves(child) for child in node.inputs]
+        found = [stored_leaves(child, fp8=fp8) for child in node.inputs]
         return None if any(part is None for part in found) else [leaf for part in found if part is not None for leaf in part]
     return None
 
 
 def stored_rows(node: Node, data: Data, group: int, start: int, stop: int, *, scales: bool) -> Array:
-    """Rows [start, stop) of what `stored_leaves` found: their integers [rows, K] int16, or their scales [rows, groups of `group`]."""
+    """Rows [start, stop) of what `stored_leaves` found.
+
+    Integers [rows, K] int16 or fp8 [rows, K] uint8; or their scales [rows, groups of `group`].
+    """
     if isinstance(node, Dequantize):
         if not scales:
-            return node.integers(data, start, stop)
+            return node.codes(data, start, stop) if node.form == "fp8_rows" else node.integers(data, start, stop)
         starts = np.arange(0, node.shape[1], group)
         return node.scale_rows(data, start, stop)[:, starts // node.group]
     if isinstance(node, Slice):
@@ -172,13 +191,16 @@ def dequantizing_node(recipe: Any, inputs: list[Node]) -> Dequantize:
         )
     for found, wanted in zip(inputs, _layout(form, bits, group, shape), strict=False):
         expected = (FLOATS if wanted[0] == "float" else (wanted[0],), wanted[1])
-        if found.dtype not in expected[0] or found.shape != expected[1]:
+        of_all = form == "fp8_rows" and wanted[0] == "float" and found.shape == (1,)  # one scale for the whole matrix
+        if found.dtype not in expected[0] or (found.shape != expected[1] and not of_all):
             raise ArtifactError(
                 f"a quantised weight of {shape} in the layout {form} has a part {found.dtype} {list(found.shape)}, "
                 f"expected {wanted[0]} {list(wanted[1])}; its quantization_config and its tensors do not belong together"
             )
-    if form == "int8_rows" and len(inputs) == 3:
-        raise ArtifactError("a quantised weight of plain int8 with zero points is not read; expected a symmetric one")
+    if form in ("int8_rows", "fp8_rows") and len(inputs) == 3:
+        raise ArtifactError("a quantised weight of plain int8 or fp8 with zero points is not read; expected a symmetric one")
+    if form == "fp8_rows" and (bits != 8 or group < shape[1]):
+        raise ArtifactError(f"a quantised weight of fp8 has {bits} bits in groups of {group}; expected 8 and whole rows, {shape[1]}")
     return Dequantize(
         dtype,
         tuple(shape),
@@ -203,4 +225,4 @@ def _layout(form: str, bits: int, group: int, shape: list[int]) -> list[tuple[st
         return [("int32", (k, words_n)), ("float", (groups, n)), ("int32", (groups, words_n))]
     if form == "packed_rows":
         return [("int32", (n, words_k)), ("float", (n, groups)), ("int32", (words_n, groups))]
-    return [("int8", (n, k)), ("float", (n, groups))]
+    return [("int8" if form == "int8_rows" else float8.NAME, (n, k)), ("float", (n, groups))]

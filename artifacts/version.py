@@ -13,6 +13,7 @@ History, one dated line per version:
                 manifest field tensor_parallel_size and entries step.rank<i> (absent before, which reads as 1).
                 recipe op dequantize, for checkpoints that are quantised already.
                 recipe op in_rows, for quantised weights of a GPU.
+                dtype float8_e4m3fn and recipe ops quantize_fp8 and quantize_fp8_scales; quantization.scheme fp8, whose group is 0.
 """
 
 from __future__ import annotations

@@ -40,12 +40,15 @@ class KeepQuantized(Pass):
         shapes = {str(G.args_of(n)[1].target): (int(G.args_of(n)[3]), int(G.val(G.args_of(n)[0]).shape[-1])) for n in linears}
         for node in [n for n in gm.graph.nodes if G.is_op(n, LINEAR, EMBEDDING, EXPERTS)]:
             weight = str(G.args_of(node)[1].target)
-            leaves = [] if G.is_op(node, EXPERTS) else _leaves(ctx.weights[weight].recipe["input"])
-            if not leaves:
+            stored = [] if G.is_op(node, EXPERTS) else leaves(ctx.weights[weight].recipe["input"])
+            if any(leaf["form"] == "fp8_rows" for leaf in stored):
+                refusals["the checkpoint holds it as fp8, which no kernel of a CPU reads"] += 1
+                continue
+            if not stored:
                 refusals["experts have no quantised kernel" if G.is_op(node, EXPERTS) else "the checkpoint holds it unquantised"] += 1
                 continue
-            bits = 4 if all(leaf["bits"] == 4 and leaf["symmetric"] for leaf in leaves) else 8
-            group = gcd(*(leaf["group"] if leaf["group"] < leaf["shape"][1] else _LONGEST_GROUP for leaf in leaves))
+            bits = 4 if all(leaf["bits"] == 4 and leaf["symmetric"] for leaf in stored) else 8
+            group = gcd(*(leaf["group"] if leaf["group"] < leaf["shape"][1] else _LONGEST_GROUP for leaf in stored))
             rewrite(gm, ctx, node, shapes[weight], bits, group)
             matches += 1
         if matches:
@@ -53,7 +56,7 @@ class KeepQuantized(Pass):
         return PassResult(changed=matches > 0, matches=matches, refusals=refusals)
 
 
-def _leaves(recipe: Recipe) -> list[Recipe]:
+def leaves(recipe: Recipe) -> list[Recipe]:
     """The quantised matrices that a matrix's rows are made of; none if anything else has a part in it."""
     found = list(_walk(recipe))
     return [] if None in found else [leaf for leaf in found if leaf is not None]

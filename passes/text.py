@@ -19,7 +19,7 @@ from llmc.passes.weights import WeightTable
 
 _SHORT = {
     torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64",
-    torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "bool",
+    torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.float8_e4m3fn: "f8e4m3", torch.uint8: "u8", torch.bool: "bool",
 }  # fmt: skip
 _SYMBOL = re.compile(r"\b[suz]+\d+\b")
 

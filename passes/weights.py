@@ -145,6 +145,16 @@ def quantize_row_scales(matrix: Constant, *, bits: int, group: int) -> Constant:
     return Constant(recipe=_in_rows("quantize_scales", matrix, bits, group), dtype=matrix.dtype, shape=(n, ceil(k / group)))
 
 
+def fp8_rows(matrix: Constant) -> Constant:
+    """A matrix [N, K] as float8_e4m3fn; artifacts/fp8_nodes.py."""
+    return Constant(recipe={"op": "quantize_fp8", "input": matrix.recipe}, dtype=torch.float8_e4m3fn, shape=matrix.shape)
+
+
+def fp8_row_scales(matrix: Constant) -> Constant:
+    """The scales that belong to `fp8_rows`, [N, 1]."""
+    return Constant(recipe={"op": "quantize_fp8_scales", "input": matrix.recipe}, dtype=matrix.dtype, shape=(matrix.shape[0], 1))
+
+
 def _in_rows(op: str, matrix: Constant, bits: int, group: int) -> Recipe:
     return {"op": "in_rows", "input": {"op": op, "bits": bits, "group": group, "input": matrix.recipe}}
 

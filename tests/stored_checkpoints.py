@@ -21,7 +21,7 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 class Scheme:
     """One way to quantise. group None: whole rows."""
 
-    form: str  # gptq, gptq_v2, awq, packed, int8
+    form: str  # gptq, gptq_v2, awq, packed, int8, fp8, fp8 tensor
     bits: int = 4
     group: int | None = 32
     symmetric: bool = True
@@ -38,9 +38,13 @@ class Scheme:
         strategy = "channel" if self.group is None else "group"
         weights: dict[str, Any] = {"num_bits": self.bits, "type": "int", "symmetric": self.symmetric, "strategy": strategy}
         weights |= {"group_size": self.group, "dynamic": False, "actorder": None}
+        if self.form.startswith("fp8"):
+            weights |= {"type": "float", "strategy": "tensor" if self.form == "fp8 tensor" else strategy}
         scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
-        return {"quant_method": "compressed-tensors", "format": {"packed": "pack-quantized", "int8": "int-quantized"}[self.form],
-                "config_groups": {"group_0": scheme}, "ignore": ["lm_head"], "kv_cache_scheme": None}  # fmt: skip
+        written = {"packed": "pack-quantized", "int8": "int-quantized"}.get(self.form, "float-quantized")
+        groups = {"group_0": scheme}
+        return {"quant_method": "compressed-tensors", "format": written, "config_groups": groups, "ignore": ["lm_head"],
+                "kv_cache_scheme": None}  # fmt: skip
 
 
 def words(values: Tensor, bits: int) -> Tensor:
@@ -59,6 +63,11 @@ def awq_words(values: Tensor) -> Tensor:
 def store(weight: Tensor, scheme: Scheme, seed: int) -> tuple[dict[str, Tensor], Tensor]:
     """A matrix [N, K] quantised: the tensors that stand in its place, by the end of their names, and what they stand for."""
     n, k = weight.shape
+    if scheme.form.startswith("fp8"):
+        largest = weight.abs().amax() if scheme.form == "fp8 tensor" else weight.abs().amax(dim=1, keepdim=True)
+        scale = (largest.float() / 448).to(weight.dtype).reshape(-1, *[1] * (scheme.form == "fp8"))
+        held = (weight.float() / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return {"weight": held, "weight_scale": scale}, (held.float() * scale.float()).to(weight.dtype)
     group, top = scheme.group or k, 1 << scheme.bits
     parts = torch.nn.functional.pad(weight.float(), (0, -k % group)).unflatten(1, (-1, group))
     scales = (parts.abs().amax(dim=2) / (top // 2 - 1)).to(weight.dtype)

@@ -30,7 +30,7 @@ class CompileConfig:
     max_num_batched_tokens: int = DEFAULT_MAX_NUM_BATCHED_TOKENS
     block_size: int = 16
     kv_cache_dtype: str = "auto"
-    quantization: str | None = None  # "int8", "int4"
+    quantization: str | None = None  # "int8", "int4", "fp8"
     passes: str = ""  # "+name,-name": added to the level's list, left out of it
     max_kl: float | None = None  # nats per token; more fails the compile
     pooling: str | None = None  # "mean", "last", "cls": the artifact embeds; None: it generates
@@ -55,6 +55,8 @@ class CompileConfig:
             raise ConfigError(f"--passes {self.passes}: -O0 runs none, it is the oracle; use -O1 or -O2")
         if self.quantization is not None and self.level == 0:
             raise ConfigError(f"--quantization {self.quantization}: -O0 is the oracle and holds the weights as they are; use -O1 or -O2")
+        if self.quantization == "fp8" and self.target.startswith("cpu"):
+            raise ConfigError(f"--quantization fp8: only GPUs have kernels over fp8 weights, not {self.target}; int8 has as many bits")
         if self.max_kl is not None and ((self.quantization is None and self.quantized_kv is None) or self.weights == "external"):
             raise ConfigError(
                 "--max-kl bounds what --quantization costs, or --kv-cache-dtype int8 or fp8, measured on embedded weights; "

@@ -213,8 +213,10 @@ _CALIBRATED = dict.fromkeys(
 )
 _OTHER_QUANTIZATIONS = {
     **_CALIBRATED,
+    "marlin": "checkpoints in that layout are not read; GPTQ's own is, without this flag",
     **dict.fromkeys(
-        ("fp8", "ptpc_fp8", "fbgemm_fp8", "modelopt", "deepspeedfp", "marlin"), "no artifact holds fp8 weights yet; int8 has as many bits"
+        ("ptpc_fp8", "fbgemm_fp8", "modelopt", "deepspeedfp"),
+        "fp8 weights have a scale per row here, and activations keep 16 bits: say fp8, which GPUs run",
     ),
     **dict.fromkeys(("experts_int8", "moe_wna16"), "experts have no quantised kernel yet"),
     **dict.fromkeys(("gguf", "bitsandbytes"), "only safetensors of unquantised weights are read"),
@@ -256,9 +258,10 @@ SETTINGS: tuple[Setting, ...] = (
             choices=("auto", "llmc"), help="llmc's paged attention is the only one; auto names it."),
     Setting(name="tensor_parallel_size", parse=integer(1, 16), default=1, commands=_COMPILE, group="Compilation", metavar="N",
             aliases=("-tp",), help="Processes of one machine that share every layer: each holds its part of weights and KV cache. CPUs."),
-    Setting(name="quantization", aliases=("-q",), parse=choice("int8", "int4", refused=_OTHER_QUANTIZATIONS), default=None,
-            commands=_COMPILE, group="Compilation", choices=("int8", "int4"), refused=_OTHER_QUANTIZATIONS,
-            help="Hold the weights of linears as integers with a scale per 32 inputs, rounded to nearest; int4 keeps 8 bits in the head."),
+    Setting(name="quantization", aliases=("-q",), parse=choice("int8", "int4", "fp8", refused=_OTHER_QUANTIZATIONS), default=None,
+            commands=_COMPILE, group="Compilation", choices=("int8", "int4", "fp8"), refused=_OTHER_QUANTIZATIONS,
+            help="Hold the weights of linears as integers with a scale per 32 inputs, rounded to nearest; int4 keeps 8 bits in the head. "
+                 "fp8: e4m3 with a scale per row, int8 in the head; GPUs alone."),
     Setting(name="max_kl", parse=divergence, default=None, commands=_COMPILE, group="Compilation", metavar="NATS",
             help="Fail the compile if quantisation moves the model's distribution by more: mean KL divergence on a calibration text."),
     Setting(name="task", parse=choice("generate", "embed", refused=_OTHER_TASKS), default="generate", commands=_COMPILE,

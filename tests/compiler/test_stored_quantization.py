@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llmc import LLM, SamplingParams
 from llmc.artifacts.recipes import evaluate
@@ -20,6 +21,7 @@ from llmc.compiler.pipeline import STORED, pipeline
 from llmc.compiler.stored_quantization import read_stored
 from llmc.config.compile import CompileConfig
 from llmc.errors import ArtifactError, ConfigError, UnsupportedModel
+from llmc.kernels.plain_quantized_linear.reference import dequantize_plain
 from llmc.kernels.quantized_linear.reference import dequantize
 from llmc.passes.base import PassContext
 from llmc.passes.runner import run_passes
@@ -37,6 +39,7 @@ SCHEMES = {
     "int8 rows": Scheme(form="int8", bits=8, group=None),
     "int8 groups": Scheme(form="int8", bits=8, group=32),
 }
+FP8 = {"rows": Scheme(form="fp8", bits=8, group=None), "whole": Scheme(form="fp8 tensor", bits=8, group=None)}
 
 
 @pytest.mark.parametrize(
@@ -65,6 +68,51 @@ def test_values_and_kept_integers(scheme: Scheme, tmp_path: Path) -> None:
             factors = to_torch(evaluate(scales.recipe, checkpoint.fetch, checkpoint.specs()), scales.dtype)
             matrix = to_torch(evaluate(recipe["input"], checkpoint.fetch, checkpoint.specs()), torch.float16)
             assert torch.equal(dequantize(quants, factors, *matrix.shape, recipe["group"]), matrix), name
+
+
+@pytest.mark.parametrize("scheme", [pytest.param(s, id=n) for n, s in FP8.items()])
+def test_fp8_is_kept_for_a_gpu(scheme: Scheme, tmp_path: Path) -> None:
+    """Every constant is the one of the dequantised checkpoint; what a GPU's artifact holds is the checkpoint's fp8, a CPU's is not."""
+    plain, quantized = save_stored("llama", tmp_path, scheme)
+    traced, wanted = capture(read_model(quantized), max_model_len=64), capture(read_model(plain), max_model_len=64)
+    with Checkpoint([quantized / "model.safetensors"]) as checkpoint, Checkpoint([plain / "model.safetensors"]) as other:
+        ours, theirs = fetcher(traced.constants, checkpoint), fetcher(wanted.constants, other)
+        for name in wanted.constants:
+            assert torch.equal(ours(name), theirs(name)), name
+        again = capture(read_model(quantized), max_model_len=64)
+        context = PassContext(weights=again.weight_table(), max_positions=64)
+        for_cpu = run_passes(again.graph, pipeline(2, STORED), context)[-1].result
+        assert not for_cpu.changed and for_cpu.refusals["the checkpoint holds it as fp8, which no kernel of a CPU reads"] == 12
+        weights = traced.weight_table()
+        report = run_passes(traced.graph, pipeline(2, STORED, kind="cuda"), PassContext(weights=weights, max_positions=64))[-1]
+        assert report.applied.name == "keep-plain-fp8" and report.result.matches == 3 * 4
+        assert report.result.refusals == {"the checkpoint does not hold it as fp8": 1}  # the head
+        held = [name for name in weights if "quantized_" in name]
+        assert len(held) == 12 and {weights[name].dtype for name in held} == {torch.float8_e4m3fn}
+        for name in held:
+            recipe, scales = weights[name].recipe, weights[name.replace("quantized_", "scales_")]
+            codes = to_torch(evaluate(recipe, checkpoint.fetch, checkpoint.specs()), torch.float8_e4m3fn)
+            factors = to_torch(evaluate(scales.recipe, checkpoint.fetch, checkpoint.specs()), scales.dtype)
+            matrix = to_torch(evaluate(recipe["input"], checkpoint.fetch, checkpoint.specs()), torch.float16)
+            assert torch.equal(dequantize_plain(codes, factors, matrix.shape[1], matrix.shape[1]), matrix), name
+
+
+def test_a_damaged_fp8_checkpoint(tmp_path: Path) -> None:
+    _, quantized = save_stored("llama", tmp_path, FP8["rows"])
+    file = quantized / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.0.mlp.down_proj.weight"
+    broken = tensors[name].view(torch.uint8).clone()
+    broken[0, 0] = 0x7F
+    save_file({**tensors, name: broken.view(torch.float8_e4m3fn)}, file, metadata={"format": "pt"})
+    traced = capture(read_model(quantized), max_model_len=64)
+    with Checkpoint([file]) as checkpoint, pytest.raises(ArtifactError, match="holds a NaN; the checkpoint is damaged"):
+        fetcher(traced.constants, checkpoint)(next(n for n in traced.constants if n.endswith("layers.0.mlp.down_proj.weight")))
+    scale = name + "_scale"
+    save_file({**tensors, scale: tensors[scale][:7].contiguous()}, file, metadata={"format": "pt"})
+    traced = capture(read_model(quantized), max_model_len=64)
+    with Checkpoint([file]) as checkpoint, pytest.raises(ArtifactError, match="do not belong together"):
+        fetcher(traced.constants, checkpoint)(next(n for n in traced.constants if n.endswith("layers.0.mlp.down_proj.weight")))
 
 
 @pytest.mark.parametrize("name", ["gptq", *(pytest.param(n, marks=pytest.mark.slow) for n in ("awq", "packed zeros"))])
@@ -109,6 +157,8 @@ def compressed(weights: dict[str, Any] | None = None, scheme: dict[str, Any] | N
         (compressed({"actorder": "group"}), "act-order"),
         (compressed({"strategy": "block"}), "'block'"),
         (compressed({"type": "float"}), "of 'float'"),
+        (compressed({"type": "float", "num_bits": 8, "strategy": "block"}, format="float-quantized"), "reads channel and tensor of fp8"),
+        (compressed({"type": "float", "strategy": "channel"}, format="float-quantized"), "to 4 bits, one to a byte"),
         (compressed(format="float-quantized"), "'float-quantized'"),
         (compressed(scheme={"input_activations": {"num_bits": 8}}), "activations included"),
         (compressed(kv_cache_scheme={"num_bits": 8}), "kv-cache-dtype"),

@@ -135,6 +135,11 @@ def evaluate(recipe: dict[str, Any], sources: dict[str, Tensor], computed: dict[
     if op in ("quantize", "quantize_scales"):
         quants, scales = quantize(value, recipe["bits"], recipe["group"])
         return quants if op == "quantize" else scales
+    if op in ("quantize_fp8", "quantize_fp8_scales"):
+        wanted = value.float().abs().amax(dim=1, keepdim=True) / 448
+        scales = wanted.to(value.dtype)
+        scales = torch.where(scales.float() < wanted, scales.nextafter(torch.full_like(scales, torch.inf)), scales)
+        return scales if op == "quantize_fp8_scales" else (value.float() / scales.float()).to(torch.float8_e4m3fn)
     raise AssertionError(f"unknown recipe op {op}")
 
 
