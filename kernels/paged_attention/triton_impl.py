@@ -42,8 +42,8 @@ class _Shape:
 
 
 def _shape(head_dim: int, heads_per_kv: int, dtype: torch.dtype, device: Device) -> _Shape:
-    if dtype == torch.float32:  # no matrix instruction; for checks against other programs, not for speed
-        return _Shape(tile=32, rows=16, prefill_rows=16, warps=4, prefill_warps=4, stages=2)
+    if dtype == torch.float32:  # no matrix instruction; for checks against other programs, not for speed. Two stages spill (24 bytes)
+        return _Shape(tile=32, rows=16, prefill_rows=16, warps=4, prefill_warps=4, stages=1)
     if device.shared_bytes < H200.shared_bytes:
         # Before Hopper a matrix instruction's operands are in registers: larger tiles than these spill (96 bytes a thread).
         rows = 64 if head_dim <= 128 or heads_per_kv > 32 else 32

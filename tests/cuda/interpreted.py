@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ class Interpreter:
     """The process. `path`: the socket a stand-in connects to."""
 
     def __init__(self, sources: Path) -> None:
-        self.path = sources.with_name("kernels.socket")
+        self._folder = tempfile.TemporaryDirectory(prefix="llmc-")  # a socket's name may have 107 bytes; the sources' folder is long
+        self.path = Path(self._folder.name) / "kernels.socket"
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "PYTEST_"))}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.cuda.stand_in_server", str(self.path), str(sources)],
@@ -84,3 +86,4 @@ class Interpreter:
         self.process.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()
+        self._folder.cleanup()
