@@ -55,6 +55,7 @@ def facts(
             "name": manifest.target.name,
             "instruction set": manifest.target.isa,
             "level": f"-O{manifest.level}",
+            "executor": ", ".join(f"{entry.name}: {entry.executor}" for entry in manifest.entries),
             "needs": ", ".join(manifest.requirements.cpu_features),
             "torch": manifest.requirements.torch or "none at run time",
         },

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from llmc.config.executor import EXECUTORS
 from llmc.config.human import human_int, human_int_or_auto
 from llmc.config.performance import MODES
 from llmc.errors import ConfigError
@@ -246,6 +247,9 @@ SETTINGS: tuple[Setting, ...] = (
                  "stand for the flags of that name; every other key is refused by name."),
     Setting(name="target", parse=text, default="cpu", commands=_COMPILE, group="Compilation", metavar="NAME",
             help="cpu (this machine), cpu:x86-64-v3, cpu:x86-64-v4 or cpu:native; `list` shows all targets."),
+    Setting(name="executor", parse=choice(*EXECUTORS), default="auto", commands=_COMPILE, group="Compilation", choices=EXECUTORS,
+            help="What runs the program. auto: nodes at -O0, aoti (AOTInductor's code) on a CPU, plan (stored CUDA graphs) on a GPU; "
+                 "one that the target does not have is refused with the reason."),
     Setting(name="dtype", parse=choice("auto", "bfloat16", "float16", "float32", synonyms={"half": "float16", "float": "float32"}),
             default="auto", commands=_COMPILE, group="Compilation", choices=("auto", "bfloat16", "float", "float16", "float32", "half"),
             help="Type of weights and activations; auto: the checkpoint's own."),
