@@ -70,11 +70,13 @@ def compile_image(code: GeneratedCode, isa: str, out: Path, *, jobs: int = 1) ->
         with ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
             list(pool.map(lambda unit: _compile(unit, isa, work), units))
         objects = [f"{unit.name}.o" for unit in units]
-        _run([_compiler(), *objects, *_LINK, "-o", "image.so"], work)
+        run_compiler([find_compiler(), *objects, *_LINK, "-o", "image.so"], work)
         if not only_libtorch_has(work / "image.so"):
             # A library of that name with nothing in it makes the linker write the name down.
-            _run([_compiler(), "-shared", "-nostdlib", f"-Wl,-soname,{SONAME}", "-x", "c", "/dev/null", "-o", SONAME], work)
-            _run([_compiler(), *objects, *_LINK, "-Wl,--no-as-needed", f"./{SONAME}", "-Wl,--as-needed", "-o", "image.so"], work)
+            run_compiler([find_compiler(), "-shared", "-nostdlib", f"-Wl,-soname,{SONAME}", "-x", "c", "/dev/null", "-o", SONAME], work)
+            run_compiler(
+                [find_compiler(), *objects, *_LINK, "-Wl,--no-as-needed", f"./{SONAME}", "-Wl,--as-needed", "-o", "image.so"], work
+            )
         os.replace(work / "image.so", out)
     finally:
         shutil.rmtree(work)
@@ -101,7 +103,7 @@ def compiler_version() -> str:
     Raises:
         ConfigError: there is no C++ compiler.
     """
-    return subprocess.run([_compiler(), "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    return subprocess.run([find_compiler(), "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
 
 
 def _compile(unit: _Unit, isa: str, work: Path) -> None:
@@ -109,11 +111,11 @@ def _compile(unit: _Unit, isa: str, work: Path) -> None:
     level = isa_level(isa)
     include = Path(torch.__file__).parent / "include"
     command = [
-        _compiler(), *_FLAGS, unit.opt, *_DEFINES, f"-DCPU_CAPABILITY_{level.vec_isa.upper()}", *level.gcc_flags,
+        find_compiler(), *_FLAGS, unit.opt, *_DEFINES, f"-DCPU_CAPABILITY_{level.vec_isa.upper()}", *level.gcc_flags,
         *level.vec_flags.split(), f"-ffile-prefix-map={include}=torch", "-isystem", str(include),
         "-isystem", str(include / "torch/csrc/api/include"), "-c", f"{unit.name}.cpp", "-o", f"{unit.name}.o",
     ]  # fmt: skip
-    _run(command, work)
+    run_compiler(command, work)
 
 
 def _without_paths(kernels: str) -> str:
@@ -121,7 +123,12 @@ def _without_paths(kernels: str) -> str:
     return "\n".join(line for line in kernels.splitlines() if not line.startswith("// Triton kernels are embedded")) + "\n"
 
 
-def _compiler() -> str:
+def find_compiler() -> str:
+    """The C++ compiler's program, $CXX or g++.
+
+    Raises:
+        ConfigError: there is none.
+    """
     name = os.environ.get("CXX", "g++")
     found = shutil.which(name)
     if found is None:
@@ -129,7 +136,12 @@ def _compiler() -> str:
     return found
 
 
-def _run(command: list[str], work: Path) -> None:
+def run_compiler(command: list[str], work: Path) -> None:
+    """Run one command of the compiler's in a folder.
+
+    Raises:
+        InternalError: it failed; with what it said.
+    """
     done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
     if done.returncode:
         raise InternalError(f"{command[0]} failed in {work}: {' '.join(command)}\n{done.stderr[-4000:]}\nplease report this model")
