@@ -9,7 +9,10 @@ from importlib import import_module
 import rich_click as click
 from click.exceptions import Exit as ClickExit
 
-from llmc.errors import InternalError, LlmcError
+from llmc.errors import ConfigError, InternalError, LlmcError
+
+# The extra `compile`: what a machine that serves does without.
+COMPILE_PACKAGES = ("torch", "transformers", "safetensors")
 
 # command -> (module, attribute, one line of help)
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -78,6 +81,12 @@ def main(argv: list[str] | None = None) -> int:
     except LlmcError as error:
         print(f"llmc: {error}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in COMPILE_PACKAGES:
+            raise
+        print(f"llmc: this command needs {missing}, which is not installed; pip install 'llmc[compile]' brings it", file=sys.stderr)
+        return ConfigError.exit_code
     except BrokenPipeError:  # `llmc inspect OUT | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more when it ends
         return 141  # as a shell reports the signal SIGPIPE

@@ -34,7 +34,7 @@ def package_check(name: str, low: tuple[int, int], high: tuple[int, int] | None,
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return Check(name, False, "not installed", needed_for, f"pip install {name}")
+        return Check(name, False, "not installed", needed_for, "pip install 'llmc[compile]'")
     numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
     ok = numbers >= low and (high is None or numbers <= high)
     wanted = f"{low[0]}.{low[1]} or later" if high is None else f"{low[0]}.{low[1]} to {high[0]}.{high[1]}"
@@ -82,19 +82,20 @@ def all_checks() -> list[Check]:
         python_check(),
         isa_check(),
         compiler_check(),
-        package_check("torch", (2, 11), (2, 13), "compile and serve"),
+        package_check("torch", (2, 11), (2, 13), "compile"),
         package_check("transformers", (5, 17), None, "compile"),
         huge_page_check(),
     ]
 
 
 @click.command("doctor")
-def doctor_command() -> int:
+@click.option("--for", "purpose", type=click.Choice(["compile", "serve"]), help="Check only what this takes; both, if not given.")
+def doctor_command(purpose: str | None) -> int:
     """Check that this machine can compile and serve; exit status 1 when something needed is missing."""
     from rich.console import Console
     from rich.table import Table
 
-    checks = all_checks()
+    checks = [check for check in all_checks() if purpose is None or not check.needed_for or purpose in check.needed_for]
     table = Table(title="llmc doctor", title_justify="left")
     for column in ("", "part", "found", "needed for", "what to do"):
         table.add_column(column, overflow="fold")

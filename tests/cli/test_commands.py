@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from llmc.cli import COMMANDS, main
+from llmc.errors import ConfigError
 from tests.runtime.conftest import toy_folder, toy_weights  # noqa: F401
 from tests.runtime.toy_artifact import EOS, WORDS, toy_greedy, write_toy_artifact
 
@@ -158,6 +159,34 @@ def test_every_command_has_help_and_none_imports_torch() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Usage") == len(COMMANDS)
+
+
+def test_without_what_compiling_takes_a_command_says_what_to_install(tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom llmc.cli import main\n"
+        "class Without:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in ('torch', 'transformers', 'safetensors'):\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Without())\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    model = str(Path(__file__).parents[2] / "examples" / "demo_model")
+    for command in (["compile", model, "-o", str(tmp_path / "out")], ["export", "onnx", model, "-o", str(tmp_path / "out")]):
+        done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, check=False)
+        assert done.returncode == ConfigError.exit_code and "Traceback" not in done.stderr, done.stderr
+        assert "which is not installed; pip install 'llmc[compile]'" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_doctor_checks_what_is_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert main(["doctor"]) == 1
+    assert "no-such-compiler" in capsys.readouterr().out.replace("\n", "")
+    assert main(["doctor", "--for", "compile"]) == 1
+    capsys.readouterr()
+    assert main(["doctor", "--for", "serve"]) == 0
+    assert "transformers" not in capsys.readouterr().out
 
 
 def test_an_unknown_command_and_option_are_named(capsys: pytest.CaptureFixture[str]) -> None:
