@@ -112,11 +112,11 @@ class ReplicaFront:
                     log("request_lost_by_replica", replica=replica.index, reason=str(error), attempt=len(tried))
                     continue
             if head.status != 503:
-                await _send(send, head, body)
+                await _send(send, head, body, call)
                 return
             refused = head, body  # loading or restarting, say: another one may be ready
         if refused is not None:
-            await _send(send, *refused)
+            await _send(send, *refused, call)
             return
         message = _LOST if tried else "no replica is ready; try again later"
         await error_response(message, status=503, code="replica_lost" if tried else "no_replica_ready")(scope, receive, send)
@@ -167,7 +167,8 @@ async def _whole(parts: AsyncGenerator[Head | bytes, None]) -> tuple[Head, bytes
         return await _head(parts), await _rest(parts)
 
 
-async def _send(send: Any, head: Head, body: bytes) -> None:
-    headers = [*head.headers, (b"content-length", str(len(body)).encode())]
+async def _send(send: Any, head: Head, body: bytes, call: Call) -> None:
+    length = [] if call.method == "HEAD" else [(b"content-length", str(len(body)).encode())]
+    headers = [*head.headers, *length]
     await send({"type": "http.response.start", "status": head.status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})

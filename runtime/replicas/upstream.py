@@ -10,6 +10,7 @@ import msgspec
 
 _READ_BYTES = 1 << 16
 _HOP_BY_HOP = frozenset((b"connection", b"keep-alive", b"transfer-encoding", b"content-length", b"upgrade", b"te", b"proxy-connection"))
+_NOT_HANDED_ON = _HOP_BY_HOP | {b"expect"}  # the body is here already: a replica's "100 Continue" would be taken for its answer
 
 
 class ReplicaLost(Exception):
@@ -75,6 +76,8 @@ async def exchange(socket_path: str, call: Call) -> AsyncGenerator[Head | bytes,
             if not data:
                 raise ReplicaLost("the connection ended before the answer did")
             parser.feed_data(data)
+            if call.method == "HEAD":
+                answer.complete = answer.headers_complete  # the length it states is that of a body which does not come
             if answer.headers_complete and not told:
                 told = True
                 yield Head(status=parser.get_status_code(), headers=answer.headers)
@@ -91,6 +94,6 @@ async def exchange(socket_path: str, call: Call) -> AsyncGenerator[Head | bytes,
 def _encoded(call: Call) -> bytes:
     """A request of one connection. The client's own Host stays, and so do the headers that a key or an id comes in."""
     lines = [call.method.encode() + b" " + call.target + b" HTTP/1.1"]
-    lines += [name + b": " + value for name, value in call.headers if name not in _HOP_BY_HOP]
+    lines += [name + b": " + value for name, value in call.headers if name not in _NOT_HANDED_ON]
     lines += [b"content-length: " + str(len(call.body)).encode(), b"connection: close", b"", b""]
     return b"\r\n".join(lines) + call.body

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -44,6 +45,22 @@ def test_answers_as_one_server_does(served: Replicas) -> None:
     assert_error(served.http.post("/v1/completions", json={"prompt": "hi", "max_tokens": -1}), 400)
     assert_error(served.http.get("/nowhere"), 404)
     assert served.http.get("/v1/models").json()["data"][0]["id"] == "tiny"
+
+
+def test_a_head_without_a_body_is_a_whole_answer(served: Replicas) -> None:
+    answer = served.http.head("/v1/models")
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert all(replica["ready"] for replica in served.load()["replicas"])
+
+
+def test_a_client_that_expects_100_continue_gets_its_answer(served: Replicas) -> None:
+    body = b'{"prompt": "hi"}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nConnection: close\r\n"
+    with socket.create_connection(("127.0.0.1", served.port), timeout=60) as connection:
+        connection.sendall(head + b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body))
+        assert connection.recv(4096) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(body)
+        assert connection.makefile("rb").readline().startswith(b"HTTP/1.1 200 ")
 
 
 def test_requests_spread_over_the_replicas(served: Replicas) -> None:
