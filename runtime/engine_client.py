@@ -356,6 +356,8 @@ class EngineClient:
                     self._became_ready(event)
                 elif isinstance(event, EngineFailed):
                     last_words.append(event.message)
+            # A message that waits is received without a pause: behind an engine that is ahead, readers would have no turn and look slow.
+            await asyncio.sleep(0)
 
     def _deliver(self, event: TokenEvent) -> None:
         stream = self._open.get(event.request_id)

@@ -95,6 +95,13 @@ def test_a_slow_reader_is_cut(slow: RunningServer) -> None:
         connection.close()
 
 
+def test_a_reader_is_not_slow_because_the_engine_is_fast() -> None:
+    # The engine is ahead of the front from the first step on: more than 10,000 events of one request wait at some time.
+    with RunningServer(engine={"step_ms": 0, "max_model_len": 1000}) as fast:
+        answer = fast.complete(n=128, max_tokens=100, ignore_eos=True)
+        assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 12_800
+
+
 def test_api_keys() -> None:
     with RunningServer(settings={"api_keys": ["first key", "second"], "root_path": "/llm"}) as server:
         for path in (
