@@ -281,35 +281,38 @@ def tuning(part: Part) -> None:
     import torch
 
     from llmc.kernels import gpu_bench
-    from llmc.kernels.plain_linear.bench import MATRICES, arguments
+    from llmc.kernels.plain_linear.bench import MATRICES, arguments, check_bits
     from llmc.kernels.plain_linear.triton_impl import Tile, plain_linear
-    from llmc.kernels.plain_linear.tuning import candidates
+    from llmc.kernels.plain_linear.tuning import TMA_CAPABILITY, candidates
 
     torch.manual_seed(0)
+    tma = part.stand_in or 10 * torch.cuda.get_device_capability()[0] >= TMA_CAPABILITY
 
     def case_of(tokens: int, n: int, k: int, tile: Tile) -> gpu_bench.Case:
         moved = (tokens * k + n * k + tokens * n) * 2
-        name = f"{tokens}x{n}x{k} {tile.block_n}x{tile.block_t} {tile.num_warps} warps {tile.num_stages} stages"
+        name = f"{tokens}x{n}x{k} {tile.block_n}x{tile.block_t} {tile.num_warps} warps {tile.num_stages} stages{' tma' * tile.tma}"
         ours = partial(plain_linear, tile=tile)
         return gpu_bench.Case(name=name, make=partial(arguments, tokens, n, k), ours=ours, moved_bytes=moved, flop=2 * tokens * n * k)
 
     def measure(tokens: int, n: int, k: int) -> dict[str, Any]:
         found: list[dict[str, Any]] = []
         compiled: dict[str, dict[str, Any]] = {}
-        for tile in candidates(tokens):
+        for tile in candidates(tokens, tma=tma):
             case = case_of(tokens, n, k, tile)
             row: dict[str, Any] = {"block_n": tile.block_n, "block_t": tile.block_t, "warps": tile.num_warps, "stages": tile.num_stages}
-            if part.stand_in:
-                try:
+            row["tma"] = tile.tma
+            try:
+                if part.stand_in:
                     row["launches"] = gpu_bench.compile_case(case, compiled)["launches"]
-                except Exception as error:  # a tile that does not fit is a finding of the search, not a failure of it
-                    row["out"] = f"{type(error).__name__}: {error}"[:300]
-            else:
-                row["us"] = gpu_bench.run_case(case, 10)["llmc"]["us"]["median"]
+                else:
+                    check_bits(tokens, n, k, tile)
+                    row["us"] = gpu_bench.run_case(case, 10)["llmc"]["us"]["median"]
+            except Exception as error:  # a tile that does not fit, or gives other bits, is a finding of the search, not a failure of it
+                row["out"] = f"{type(error).__name__}: {error}"[:300]
             found.append(row)
         result: dict[str, Any] = {"m": tokens, "n": n, "k": k, "tiles": found}
         if not part.stand_in:
-            best = min(found, key=lambda row: row["us"])
+            best = min((row for row in found if "us" in row), key=lambda row: row["us"])
             result |= {"default_us": found[0]["us"], "best": best, "gain": round(found[0]["us"] / best["us"], 3)}
         return result
 

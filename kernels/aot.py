@@ -49,6 +49,7 @@ class CompiledLaunch:
     shared_bytes: int
     registers: int
     stack_bytes: int  # spills, and local arrays, which our kernels have none of
+    scratch_bytes: int  # of the GPU's memory a program, at multiples of 128, behind the pointer after the arguments
     matrix_instructions: tuple[str, ...]  # "wgmma", "mma"; a dot product's bits depend on the kind
     matrix_layouts: tuple[str, ...]  # how each kind of tile lies over warps, as "instruction MxNxK, warps along N"
 
@@ -78,9 +79,21 @@ def compile_launch(launch: Launch, target: GPUTarget = SM_90) -> CompiledLaunch:
         shared_bytes=compiled.metadata.shared,
         registers=registers,
         stack_bytes=stack,
+        scratch_bytes=_scratch(compiled.metadata),
         matrix_instructions=tuple(sorted({m.group(1) for m in re.finditer(r"\b(wgmma|mma)\.\S*sync", ptx)})),
         matrix_layouts=tuple(sorted({f"{m[2]}, {m[1]}" for m in _LAYOUT.finditer(compiled.asm["ttgir"])})),
     )
+
+
+def _scratch(metadata: Any) -> int:
+    """Bytes a program asks for.
+
+    Raises:
+        InternalError: at other places than multiples of 128, or for profiling.
+    """
+    if metadata.global_scratch_align > 128 or metadata.global_scratch_size % metadata.global_scratch_align or metadata.profile_scratch_size:
+        raise InternalError(f"kernel {metadata.name} wants scratch memory that a plan does not give; please report this")
+    return int(metadata.global_scratch_size)
 
 
 def signature_text(launch: Launch) -> str:

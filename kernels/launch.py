@@ -34,7 +34,7 @@ class Launch:
     """One kernel, its grid and its arguments.
 
     `args` are the kernel's own parameters in their order, `constants` its compile-time ones. A pointer that the constants say is
-    not read stands for a missing optional argument.
+    not read stands for a missing optional argument. scratch: the kernel takes memory of its own, so many bytes a program as Triton says.
     """
 
     kernel: Any  # a function made by triton.jit
@@ -43,6 +43,7 @@ class Launch:
     constants: dict[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 2
+    scratch: bool = False
 
     @property
     def empty(self) -> bool:
@@ -56,7 +57,17 @@ Launcher = Callable[[Launch], None]
 def run(launch: Launch) -> None:
     """Start the kernel on the current device (or in Triton's interpreter)."""
     if not launch.empty:
+        if launch.scratch:
+            import triton
+
+            triton.set_allocator(_allocate)
         launch.kernel[launch.grid](**launch.args, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages)
+
+
+def _allocate(nbytes: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory for Triton's own use in one launch; torch aligns it to 512 bytes and frees it in the stream's order."""
+    assert alignment <= 512
+    return torch.empty(nbytes, device="cuda", dtype=torch.int8)
 
 
 def wrap(launch: Launch) -> None:

@@ -3,8 +3,8 @@
     tuned_tiles.json   {"format": 1, "targets": {"cuda:h200": {"measured": {...}, "tiles": [{"n", "k", "dtype", "rows", ...}, ...]}}}
 
 A row's bits must not depend on how many rows there are, nor on whether a table exists. So an entry chooses only what no bit depends on:
-the columns and rows of a tile, its warps, and how far its loads run ahead. The step along K, the parts of K and the kind of instruction
-follow from N, K and dtype alone. A matrix that is not in the table takes `tile_for`'s tile.
+the columns and rows of a tile, its warps, how far its loads run ahead, and whether TMA does them. The step along K, the parts of K and
+the kind of instruction follow from N, K and dtype alone. A matrix that is not in the table takes `tile_for`'s tile.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import torch
 
 from llmc.errors import ConfigError
 
+from .cuda_targets import cuda_target
 from .plain_linear.triton_impl import Tile
-from .plain_linear.tuning import candidates
+from .plain_linear.tuning import TMA_CAPABILITY, candidates
 
 TABLE = Path(__file__).with_name("tuned_tiles.json")
 FORMAT = 1
@@ -67,8 +68,9 @@ def read_tuned(target: str, path: Path = TABLE) -> TunedTiles:
         measured = dict(found["measured"])
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: {target} is damaged ({type(error).__name__}: {error}); write it again with `llmc tune`") from None
+    tma = has_tma(target)
     for (n, k, dtype, rows), tile in tiles.items():
-        if dtype != DTYPE or rows not in ROWS or tile not in set(candidates(rows)):
+        if dtype != DTYPE or rows not in ROWS or tile not in set(candidates(rows, tma=tma)):
             raise ConfigError(
                 f"{path}: {target} has for {rows} rows of {n}x{k}, {dtype}, {tile}, which is none that keeps a row's bits; "
                 "write it again with `llmc tune`"
@@ -76,12 +78,20 @@ def read_tuned(target: str, path: Path = TABLE) -> TunedTiles:
     return TunedTiles(tiles=tiles, measured=measured)
 
 
-def tune(matrices: Iterable[tuple[int, int]], timer: Timer, *, progress: Callable[[str], None] = lambda line: None) -> list[dict[str, Any]]:
+def has_tma(target: str) -> bool:
+    """Whether a target's GPU has the tensor memory accelerator."""
+    return cuda_target(target).capability_number >= TMA_CAPABILITY
+
+
+def tune(
+    matrices: Iterable[tuple[int, int]], timer: Timer, *, tma: bool = False, progress: Callable[[str], None] = lambda line: None
+) -> list[dict[str, Any]]:
     """Measure every candidate for every matrix and class of rows, and keep what is faster than the default.
 
     Args:
         matrices: (N, K) each.
         timer: seconds of one product; a tile for which it raises RuntimeError or ValueError is out, the default excepted.
+        tma: whether to try tiles that TMA loads; the GPU must have it.
 
     Returns:
         Entries of the table, with the times in microseconds.
@@ -89,7 +99,7 @@ def tune(matrices: Iterable[tuple[int, int]], timer: Timer, *, progress: Callabl
     entries = []
     for n, k in dict.fromkeys(matrices):
         for rows in ROWS:
-            default, *others = candidates(rows)
+            default, *others = candidates(rows, tma=tma)
             times = {default: timer(rows, n, k, default)}
             for tile in others:
                 try:
@@ -139,12 +149,12 @@ def _key(entry: Mapping[str, Any]) -> tuple[int, int, str, int]:
 
 def _tile(entry: Mapping[str, Any]) -> Tile:
     names = ("block_n", "block_t", "block_k", "num_warps", "num_stages")
-    return Tile(**{name: int(entry[name]) for name in names})
+    return Tile(**{name: int(entry[name]) for name in names}, tma=bool(entry["tma"]))
 
 
 def _entry(n: int, k: int, rows: int, tile: Tile, seconds: float, default_seconds: float) -> dict[str, Any]:
     return {
         "n": n, "k": k, "dtype": DTYPE, "rows": rows, "block_n": tile.block_n, "block_t": tile.block_t, "block_k": tile.block_k,
-        "num_warps": tile.num_warps, "num_stages": tile.num_stages, "us": round(seconds * 1e6, 2),
+        "num_warps": tile.num_warps, "num_stages": tile.num_stages, "tma": tile.tma, "us": round(seconds * 1e6, 2),
         "default_us": round(default_seconds * 1e6, 2),
     }  # fmt: skip

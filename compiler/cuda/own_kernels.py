@@ -92,6 +92,7 @@ def _compile(launch: Any, target: CudaTarget) -> OwnKernel:
         shared_bytes=made.shared_bytes,
         num_ctas=1,
         source="",
+        scratch_bytes=made.scratch_bytes,
     )
     check_kernel(compiled, target)
     types = {p.name: _type(launch.args[p.name]) for p in launch.kernel.params if p.name not in launch.constants}

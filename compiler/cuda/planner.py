@@ -118,10 +118,12 @@ class _Builder:
         types: Mapping[str, str],
         read: Set[str],
         written: Set[str],
+        scratch_bytes: int = 0,
     ) -> None:
         """Append a launch; `arguments` holds a fake tensor per pointer and a number per scalar, in the order of `types`.
 
         A pointer that is neither read nor written stands for a missing argument; it counts as read where nothing else names its memory.
+        `scratch_bytes` a program are taken from the arena for as long as the launch runs.
         """
         places: list[Place | Scalar] = []
         reads, writes, idle = [], [], []
@@ -140,10 +142,16 @@ class _Builder:
                 idle.append(place)
         reads += [place for place in idle if all(place.memory != other.memory for other in (*reads, *writes))]
         missing = len(self.records[kernel].parameters) - len(places)
-        if missing not in (0, 2):  # Triton appends two pointers to scratch memory, of which its kernels here use none
+        if missing not in (0, 2) or (scratch_bytes and not missing):  # Triton appends two pointers to scratch memory, the second unused
             raise InternalError(f"kernel {self.records[kernel].entry} has {missing} parameters more than arguments; please report this")
-        places += [_NULL] * missing
         x, y, z = (int(size) for size in (*grid, 1, 1)[:3])
+        if scratch_bytes:
+            scratch = self.memory.place(torch.empty(x * y * z * scratch_bytes, dtype=torch.uint8, device=DEVICE))
+            self.memory.use(scratch, len(self.steps))
+            places.append(scratch)
+            writes.append(scratch)
+            missing -= 1
+        places += [_NULL] * missing
         self.steps.append(_Step(kernel=kernel, grid=(x, y, z), arguments=places, reads=reads, writes=writes))
 
 
@@ -301,7 +309,9 @@ def _own_op(builder: _Builder, node: Node, values: Mapping[Node, Any], decode: b
 def _own_launch(builder: _Builder, launch: Any) -> None:
     kernel = builder.own.kernel(launch)
     index = builder.kernel(id(kernel), kernel.compiled, kernel.aligned, kernel.source)
-    builder.launch(index, launch.grid, launch.args, kernel.source.types, kernel.read, kernel.written)
+    builder.launch(
+        index, launch.grid, launch.args, kernel.source.types, kernel.read, kernel.written, scratch_bytes=kernel.compiled.scratch_bytes
+    )
 
 
 # --- the plan -----------------------------------------------------------------------------------------------------------------

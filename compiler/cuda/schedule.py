@@ -45,6 +45,7 @@ class CompiledKernel:
     image: the cubin. entry: its kernel's name. kernel: what the image says of it.
     num_warps: block size in warps. shared_bytes: dynamic shared memory of a launch. num_ctas: blocks per cluster.
     source: the text of Inductor's module; "" for kernels of ours.
+    scratch_bytes: memory that each program takes for itself, behind the first pointer after the arguments.
     """
 
     image: bytes
@@ -54,6 +55,7 @@ class CompiledKernel:
     shared_bytes: int
     num_ctas: int
     source: str
+    scratch_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..gpu_bench import Case, main, random
+
+if TYPE_CHECKING:  # triton stands behind it
+    from .triton_impl import Tile
 
 # (N, K) of Qwen3-0.6B's and Llama-8B's layers and of a vocabulary.
 MATRICES = (
@@ -28,9 +34,24 @@ def arguments(tokens: int, n: int, k: int) -> tuple[Tensor | None, ...]:
     return random(tokens, k), random(n, k), None
 
 
-def cases() -> Iterator[Case]:
+def check_bits(tokens: int, n: int, k: int, tile: Tile) -> None:
+    """Compare a tile's result with `tile_for`'s.
+
+    Raises:
+        RuntimeError: a bit differs.
+    """
     from .triton_impl import plain_linear
 
+    made = arguments(tokens, n, k)
+    if not torch.equal(plain_linear(*made, tile=tile), plain_linear(*made)):
+        raise RuntimeError(f"plain_linear {tokens}x{n}x{k} has other bits with {tile}")
+
+
+def cases() -> Iterator[Case]:
+    from .triton_impl import plain_linear, tile_for
+    from .tuning import TMA_CAPABILITY
+
+    has_tma = not torch.cuda.is_available() or 10 * torch.cuda.get_device_capability()[0] >= TMA_CAPABILITY
     for n, k in MATRICES:
         for tokens in (1, 16, 64, 256, 2048, 8192):
             if n > 100_000 and tokens > 256:
@@ -43,6 +64,14 @@ def cases() -> Iterator[Case]:
                 flop=2 * tokens * n * k,
                 baselines={"torch": F.linear},
             )
+            if has_tma and tokens in (256, 2048) and n < 100_000:
+                yield Case(
+                    name=f"plain_linear tma {tokens}x{n}x{k}",
+                    make=partial(arguments, tokens, n, k),
+                    ours=partial(plain_linear, tile=replace(tile_for(tokens, torch.bfloat16), tma=True)),
+                    moved_bytes=(tokens * k + n * k + tokens * n) * 2,
+                    flop=2 * tokens * n * k,
+                )
 
 
 if __name__ == "__main__":

@@ -29,13 +29,17 @@ MAX_PARTS = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tile:
-    """What one program computes at a time: block_n columns of the result for block_t rows."""
+    """What one program computes at a time: block_n columns of the result for block_t rows.
+
+    tma: a prefill kernel's loads are the tensor memory accelerator's, from compute capability 9.0 on, where the operands' rows allow it.
+    """
 
     block_n: int
     block_t: int
     block_k: int
     num_warps: int
     num_stages: int
+    tma: bool = False
 
 
 def tile_for(rows: int, dtype: torch.dtype) -> Tile:
@@ -117,14 +121,20 @@ def add_kernel(partial, bias, out, num_tokens, n, PARTS: tl.constexpr, HAS_BIAS:
 
 
 @triton.jit
-def place_tile(tile, num_tokens, n, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, ABREAST: tl.constexpr):
-    """The tokens and the weight's rows of a tile; neighbouring tiles are ABREAST runs of tokens by one run of rows."""
+def tile_corner(tile, num_tokens, n, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, ABREAST: tl.constexpr):
+    """The first token and the first of the weight's rows of a tile; neighbouring tiles are ABREAST runs of tokens by one run of rows."""
     runs_T, runs_N = tl.cdiv(num_tokens, BLOCK_T), tl.cdiv(n, BLOCK_N)
     band = tile // (ABREAST * runs_N)
     width = tl.minimum(runs_T - band * ABREAST, ABREAST)
     inside = tile % (ABREAST * runs_N)
-    token = (band * ABREAST + inside % width) * BLOCK_T + tl.arange(0, BLOCK_T)
-    return token, (inside // width) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return (band * ABREAST + inside % width) * BLOCK_T, (inside // width) * BLOCK_N
+
+
+@triton.jit
+def place_tile(tile, num_tokens, n, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, ABREAST: tl.constexpr):
+    """The tokens and the weight's rows of a tile."""
+    token, row = tile_corner(tile, num_tokens, n, BLOCK_N, BLOCK_T, ABREAST)
+    return token + tl.arange(0, BLOCK_T), row + tl.arange(0, BLOCK_N)
 
 
 @triton.jit
@@ -146,6 +156,38 @@ def prefill_kernel(
                 first = part * length
                 last = tl.minimum(first + length, k)
                 y += weight_dot(x, weight, token_T, has_T, row_N, has_N, first, last, EVEN, BLOCK_N, BLOCK_T, BLOCK_K)
+        if HAS_BIAS:
+            y += tl.load(bias + row, mask=has_N, other=0.0).to(tl.float32)[:, None]
+        place = token.to(tl.int64)[None, :] * n + row[:, None]
+        tl.store(out + place, y.to(out.dtype.element_ty), mask=has_N[:, None] & has_T[None, :])
+
+
+@triton.jit
+def prefill_tma_kernel(
+    x, weight, bias, out, num_tokens, n, k, x_stride, weight_stride, length, num_tiles,
+    HAS_BIAS: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    ABREAST: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """`prefill_kernel` with descriptors in place of addresses: the same tiles go through the same instructions in the same order.
+
+    What lies outside a matrix is loaded as 0. Each program makes its two descriptors in memory that Triton asks the launch for.
+    """
+    weights = tl.make_tensor_descriptor(weight, [n, k], [weight_stride, 1], [BLOCK_N, BLOCK_K])
+    tokens = tl.make_tensor_descriptor(x, [num_tokens, k], [x_stride, 1], [BLOCK_T, BLOCK_K])
+    for tile in range(tl.program_id(0), num_tiles, PROGRAMS):
+        first_T, first_N = tile_corner(tile, num_tokens, n, BLOCK_N, BLOCK_T, ABREAST)
+        y = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+        for part in range(PARTS):
+            total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+            first = part * length
+            for start in range(first, tl.minimum(first + length, k), BLOCK_K):
+                total = tl.dot(weights.load([first_N, start]), tokens.load([first_T, start]).T, total, input_precision="ieee")
+            if PARTS == 1:
+                y = total
+            else:
+                y += total
+        token, row = first_T + tl.arange(0, BLOCK_T), first_N + tl.arange(0, BLOCK_N)
+        has_N, has_T = row < n, token < num_tokens
         if HAS_BIAS:
             y += tl.load(bias + row, mask=has_N, other=0.0).to(tl.float32)[:, None]
         place = token.to(tl.int64)[None, :] * n + row[:, None]
@@ -174,14 +216,18 @@ def plain_linear(
     runs_n, runs_t = cdiv(n, tile.block_n), cdiv(num_tokens, tile.block_t)
     if num_tokens > DECODE_ROWS:
         programs = min(device.num_sms, runs_n * runs_t)
+        tma = tile.tma and all(_for_tma(operand) for operand in (rows, weight))
+        if tma:
+            del constants["EVEN"]
         launch(
             Launch(
-                kernel=prefill_kernel,
+                kernel=prefill_tma_kernel if tma else prefill_kernel,
                 grid=(programs, 1, 1),
                 args={**args, "num_tiles": runs_n * runs_t},
                 constants={**constants, "PARTS": parts, "ABREAST": 8, "PROGRAMS": programs},
                 num_warps=tile.num_warps,
                 num_stages=stages_of(tile, x.itemsize, device),
+                scratch=tma,
             )
         )
         return out
@@ -199,6 +245,12 @@ def plain_linear(
     if parts > 1:
         launch(add_parts(partial, bias, out, num_tokens, n, parts))
     return out
+
+
+def _for_tma(matrix: Tensor) -> bool:
+    """Whether a descriptor can be made: CUDA's driver API, cuTensorMapEncodeTiled, wants addresses and strides of 16 bytes' multiples."""
+    start, stride = matrix.storage_offset() * matrix.itemsize, matrix.stride(0) * matrix.itemsize
+    return start % 16 == 0 and stride % 16 == 0
 
 
 def add_parts(partial: Tensor, bias: Tensor | None, out: Tensor, num_tokens: int, n: int, parts: int) -> Launch:

@@ -35,11 +35,11 @@ def tune_command(target: str, matrices: tuple[str, ...], artifact: Path | None, 
     import torch
 
     from llmc.kernels.gpu_bench import machine
-    from llmc.kernels.tuned import TABLE, tune, write_tuned
+    from llmc.kernels.tuned import TABLE, has_tma, tune, write_tuned
 
     table = out or TABLE
     torch.manual_seed(0)
-    entries = tune(wanted, _timer(), progress=lambda line: click.echo(line, err=True))
+    entries = tune(wanted, _timer(), tma=has_tma(described.name), progress=lambda line: click.echo(line, err=True))
     write_tuned(described.name, entries, {**machine(), "matrices": [list(pair) for pair in dict.fromkeys(wanted)]}, table)
     click.echo(f"{table}: {len(entries)} tiles for {described.name} are faster than those chosen by rule; compile again to use them")
 
@@ -69,10 +69,11 @@ def _timer() -> Timer:
     from functools import partial
 
     from llmc.kernels.gpu_bench import Case, run_case
-    from llmc.kernels.plain_linear.bench import arguments
+    from llmc.kernels.plain_linear.bench import arguments, check_bits
     from llmc.kernels.plain_linear.triton_impl import Tile, plain_linear
 
     def seconds(rows: int, n: int, k: int, tile: Tile) -> float:
+        check_bits(rows, n, k, tile)
         moved = (rows * k + n * k + rows * n) * 2
         made = partial(arguments, rows, n, k)
         case = Case(name=f"{rows}x{n}x{k}", make=made, ours=partial(plain_linear, tile=tile), moved_bytes=moved, flop=2 * rows * n * k)

@@ -11,12 +11,16 @@ import torch
 pytest.importorskip("triton", reason="needs the cuda extra: pip install 'llmc[cuda]'")
 
 import llmc.kernels.ops  # noqa: F401  (registers the ops)
+from llmc.artifacts.plan import Pointer, Span
+from llmc.artifacts.plan_check import check_plan
 from llmc.cli import main
 from llmc.compiler.cuda import planner
+from llmc.compiler.cuda.cross import cross_cuda
 from llmc.compiler.cuda.own_kernels import KernelCache
 from llmc.errors import ConfigError
 from llmc.kernels.cuda_targets import cuda_target
-from llmc.kernels.plain_linear.triton_impl import Tile, tile_for
+from llmc.kernels.launch import Launch
+from llmc.kernels.plain_linear.triton_impl import Tile, plain_linear, tile_for
 from llmc.kernels.plain_linear.tuning import candidates
 from llmc.kernels.tuned import ROWS, TABLE, TunedTiles, read_tuned, row_class, tune, write_tuned
 
@@ -29,6 +33,8 @@ def likes_few_stages(rows: int, n: int, k: int, tile: Tile) -> float:
     """Every candidate but the default is faster the fewer stages it has; the widest do not compile."""
     if tile.block_n == 256:
         raise RuntimeError("out of resource: shared memory")
+    if tile.tma:
+        return 1e-6
     return 1e-5 if tile == tile_for(rows, torch.bfloat16) else 1e-6 * (tile.num_stages + tile.block_t / 1000)
 
 
@@ -36,6 +42,9 @@ def test_a_search_keeps_the_fastest_that_compiles() -> None:
     entries = tune([(N, K), (N, K)], likes_few_stages)
     assert [(e["n"], e["k"], e["rows"]) for e in entries] == [(N, K, rows) for rows in ROWS]
     assert all(e["num_stages"] == 3 and e["block_n"] != 256 and e["default_us"] == 10 for e in entries)
+    assert not any(e["tma"] for e in entries)
+    loaded = {e["rows"]: e["tma"] for e in tune([(N, K)], likes_few_stages, tma=True)}
+    assert loaded == {16: False, 32: False, 64: False, 512: True, 2048: True}, "decode reads a weight once, through pointers"
     assert {e["block_k"] for e in entries} == {64}, "the step along K decides a row's bits and is never searched"
 
 
@@ -71,6 +80,7 @@ def test_a_table_comes_back_as_written(tmp_path: Path) -> None:
         ({"rows": 100}, "none that keeps a row's bits"),
         ({"dtype": "float32"}, "none that keeps a row's bits"),
         ({"num_warps": "many"}, "is damaged"),
+        ({"tma": True}, "none that keeps a row's bits"),  # of 16 rows
     ],
 )
 def test_a_table_that_would_change_bits_is_refused(change: dict[str, object], says: str, tmp_path: Path) -> None:
@@ -78,6 +88,41 @@ def test_a_table_that_would_change_bits_is_refused(change: dict[str, object], sa
     write_tuned(TARGET, [tune([(N, K)], likes_few_stages)[0] | change], MEASURED, path)
     with pytest.raises(ConfigError, match=says):
         read_tuned(TARGET, path)
+
+
+def test_tma_is_for_gpus_that_have_it(tmp_path: Path) -> None:
+    path = tmp_path / "tiles.json"
+    entries = tune([(N, K)], likes_few_stages, tma=True)
+    for target in (TARGET, "cuda:sm_86"):
+        write_tuned(target, entries, MEASURED, path)
+    found = read_tuned(TARGET, path).tile(N, K, torch.bfloat16, 2000)
+    assert found is not None and found.tma
+    with pytest.raises(ConfigError, match="none that keeps a row's bits"):
+        read_tuned("cuda:sm_86", path)
+
+
+def test_a_plan_gives_tma_the_memory_it_takes() -> None:
+    """128 bytes a descriptor, two descriptors a program, in the arena, at the pointer that Triton puts behind the arguments."""
+    target = cuda_target(TARGET)
+    builder = planner._Builder(target=target, own=KernelCache(target))
+    tile = next(t for t in candidates(512, tma=True) if t.tma)
+    launches: list[Launch] = []
+    with cross_cuda(target), torch._subclasses.fake_tensor.FakeTensorMode(), torch.no_grad():
+        x, weight = (torch.empty(rows, K, dtype=torch.bfloat16, device="cuda:0") for rows in (130, N))
+        builder.memory.add(x, "x", "input")
+        builder.memory.add(weight, "weight", "weight")
+        result = plain_linear(x, weight, None, tile=tile, launch=launches.append)
+        planner._own_launch(builder, launches[0])
+        plan = planner._plan(builder, {"y": result}, {})
+    check_plan(plan, builder.images, "the plan")
+    (launch,) = plan.launches
+    *_, scratch, profile = launch.arguments
+    assert isinstance(scratch, Pointer) and profile == planner._NULL
+    span = Span(region=scratch.region, start=scratch.offset, stop=scratch.offset + 256 * launch.grid[0])
+    assert span in launch.writes and span not in launch.reads and scratch.offset % 256 == 0 and launch.grid[0] > 1
+    assert plan.regions[scratch.region].kind == "arena"
+    (kernel,) = builder.own._known.values()
+    assert kernel.read == {"x", "weight"} and kernel.written == {"out"}
 
 
 @pytest.mark.parametrize("text", ["{", '{"format": 2, "targets": {}}', '{"format": 1}', "[]"])

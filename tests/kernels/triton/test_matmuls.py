@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from llmc.kernels.argmax import argmax_reference
 from llmc.kernels.argmax.triton_impl import argmax, argmax_reason
-from llmc.kernels.launch import H200, Device
+from llmc.kernels.launch import H200, Device, Launch, run
 from llmc.kernels.plain_grouped_linear import plain_grouped_linear_reference
 from llmc.kernels.plain_grouped_linear.triton_impl import plain_grouped_linear, plain_grouped_linear_reason
 from llmc.kernels.plain_linear import plain_linear_reference
 from llmc.kernels.plain_linear.triton_impl import plain_linear, plain_linear_reason, split_length, tile_for
 
-from .world import DEVICE, DTYPES, assert_close, poisoned, random, same_bits
+from .world import DEVICE, DTYPES, INTERPRETED, assert_close, poisoned, random, same_bits
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +52,28 @@ def test_a_row_of_plain_linear_has_the_same_bits_at_every_size(split: bool, dtyp
     whole = plain_linear(x, weight, bias, device=device)
     for rows in (slice(0, 1), slice(599, 600), slice(3, 20), slice(10, 74), slice(500, 570)):
         assert same_bits(plain_linear(x[rows], weight, bias, device=device), whole[rows])
+
+
+@pytest.mark.skipif(not INTERPRETED and torch.cuda.get_device_capability()[0] < 9, reason="this GPU has no TMA")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens, n, k, sms", [(70, 70, 96, 1), (130, 24, 1056, 132), (600, 33, 104, 4)])
+def test_loads_by_tma_change_no_bit(tokens: int, n: int, k: int, sms: int, dtype: torch.dtype) -> None:
+    """One part and several, whole tiles and not, programs of one tile and of many; rows that TMA cannot address go without."""
+    x, weight, bias = random(tokens, k, dtype=dtype), random(n, k, dtype=dtype), random(n, dtype=dtype)
+    device, tile = Device(num_sms=sms), replace(tile_for(tokens, dtype), tma=True)
+    kernels = []
+
+    def noted(launch: Launch) -> None:
+        kernels.append(launch.kernel.__name__)
+        run(launch)
+
+    with poisoned():
+        found = plain_linear(x, weight, bias, tile=tile, device=device, launch=noted)
+    assert same_bits(found, plain_linear(x, weight, bias, device=device))
+    unaligned = random(n, k + 1, dtype=dtype)[:, :k]
+    again = plain_linear(x, unaligned, bias, tile=tile, device=device, launch=noted)
+    assert same_bits(again, plain_linear(x, unaligned, bias, device=device))
+    assert kernels == ["prefill_tma_kernel", "prefill_kernel"]
 
 
 def test_parts_of_k_depend_on_the_matrix_alone() -> None:
