@@ -18,6 +18,7 @@ MAX_FILES = 10_000
 MAX_TENSORS = 1_000_000
 MAX_CHUNK_BYTES = 1 << 30
 MAX_RANKS = 16
+MAX_LORAS, MAX_LORA_RANK = 256, 512
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
@@ -41,6 +42,7 @@ def check_manifest(manifest: Manifest, where: str) -> None:
     weights = _check_weights(manifest.weights, files, where)
     names = _check_tensors(manifest.tensors, weights, where)
     _check_entries(manifest, files, names, where)
+    _check_lora(manifest, where)
     for path in (manifest.tokenizer.tokenizer_json, manifest.tokenizer.chat_template):
         if path is not None:
             _known(path, files, where, "tokenizer")
@@ -149,6 +151,27 @@ def _check_entries(manifest: Manifest, files: dict[str, FileRecord], tensors: se
         missing = sorted(set(entry.constants.values()) - tensors)
         if missing:
             raise ArtifactError(f"{where}: entry {entry.name} uses tensor {missing[0][:200]!r}, which is not listed")
+
+
+def _check_lora(manifest: Manifest, where: str) -> None:
+    """That every module's matrices lie inside an adapter's elements, apart from each other, and that the program asks for them."""
+    facts = manifest.lora
+    if facts is None:
+        return
+    if not (0 < facts.max_loras <= MAX_LORAS and 0 < facts.max_rank <= MAX_LORA_RANK and facts.dtype in ("float32", "float16", "bfloat16")):
+        raise ArtifactError(f"{where}: lora has {facts.max_loras} adapters of rank {facts.max_rank} in {facts.dtype}")
+    end = 0
+    for module in sorted(facts.modules, key=lambda module: module.offset):
+        if min(module.in_features, module.out_features) < 1 or module.offset < end:
+            raise ArtifactError(f"{where}: lora module {module.name[:200]!r} has no size, or overlaps the one before it")
+        end = module.offset + facts.max_rank * (module.in_features + module.out_features)
+    if end > facts.slot_elements or len({module.name for module in facts.modules}) != len(facts.modules) or not facts.modules:
+        raise ArtifactError(f"{where}: the modules of lora end at {end} of {facts.slot_elements} elements, or one is listed twice")
+    for entry in manifest.entries:
+        shapes = {spec.name: (spec.dtype, spec.shape) for spec in entry.inputs}
+        wanted = {"lora_slots": ("int32", ["T"]), "lora_pool": (facts.dtype, [facts.max_loras, facts.slot_elements])}
+        if any(shapes.get(name) != shape for name, shape in wanted.items()):
+            raise ArtifactError(f"{where}: entry {entry.name} does not take the adapters that lora speaks of")
 
 
 def _check_plans(entry: Entry, files: dict[str, FileRecord], where: str) -> None:

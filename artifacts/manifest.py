@@ -261,6 +261,27 @@ class PoolingFacts(_Record, frozen=True):
     normalize: bool
 
 
+class LoraModule(_Record, frozen=True):
+    """A linear that adapters may change. In an adapter's elements its A [max_rank, in_features] begins at `offset`; B [max_rank,
+    out_features], transposed and scaled, stands right behind it. A smaller rank is filled up with zeros."""
+
+    name: str  # the checkpoint's, "model.layers.0.self_attn.q_proj"
+    in_features: int
+    out_features: int
+    offset: int  # elements
+
+
+class LoraFacts(_Record, frozen=True):
+    """Adapters a step may use: the entry reads them from its input `lora_pool` [max_loras, slot_elements] of `dtype`, and from
+    `lora_slots` int32 [T] which one each token uses, -1 for none (docs/lora.md)."""
+
+    max_loras: int
+    max_rank: int
+    dtype: Dtype
+    slot_elements: int
+    modules: list[LoraModule]
+
+
 class Manifest(_Record, frozen=True):
     """See docs/artifact_format.md for the page a reader of this file can be written from."""
 
@@ -289,4 +310,5 @@ class Manifest(_Record, frozen=True):
     kv_quantization: KVQuantizationFacts | None = None  # since version 3; null: K and V are kept in the model's dtype
     pooling: PoolingFacts | None = None  # since version 3; the task is to embed, and the entry gives hidden states; null: to generate
     tensor_parallel_size: int = 1  # since version 3; ranks: entry "step" is rank 0's, "step.rank<i>" rank i's; `kv` is of one rank
+    lora: LoraFacts | None = None  # since version 3; null: compiled without --enable-lora
     manifest_sha256: str = ""  # set when the manifest is encoded (manifest_json.py); finds damage, the signature finds malice

@@ -114,6 +114,8 @@ def bisect_artifact(manifest: Manifest, model: ModelSource, prompt: list[int], *
     settings = manifest.settings
     if not manifest.passes:
         raise ConfigError("the artifact was compiled at -O0, with no pass that could change an answer; bisect one of -O1 or -O2")
+    if manifest.lora is not None:
+        raise ConfigError("the artifact was compiled with --enable-lora, which bisect does not run; compile it without and bisect that")
     quantization, chosen = settings.get("quantization"), settings.get("passes") or ""
     passes = pipeline(
         manifest.level, str(quantization) if quantization is not None else None, kind=manifest.target.kind, passes=str(chosen)

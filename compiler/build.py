@@ -40,6 +40,7 @@ from llmc.compiler.cuda.build import check_sizes, cuda_program
 from llmc.compiler.dequantized import dequantized_fetcher, quantized_bits
 from llmc.compiler.image import only_libtorch_has
 from llmc.compiler.input_key import toolchain
+from llmc.compiler.lora import lora_facts, lora_pass, with_adapters
 from llmc.compiler.lowered_cache import lower
 from llmc.compiler.model import ModelSource, read_model
 from llmc.compiler.nodes import constants_of, to_bytes
@@ -132,9 +133,11 @@ def build_artifact(
             with log.stage("passes") as note:
                 context = PassContext(weights=weights, max_positions=limits.max_model_len)
                 quantized = applied_quantization(config, source, target.kind)
-                passes = pipeline(config.level, quantized, kind=target.kind, passes=config.passes, ranks=ranks)
+                lora = lora_pass(config, traced, source.dtype)
+                passes = pipeline(config.level, quantized, kind=target.kind, passes=config.passes, ranks=ranks, lora=lora)
                 reports = run_passes(graph, passes, context, dump_dir=dump_directory())
                 traced = divided(traced, ranks, reports) if ranks > 1 else traced
+                traced = with_adapters(traced, lora) if lora is not None else traced
                 matches = sum(r.result.matches for r in reports)
                 note.detail = f"{len(graph.graph.nodes)} nodes, {matches} rewrites by {sum(r.result.changed for r in reports)} passes"
             quality, kv_quality, fetch = _quantization(config, source, captured, weights, checkpoint, tokenizer, scratch, log)
@@ -155,7 +158,9 @@ def build_artifact(
     for path, data in tokenizer.files.items():
         writer.add_file(path, data)
     manifest = _manifest(config, target, source, traced, limits, program, files, tensors, reports, tokenizer, canaries, quality, kv_quality)
-    manifest = msgspec.structs.replace(manifest, entries=entries, tensor_parallel_size=ranks)
+    manifest = msgspec.structs.replace(
+        manifest, entries=entries, tensor_parallel_size=ranks, lora=lora_facts(lora) if lora is not None else None
+    )
     facts = report.facts(manifest, ops=_ops(graph), extern_calls=sorted(program.calls), captured=captured.graph, lowered=graph)
     facts["predicted"] = {r.applied.name: {"launches_saved": r.result.launches_saved, "bytes_saved": r.result.bytes_saved} for r in reports}
     if program.gpu is not None:

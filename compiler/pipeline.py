@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from llmc.compiler.pass_choice import parse_choice
 from llmc.errors import ConfigError
+from llmc.passes.add_lora import AddLora
 from llmc.passes.base import Pass
 from llmc.passes.combine_experts import CombineExperts
 from llmc.passes.common_subexpressions import CommonSubexpressions
@@ -42,7 +43,9 @@ QUANTIZATIONS: dict[str, dict[str, QuantizeLinear | QuantizePlainLinear]] = {
 STORED = "stored"  # in place of one of these: as the checkpoint is quantised already
 
 
-def pipeline(level: int, quantization: str | None = None, *, kind: str = "cpu", passes: str = "", ranks: int = 1) -> list[Pass]:
+def pipeline(
+    level: int, quantization: str | None = None, *, kind: str = "cpu", passes: str = "", ranks: int = 1, lora: AddLora | None = None
+) -> list[Pass]:
     """The passes of an optimisation level, in order.
 
     Args:
@@ -52,11 +55,16 @@ def pipeline(level: int, quantization: str | None = None, *, kind: str = "cpu", 
         kind: of the target, one of KINDS.
         passes: the value of --passes, "+name,-name".
         ranks: how many share a layer; of a CPU alone.
+        lora: adds the terms of adapters; at every level, for the program takes them as inputs.
 
     Raises:
         ConfigError: a level that does not exist, quantised weights without passes or kernels, or a pass that is none of the target's.
     """
     assert kind in KINDS
+    if lora is not None:
+        assert ranks == 1
+        listed = pipeline(level, quantization, kind=kind, passes=passes)
+        return [*listed[:1], lora, *listed[1:]]  # behind no-op-elimination, before the merges; at -O0 alone
     if ranks > 1:
         listed = pipeline(level, quantization, kind=kind, passes=passes)
         return [*listed[:1], ShardTensorParallel(ranks), *listed[1:]]  # behind no-op-elimination, before the merges

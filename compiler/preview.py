@@ -8,6 +8,7 @@ from llmc.artifacts.kv_bytes import token_bytes
 from llmc.artifacts.manifest import PassRecord
 from llmc.compiler.build import applied_quantization, cache_dtype, compile_limits, pass_record
 from llmc.compiler.capture import capture
+from llmc.compiler.lora import lora_pass
 from llmc.compiler.model import read_model
 from llmc.compiler.packing import order_of_use
 from llmc.compiler.pipeline import pipeline
@@ -44,7 +45,13 @@ def preview(config: CompileConfig) -> Preview:
     weights = traced.weight_table()
     context = PassContext(weights=weights, max_positions=limits.max_model_len)
     kind = find_target(config.target).kind
-    passes = pipeline(config.level, applied_quantization(config, source, kind), kind=kind, passes=config.passes)
+    passes = pipeline(
+        config.level,
+        applied_quantization(config, source, kind),
+        kind=kind,
+        passes=config.passes,
+        lora=lora_pass(config, traced, source.dtype),
+    )
     reports = run_passes(traced.graph, passes, context, dump_dir=dump_directory())
     held = [weights[name] for name in order_of_use(traced.graph)]
     return Preview(

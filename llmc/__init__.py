@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llmc.errors import ArtifactError, ConfigError, InternalError, LlmcError, PassError, RequestRejected, UnsupportedModel
     from llmc.runtime.llm import LLM
+    from llmc.runtime.lora.request import LoRARequest
     from llmc.runtime.messages import SamplingParams, StructuredOutputsParams
     from llmc.runtime.outputs import CompletionOutput, Logprob, RequestOutput
 
@@ -28,6 +29,7 @@ __all__ = [
     "ConfigError",
     "InternalError",
     "LlmcError",
+    "LoRARequest",
     "Logprob",
     "PassError",
     "RequestOutput",
@@ -40,6 +42,7 @@ __all__ = [
 
 _HOME = {
     "LLM": "llmc.runtime.llm",
+    "LoRARequest": "llmc.runtime.lora.request",
     "SamplingParams": "llmc.runtime.messages",
     "StructuredOutputsParams": "llmc.runtime.messages",
     "CompletionOutput": "llmc.runtime.outputs",

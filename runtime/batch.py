@@ -40,6 +40,7 @@ class BatchBuilder:
         num_groups: KV groups, each with its own block table and slot mapping.
         vocab_size: width of the logits; ids outside are refused here as well, since a kernel would read past its matrix.
         max_num_batched_tokens, max_num_seqs, max_model_len: the scheduler's limits.
+        lora: the program wants each token's adapter.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class BatchBuilder:
         max_num_batched_tokens: int,
         max_num_seqs: int,
         max_model_len: int,
+        lora: bool = False,
     ) -> None:
         self._block_size = block_size
         self._num_groups = num_groups
@@ -63,6 +65,7 @@ class BatchBuilder:
         self._tables = np.zeros(num_groups * max_num_seqs * max_blocks, dtype=np.int32)
         self._seq_lens = np.zeros(max_num_seqs, dtype=np.int32)
         self._query_start_loc = np.zeros(max_num_seqs + 1, dtype=np.int32)
+        self._lora_slots = np.full(max_num_batched_tokens, -1, dtype=np.int32) if lora else None
         self._decode_rows = [LogitsRows(first=index, num_prompt=0, sample=index) for index in range(max_num_seqs)]
         # Whose blocks the rows of the table hold since the last decode step, how many of them, and the table's width: most rows stay
         # as they are from step to step, because a sequence's blocks only grow at their end.
@@ -128,6 +131,8 @@ class BatchBuilder:
         self._seq_lens[:num_seqs] = ends
         self._logits_indices[:num_seqs] = np.arange(num_seqs)
         self._query_start_loc[: num_seqs + 1] = np.arange(num_seqs + 1)
+        if self._lora_slots is not None:
+            self._lora_slots[:num_seqs] = [s.lora_slot for s in sequences]
         batch = DeviceBatch(
             input_ids=self._ids[:num_seqs],
             positions=self._positions[:num_seqs],
@@ -136,6 +141,7 @@ class BatchBuilder:
             block_tables=self._decode_tables(block_ids, last_blocks + 1),
             seq_lens=self._seq_lens[:num_seqs],
             query_start_loc=self._query_start_loc[: num_seqs + 1],
+            lora_slots=None if self._lora_slots is None else self._lora_slots[:num_seqs],
         )
         return BuiltBatch(batch=batch, rows=self._decode_rows[:num_seqs])
 
@@ -176,6 +182,8 @@ class BatchBuilder:
         for index, sequence in enumerate(sequences):
             row_end = row + sequence.end - sequence.start
             self._place(sequence, row, row_end, slots)
+            if self._lora_slots is not None:
+                self._lora_slots[row:row_end] = sequence.lora_slot
             for group, blocks in enumerate(sequence.block_ids):
                 used = -(-sequence.end // self._block_size)
                 tables[group, index, :used] = blocks[:used]
@@ -195,6 +203,7 @@ class BatchBuilder:
             block_tables=tables,
             seq_lens=self._seq_lens[:num_seqs],
             query_start_loc=self._query_start_loc[: num_seqs + 1],
+            lora_slots=None if self._lora_slots is None else self._lora_slots[:num_tokens],
         )
         return BuiltBatch(batch=batch, rows=rows)
 

@@ -9,6 +9,7 @@ import msgspec
 from llmc.errors import DeviceLost, RequestRejected
 from llmc.runtime.engine_config import EngineConfig
 from llmc.runtime.load import LoadedModel, load_model
+from llmc.runtime.lora import AdapterPath
 from llmc.runtime.messages import EngineReady, EngineStats, FinishReason, GenerateRequest, TokenEvent
 from llmc.runtime.pooling_runner import PoolingRunner
 from llmc.runtime.runner import ModelRunner
@@ -18,6 +19,7 @@ from llmc.runtime.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from llmc.runtime.grammar.service import GrammarService
+    from llmc.runtime.lora.store import AdapterStore
     from llmc.runtime.speculation.drafter import ModelDrafter
 
 __all__ = ["Engine", "EngineConfig"]
@@ -50,12 +52,14 @@ class Engine:
         self._sampler = Sampler(eos_token_ids=model.manifest.tokenizer.eos_token_ids, seed=config.seed)
         pooling = model.manifest.pooling
         self._pooling = PoolingRunner(model.executor, model.builder, pooling) if pooling is not None else None
-        self._generating = ModelRunner(model.executor, self._sampler, model.builder)
+        self._adapters = model.adapters if config.enable_lora else None
+        self._generating = ModelRunner(model.executor, self._sampler, model.builder, self._adapters)
         self._runner: ModelRunner | PoolingRunner = self._pooling or self._generating
         self._drafter = self._make_drafter(model)
         self._scheduler = Scheduler(limits, model.manifest.kv, drafter=self._drafter)
         self._tokenizer = model.tokenizer
         self._grammars: GrammarService | None = None
+        self._removed_adapters: set[int] = set()  # that accepted requests may still use
         self._closed = False
         self.ready = EngineReady(
             num_blocks=limits.num_blocks,
@@ -83,9 +87,27 @@ class Engine:
         check(sampling, vocab_size=vocab_size, max_logprobs=self._config.max_logprobs, max_model_len=self.ready.max_model_len)
         check_token_ids(request.prompt_token_ids, vocab_size=vocab_size, param="prompt")
         if sampling.structured_outputs is not None:
+            self._adapter_of(request)
             self._grammar_service().add(request)
         else:
-            self._scheduler.add(request)
+            self._scheduler.add(request, self._adapter_of(request))
+
+    def add_adapter(self, adapter: AdapterPath) -> None:
+        """Read a LoRA adapter; requests may name it from now on.
+
+        Raises:
+            ConfigError: it cannot be served here, or its name is taken.
+        """
+        self._adapter_store().add(adapter)
+
+    def remove_adapter(self, name: str) -> None:
+        """Take no more requests for an adapter; those accepted before go on, then its memory is freed.
+
+        Raises:
+            RequestRejected: there is no such adapter.
+        """
+        self._removed_adapters.add(self._adapter_store().remove(name))
+        self._forget_adapters()
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> list[TokenEvent]:
         """End a sequence now and free its blocks. An unknown id gives no event: it may just have finished."""
@@ -128,8 +150,17 @@ class Engine:
     def stats(self) -> EngineStats:
         """The scheduler's state and counters, and the runner's."""
         steps = self._generating.steps
+        running: list[str] = []
+        waiting: list[str] = []
+        if self._adapters is not None:
+            running, waiting = (sorted(map(self._adapters.name_of, numbers)) for numbers in self._scheduler.adapters())
         return msgspec.structs.replace(
-            self._scheduler.stats(), steps_sampled_on_device=steps.on_device, steps_sampled_on_host=steps.on_host, steps_ahead=steps.ahead
+            self._scheduler.stats(),
+            running_loras=running,
+            waiting_loras=waiting,
+            steps_sampled_on_device=steps.on_device,
+            steps_sampled_on_host=steps.on_host,
+            steps_ahead=steps.ahead,
         )
 
     def reset_prefix_cache(self) -> int:
@@ -156,6 +187,28 @@ class Engine:
         from llmc.runtime.speculation.drafter import ModelDrafter  # few have a draft model
 
         return ModelDrafter(model.draft, self._sampler)
+
+    def _adapter_of(self, request: GenerateRequest) -> int:
+        """The number of a request's adapter; 0 for none.
+
+        Raises:
+            RequestRejected: there is no such adapter.
+        """
+        if request.lora is None:
+            return 0
+        return self._adapter_store().number_of(request.lora)
+
+    def _adapter_store(self) -> AdapterStore:
+        if self._adapters is None:
+            raise RequestRejected("this engine was started without --enable-lora, so it has no adapters", status=404, param="model")
+        return self._adapters
+
+    def _forget_adapters(self) -> None:
+        """Free what removed adapters kept, once no accepted request uses them."""
+        assert self._adapters is not None
+        for number in self._removed_adapters - self._scheduler.adapters_in_use():
+            self._adapters.forget(number)
+            self._removed_adapters.remove(number)
 
     def _grammar_service(self) -> GrammarService:
         """What follows grammars, made with the first request that has one: a start without any pays nothing for it.
@@ -194,7 +247,7 @@ class Engine:
             try:
                 if problem is not None:
                     raise problem
-                self._scheduler.add(request)
+                self._scheduler.add(request, self._adapter_of(request))
             except RequestRejected as error:
                 failure = TokenEvent(
                     request_id=request.request_id, token_ids=[], finish_reason="error", error=str(error), error_status=error.status
@@ -203,6 +256,8 @@ class Engine:
         return events
 
     def _forget_finished(self, events: list[TokenEvent]) -> list[TokenEvent]:
+        if self._removed_adapters:
+            self._forget_adapters()
         for event in events:
             if event.finish_reason is not None:
                 self._sampler.forget(event.request_id)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from llmc.artifacts.kv_bytes import block_bytes
 from llmc.artifacts.manifest import Manifest
 from llmc.errors import ConfigError
 from llmc.runtime.kv import peak_blocks
+from llmc.runtime.lora import AdapterPath
 from llmc.runtime.scheduler import Policy, SchedulerConfig
 from llmc.runtime.scheduler.drafts import DraftModelConfig, SpeculationConfig, speculation_config
 
@@ -45,6 +46,10 @@ class EngineConfig:
     weights_mmap: bool = False
     checkpoint: str | None = None  # folder with the weights of an artifact that has none
     max_logprobs: int = 20  # -1: the whole vocabulary
+    enable_lora: bool = False  # the artifact must be compiled for it
+    lora_modules: list[AdapterPath] = field(default_factory=list)  # adapters known from the start
+    max_loras: int | None = None  # adapters that one step may use; not above the artifact's
+    max_cpu_loras: int | None = None  # adapters kept in memory; None: all
     speculative_config: dict[str, Any] | None = None  # as vLLM spells it; see scheduler/drafts.py
     seed: int | None = None  # base for requests without a seed; None: from the operating system
 
@@ -57,6 +62,8 @@ class EngineConfig:
             "threads",
             "max_queue",
             "max_num_partial_prefills",
+            "max_loras",
+            "max_cpu_loras",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -69,6 +76,10 @@ class EngineConfig:
             raise ConfigError(f"memory_utilization={self.memory_utilization} must be above 0 and at most 1")
         if self.verify_weights not in get_args(VerifyWeights):
             raise ConfigError(f"verify_weights={self.verify_weights!r}; accepted: {', '.join(get_args(VerifyWeights))}")
+        if not self.enable_lora and (self.lora_modules or self.max_loras is not None or self.max_cpu_loras is not None):
+            raise ConfigError("lora_modules, max_loras and max_cpu_loras are about LoRA adapters; give enable_lora (--enable-lora) too")
+        if self.max_cpu_loras is not None and self.max_loras is not None and self.max_cpu_loras < self.max_loras:
+            raise ConfigError(f"max_cpu_loras={self.max_cpu_loras} is below max_loras={self.max_loras}; adapters in use are kept")
         if self.max_logprobs < -1:
             raise ConfigError(f"max_logprobs={self.max_logprobs} must be -1 (the whole vocabulary) or more")
 
@@ -109,8 +120,24 @@ def resolve(config: EngineConfig, manifest: Manifest, *, available_bytes: int, d
         reserve_blocks=min(8, num_blocks // 4),
         max_queue=config.max_queue,
         eos_token_ids=frozenset(manifest.tokenizer.eos_token_ids),
+        max_loras=resolved_max_loras(config, manifest),
         speculation=speculation(config, manifest),
     )
+
+
+def resolved_max_loras(config: EngineConfig, manifest: Manifest) -> int:
+    """Adapters that one step may use.
+
+    Raises:
+        ConfigError: the artifact has no room for adapters, or not for so many.
+    """
+    if not config.enable_lora:
+        return 0
+    if manifest.lora is None:
+        raise ConfigError(
+            f"--enable-lora: {config.artifact} was compiled without room for adapters; compile it with `llmc compile MODEL --enable-lora`"
+        )
+    return _at_most("max_loras", config.max_loras, manifest.lora.max_loras)
 
 
 def speculation(config: EngineConfig, manifest: Manifest) -> SpeculationConfig | DraftModelConfig | None:

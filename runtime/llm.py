@@ -14,6 +14,8 @@ from llmc.artifacts.verify import OpenArtifact, open_artifact
 from llmc.errors import ConfigError, InternalError, RequestRejected
 from llmc.runtime.engine import Engine, EngineConfig
 from llmc.runtime.load import load_model
+from llmc.runtime.lora import AdapterPath
+from llmc.runtime.lora.request import LoRARequest
 from llmc.runtime.messages import GenerateRequest, SamplingParams, TokenEvent, TokenLogprobs
 from llmc.runtime.outputs import CompletionOutput, Logprob, RequestOutput, logprob_table
 from llmc.runtime.sampling_params import check, one_of_n
@@ -56,6 +58,7 @@ class LLM:
         self.engine = Engine(config, loaded)
         self._max_logprobs = config.max_logprobs
         self._num_requests = 0
+        self._adapters = {adapter.name: adapter.path for adapter in config.lora_modules}
 
     def __enter__(self) -> Self:
         return self
@@ -77,6 +80,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         priority: Sequence[int] | None = None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:
         """Generate for every prompt, batched.
 
@@ -84,19 +88,22 @@ class LLM:
             prompts: a text, a list of texts, or token ids: one list, or a list of lists.
             sampling_params: for all prompts, or one per prompt; None: the defaults.
             priority: per prompt; lower runs earlier under the policy "priority".
+            lora_request: the LoRA adapter of all prompts, or one per prompt, None for the model itself. Wants enable_lora=True.
 
         Returns:
             One output per prompt, in order. A sequence that failed alone has finish_reason "error" and says why in `error`.
 
         Raises:
             RequestRejected: a prompt or parameter cannot run; nothing was generated then.
+            ConfigError: an adapter cannot be served.
         """
         listed = _as_list(prompts)
         params = self._params_for(listed, sampling_params)
         priorities = list(priority) if priority is not None else [0] * len(listed)
         if len(priorities) != len(listed):
             raise RequestRejected(f"{len(priorities)} priorities for {len(listed)} prompts; give one each", param="priority")
-        jobs = [_Job(self, prompt, one, order) for prompt, one, order in zip(listed, params, priorities, strict=True)]
+        adapters = [self._adapter(one) for one in _per_prompt(lora_request, len(listed))]
+        jobs = [_Job(self, prompt, one, order, lora) for prompt, one, order, lora in zip(listed, params, priorities, adapters, strict=True)]
         sequences: dict[str, _Sequence] = {}
         try:
             for job in jobs:
@@ -142,6 +149,7 @@ class LLM:
         *,
         add_generation_prompt: bool = True,
         chat_template_kwargs: dict[str, Any] | None = None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:
         """Generate the next turn of one conversation, or of several.
 
@@ -149,6 +157,7 @@ class LLM:
             messages: a conversation is a list of {"role", "content"}.
             add_generation_prompt: open the assistant's turn.
             chat_template_kwargs: further variables of the model's template, such as enable_thinking.
+            lora_request: as `generate`.
 
         Raises:
             RequestRejected: the artifact has no chat template, or it refuses the messages; and as `generate`.
@@ -156,7 +165,7 @@ class LLM:
         several: Any = messages  # a list of dicts is one conversation, a list of lists several
         conversations = [several] if messages and isinstance(messages[0], dict) else several
         prompts = [self.encode_chat(one, add_generation_prompt, **(chat_template_kwargs or {})) for one in conversations]
-        return self.generate(prompts, sampling_params)
+        return self.generate(prompts, sampling_params, lora_request=lora_request)
 
     def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True, **template_kwargs: Any) -> list[int]:
         """Token ids of a conversation, as the model's chat template writes it.
@@ -169,7 +178,9 @@ class LLM:
         text = self._chat_template.render([dict(message) for message in messages], add_generation_prompt, **template_kwargs)
         return self._text_tokenizer().encode(text, add_special_tokens=False)  # the template writes bos and the like itself
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, lora_request: LoRARequest | None = None
+    ) -> Iterator[str]:
         """Generate for one prompt and give its text piece by piece.
 
         Raises:
@@ -178,7 +189,7 @@ class LLM:
         (params,) = self._params_for([prompt], sampling_params)
         if params.n != 1:
             raise RequestRejected(f"n={params.n}; a stream is one sequence", param="n")
-        (sequence,) = _Job(self, prompt, params, 0).sequences
+        (sequence,) = _Job(self, prompt, params, 0, self._adapter(lora_request)).sequences
         self.engine.add(sequence.request)
         try:
             while not sequence.finished:
@@ -194,6 +205,18 @@ class LLM:
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, special tokens added as the tokenizer does."""
         return self._text_tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def _adapter(self, request: LoRARequest | None) -> str | None:
+        """The name an adapter has in the engine, which reads it when it is new."""
+        if request is None:
+            return None
+        known = self._adapters.get(request.lora_name)
+        if known is None:
+            self.engine.add_adapter(AdapterPath(name=request.lora_name, path=request.lora_path))
+            self._adapters[request.lora_name] = request.lora_path
+        elif known != request.lora_path:
+            raise RequestRejected(f"adapter {request.lora_name!r} was read from {known}; give the one of another folder another name")
+        return request.lora_name
 
     def _run(self, sequences: dict[str, _Sequence]) -> None:
         """Step until every sequence ended. Removes them from `sequences`."""
@@ -242,7 +265,7 @@ class LLM:
 class _Job:
     """One prompt and the sequences made for it."""
 
-    def __init__(self, llm: LLM, prompt: Prompt, params: SamplingParams, priority: int) -> None:
+    def __init__(self, llm: LLM, prompt: Prompt, params: SamplingParams, priority: int, lora: str | None = None) -> None:
         self.prompt = prompt if isinstance(prompt, str) else None
         self.token_ids = llm.encode_prompt(prompt)
         self.request_id = llm._next_id()
@@ -255,6 +278,7 @@ class _Job:
                     prompt_token_ids=self.token_ids,
                     sampling=one_of_n(params, index),
                     priority=priority,
+                    lora=lora,
                 ),
                 llm.tokenizer if params.detokenize else None,
             )
@@ -360,6 +384,15 @@ def _text_parts(artifact: OpenArtifact) -> tuple[Tokenizer | None, ChatTemplate 
 def _sampling_defaults(facts: dict[str, Any]) -> SamplingParams:
     known = {_DEFAULT_NAMES.get(name, name): value for name, value in facts.items()}
     return msgspec.convert({name: known[name] for name in known if name in SamplingParams.__struct_fields__}, SamplingParams)
+
+
+def _per_prompt(given: LoRARequest | Sequence[LoRARequest | None] | None, count: int) -> list[LoRARequest | None]:
+    """One adapter for all prompts, or one each."""
+    if given is None or isinstance(given, LoRARequest):
+        return [given] * count
+    if len(given) != count:
+        raise RequestRejected(f"{len(given)} lora_requests for {count} prompts; give one, or one each", param="lora_request")
+    return list(given)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

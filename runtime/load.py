@@ -7,24 +7,25 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from llmc.artifacts.manifest import Manifest, TensorRecord
 from llmc.artifacts.verify import OpenArtifact, open_artifact
 from llmc.errors import ConfigError
 from llmc.runtime.batch import BatchBuilder
 from llmc.runtime.canary import run_canaries
-from llmc.runtime.engine_config import EngineConfig, num_threads, resolve, speculation
+from llmc.runtime.engine_config import EngineConfig, num_threads, resolve, resolved_max_loras, speculation
 from llmc.runtime.executors import LoadedCode, load_code, step_entry
 from llmc.runtime.kept_file import KeptFile
 from llmc.runtime.memory import available_bytes, keep_freed_memory
 from llmc.runtime.scheduler import SchedulerConfig
 from llmc.runtime.scheduler.drafts import DraftModelConfig
 from llmc.runtime.stage_timer import StageTimer
-from llmc.runtime.step import Executor
+from llmc.runtime.step import Executor, LoraExecutor
 from llmc.runtime.weights import Weights, load_weights, merge_weights
 
 if TYPE_CHECKING:
+    from llmc.runtime.lora.store import AdapterStore
     from llmc.runtime.speculation.load import DraftModel
 
 
@@ -39,6 +40,7 @@ class LoadedModel:
     num_canary_tokens: int  # compared with the reference; 0 when canaries were skipped
     startup_ms: Mapping[str, float]  # stage -> milliseconds; "load.code" and "load.weights" run side by side inside "load"
     tokenizer: KeptFile | None = None  # tokenizer.json, for structured output; None: the artifact has none
+    adapters: AdapterStore | None = None  # of an artifact with room for LoRA adapters
     draft: DraftModel | None = None  # runs ahead and guesses (speculative decoding)
 
 
@@ -67,10 +69,13 @@ def _load(artifact: OpenArtifact, config: EngineConfig, timer: StageTimer) -> Lo
     keep_freed_memory()
     manifest = artifact.manifest
     guesses = speculation(config, manifest)
+    adapters = load_adapters(config, manifest, timer)  # before the weights: a bad one is told at once
     compared = 0
     with ExitStack() as undo:  # a GPU's memory does not go with the object
         executor, free_bytes = _load_executor(artifact, config, timer)
         undo.callback(executor.close)
+        if adapters is not None:
+            cast("LoraExecutor", executor).bind_lora(adapters.pool.array)
         begun = None
         if isinstance(guesses, DraftModelConfig):
             with timer.stage("draft.load"):
@@ -96,6 +101,7 @@ def _load(artifact: OpenArtifact, config: EngineConfig, timer: StageTimer) -> Lo
         num_canary_tokens=compared,
         startup_ms=timer.milliseconds,
         tokenizer=_tokenizer(artifact),
+        adapters=adapters,
         draft=draft,
     )
 
@@ -111,7 +117,11 @@ def _load_draft(manifest: Manifest, guesses: DraftModelConfig, config: EngineCon
     trust = Path(config.trust) if config.trust else None
     with open_artifact(guesses.model, require_signature=config.require_signature, trust=trust) as artifact:
         check_fits(manifest, artifact.manifest, guesses.model)
-        executor, _ = _load_executor(artifact, replace(config, artifact=guesses.model, checkpoint=None), StageTimer())
+        plain = {"enable_lora": False, "lora_modules": [], "max_loras": None, "max_cpu_loras": None}  # it guesses without adapters
+        own = replace(config, artifact=guesses.model, checkpoint=None, **plain)
+        executor, _ = _load_executor(artifact, own, StageTimer())
+        if (adapters := load_adapters(own, artifact.manifest, StageTimer())) is not None:
+            cast("LoraExecutor", executor).bind_lora(adapters.pool.array)
         return artifact.manifest, executor
 
 
@@ -170,6 +180,23 @@ def _load_plans(artifact: OpenArtifact, config: EngineConfig, timer: StageTimer)
     return executor, executor.available_bytes
 
 
+def load_adapters(config: EngineConfig, manifest: Manifest, timer: StageTimer) -> AdapterStore | None:
+    """The pool of an artifact with room for LoRA adapters, and the adapters known from the start; None for other artifacts.
+
+    Raises:
+        ConfigError: the artifact has no room for adapters, or one of them cannot be served.
+    """
+    max_loras = resolved_max_loras(config, manifest)
+    if manifest.lora is None:
+        return None
+    from llmc.runtime.lora.store import AdapterStore  # few artifacts have one
+
+    if config.max_cpu_loras is not None and config.max_cpu_loras < max_loras:
+        raise ConfigError(f"--max-cpu-loras {config.max_cpu_loras} is below the {max_loras} adapters that a step may use; raise it")
+    with timer.stage("lora"):
+        return AdapterStore(manifest.lora, config.lora_modules, max_kept=config.max_cpu_loras)
+
+
 def _tokenizer(artifact: OpenArtifact) -> KeptFile | None:
     path = artifact.manifest.tokenizer.tokenizer_json
     if path is None:
@@ -187,6 +214,7 @@ def make_builder(manifest: Manifest, limits: SchedulerConfig) -> BatchBuilder:
         max_num_batched_tokens=limits.max_num_batched_tokens,
         max_num_seqs=limits.max_num_seqs,
         max_model_len=limits.max_model_len,
+        lora=manifest.lora is not None,
     )
 
 

@@ -66,6 +66,7 @@ class GenerateRequest(_Message, frozen=True):
     priority: int = 0  # lower runs earlier, policy "priority"
     arrival_time: float = 0.0  # time.monotonic() of acceptance
     cache_salt: str = ""  # tenant part of the prefix-cache key
+    lora: str | None = None  # the adapter it runs with; None: the model itself
     pool: bool = False  # wants the prompt's vector and no token, from an artifact that embeds
 
 
@@ -143,6 +144,8 @@ class EngineStats(_Message, frozen=True):
     spec_accepted_tokens: int = 0  # of those, right ones
     steps_sampled_on_device: int = 0  # on a GPU: steps whose tokens were chosen there
     steps_sampled_on_host: int = 0  # on a GPU: steps whose logits came to the host, because no plan holds what was asked for
+    running_loras: list[str] = []  # adapters that running sequences use
+    waiting_loras: list[str] = []
     steps_ahead: int = 0  # of those sampled on the device, begun before the host knew the tokens of the step before
 
 

@@ -18,6 +18,7 @@ from llmc.runtime.step import Executor, SampledToken, ScheduledSequence, StepOut
 
 if TYPE_CHECKING:
     from llmc.runtime.grammar.service import GrammarService
+    from llmc.runtime.lora.store import AdapterStore
 
 _Result = tuple[list[ScheduledSequence], list[LogitsRows], np.ndarray]  # whose rows of which logits
 
@@ -38,6 +39,7 @@ class _Submitted:
     failed: dict[str, SampledToken]
     results: list[_Result]
     structured: bool  # masks were asked for
+    lost_slots: tuple[int, ...] = ()  # whose adapters could not be brought
     on_device: _OnDevice | None = None
 
 
@@ -57,13 +59,14 @@ class ModelRunner:
     (`device_sampling`); any other step's logits come here and the sampler chooses.
 
     What fails for one sequence (its ids, its logits, its sampling) becomes that sequence's `SampledToken.error`; when the
-    program fails for a batch, its sequences run one by one.
+    program fails for a batch, its sequences run one by one. `adapters` brings LoRA adapters into the slots that a plan names.
     """
 
-    def __init__(self, executor: Executor, sampler: Sampler, builder: BatchBuilder) -> None:
+    def __init__(self, executor: Executor, sampler: Sampler, builder: BatchBuilder, adapters: AdapterStore | None = None) -> None:
         self._executor = executor
         self._sampler = sampler
         self._builder = builder
+        self._adapters = adapters
         self.grammars: GrammarService | None = None  # set by the engine with its first structured request
         self._submitted: deque[_Submitted] = deque()
         self._sampling = cast(SamplingExecutor, executor) if hasattr(executor, "sampling_limits") else None
@@ -76,14 +79,17 @@ class ModelRunner:
                 f"step {plan.step} was submitted before step {self._submitted[0].plan.step} was collected; please report this"
             )
         failed: dict[str, SampledToken] = {}
-        built = self._builder.build_decode(plan.sequences) if plan.sequences else None
-        accepted = plan.sequences if built is not None else self._checked(plan.sequences, failed)
+        lost = self._bring_adapters(plan, failed) if plan.lora_loads else ()
+        sequences = [s for s in plan.sequences if s.lora_slot not in lost] if lost else plan.sequences
+        built = self._builder.build_decode(sequences) if sequences else None
+        accepted = sequences if built is not None else self._checked(sequences, failed)
         structured = [s for s in accepted if s.sampling.structured_outputs is not None and s.samples] if self.grammars is not None else []
         if self.grammars is not None and structured:
             self.grammars.begin(structured)  # masks are computed while the model runs
         built, on_device = self._begin(accepted, built) if accepted and not structured else (built, None)
         results = self._run(accepted, failed, built) if accepted and on_device is None else []
-        self._submitted.append(_Submitted(plan=plan, failed=failed, results=results, structured=bool(structured), on_device=on_device))
+        submitted = _Submitted(plan=plan, failed=failed, results=results, structured=bool(structured), on_device=on_device, lost_slots=lost)
+        self._submitted.append(submitted)
         if self._sampling is not None and accepted:
             self.steps.on_device += on_device is not None
             self.steps.on_host += on_device is None
@@ -153,7 +159,7 @@ class ModelRunner:
             except Exception as error:
                 failure = SampledToken(token_id=-1, error=f"structured output failed: {error}")
                 tokens.update({sequence.request_id: failure for sequence, _ in masked})
-        return StepOutput(step=submitted.plan.step, tokens=tokens, prompt_logprobs=prompt_logprobs)
+        return StepOutput(step=submitted.plan.step, tokens=tokens, prompt_logprobs=prompt_logprobs, lost_lora_slots=submitted.lost_slots)
 
     def reset(self) -> None:
         """Forget steps that were submitted and will not be collected."""
@@ -191,6 +197,19 @@ class ModelRunner:
             else:
                 tokens[sequence.request_id] = token
         return left
+
+    def _bring_adapters(self, plan: StepPlan, failed: dict[str, SampledToken]) -> tuple[int, ...]:
+        """Bring the adapters that the plan wants into their slots. Writes errors to `failed`; returns the slots that have theirs not."""
+        lost: list[int] = []
+        for slot, adapter in plan.lora_loads:
+            try:
+                if self._adapters is None:
+                    raise InternalError("a step wants an adapter of an engine that has none; please report this")
+                self._adapters.bring(slot, adapter)
+            except Exception as error:
+                lost.append(slot)
+                failed |= {s.request_id: SampledToken(token_id=-1, error=str(error)) for s in plan.sequences if s.lora_slot == slot}
+        return tuple(lost)
 
     def _checked(self, sequences: list[ScheduledSequence], failed: dict[str, SampledToken]) -> list[ScheduledSequence]:
         """Those that can be computed safely. Writes the others' errors to `failed`."""

@@ -27,6 +27,7 @@ class ScheduledSequence(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     block_ids: tuple[list[int], ...]  # per KV group: physical block of each logical block; -1 where a window has moved on
     sampling: SamplingParams
     needs_prompt_logprobs: bool  # the rows [start, end) also give prompt log-probabilities
+    lora_slot: int = -1  # of the pool of adapters; -1: the model itself
     num_drafts: int = 0  # the last of `token_ids`, which is then a list of its own, are guesses: each is checked by what is sampled
 
     @property
@@ -41,6 +42,7 @@ class StepPlan:
 
     step: int
     sequences: list[ScheduledSequence]
+    lora_loads: tuple[tuple[int, int], ...] = ()  # (slot, adapter) to be brought into the pool before the step
 
     @property
     def num_tokens(self) -> int:
@@ -58,6 +60,7 @@ class DeviceBatch:
     block_tables: np.ndarray
     seq_lens: np.ndarray
     query_start_loc: np.ndarray
+    lora_slots: np.ndarray | None = None  # of programs with adapters
 
 
 class SampledToken(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -78,6 +81,7 @@ class StepOutput:
     step: int
     tokens: dict[str, SampledToken]
     prompt_logprobs: dict[str, list[TokenLogprobs]]  # for the rows computed in this step, when asked for
+    lost_lora_slots: tuple[int, ...] = ()  # those whose adapter could not be brought; their sequences have errors
 
 
 class Executor(Protocol):
@@ -91,6 +95,13 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Free what it holds."""
+
+
+class LoraExecutor(Executor, Protocol):
+    """An executor of a program with adapters."""
+
+    def bind_lora(self, pool: np.ndarray) -> None:
+        """Use this pool, `LoraPool.array`, at every step. Called once, before `allocate_kv`."""
 
 
 class Runner(Protocol):

@@ -40,6 +40,10 @@ class CompileConfig:
     max_cudagraph_capture_size: int | None = None
     compile_sizes: tuple[int, ...] | None = None  # tokens of the other steps that get one
     tensor_parallel_size: int = 1  # processes of one machine that share each layer
+    max_loras: int = 0  # adapters that one step may use; 0: compiled without
+    max_lora_rank: int = 16
+    lora_dtype: str = "auto"  # of the adapters; "auto" is the model's
+    lora_target_modules: tuple[str, ...] | None = None  # ends of module names; None: every linear of the layers
     seed: int = 0
     out: Path
     report: Path | None = None  # None: OUT.report
@@ -78,6 +82,8 @@ class CompileConfig:
             )
         if self.embed and not self.target.startswith("cpu"):
             raise ConfigError(f"--task embed: only CPU targets have a program for it, not {self.target}; compile for a CPU")
+        if self.max_loras:
+            self._check_lora()
         if self.tensor_parallel_size > 1:
             self._check_ranks()
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -101,6 +107,22 @@ class CompileConfig:
         ):
             if given:
                 raise ConfigError(f"{named} with {flag} is not built; leave one of them out")
+
+    def _check_lora(self) -> None:
+        """Refuse what is not built together with adapters."""
+        if not self.target.startswith("cpu"):
+            raise ConfigError(
+                f"--enable-lora --target {self.target}: only CPUs have a kernel for the adapters' terms; compile for a CPU, or merge the "
+                "adapter into the checkpoint and compile that"
+            )
+        for flag, given in (
+            (f"--tensor-parallel-size {self.tensor_parallel_size}", self.tensor_parallel_size > 1),
+            ("--task embed", self.embed),
+        ):
+            if given:
+                raise ConfigError(
+                    f"--enable-lora with {flag} is not built; leave one of them out, or merge the adapter into the checkpoint"
+                )
 
     @property
     def embed(self) -> bool:

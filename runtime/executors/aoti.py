@@ -63,6 +63,7 @@ class AotiExecutor:
         self._container = _HANDLE()
         self._constants: list[int] = []
         self._cache: KVCache | None = None
+        self._lora_pool: np.ndarray | None = None
         self._fixed: list[tuple[int, int]] = []  # base handle, address of its place in the input array
         self._varying: list[tuple[str, str, int, dict[tuple[int, tuple[int, ...]], int]]] = []  # name, dtype, place, handles
         if len(entry.outputs) != 1:
@@ -78,6 +79,10 @@ class AotiExecutor:
         self._check_arity()
         self._bind_constants()
 
+    def bind_lora(self, pool: np.ndarray) -> None:
+        """Use this pool of adapters, bfloat16 as uint16, at every step. Before `allocate_kv`."""
+        self._lora_pool = pool
+
     def allocate_kv(self, num_blocks: int) -> None:
         """Allocate K and V of every layer, zeroed, in huge pages, and bind them to the program's inputs."""
         if self._cache is not None:
@@ -87,7 +92,11 @@ class AotiExecutor:
         for index, spec in enumerate(self._entry.inputs):
             place = base + index * ctypes.sizeof(_HANDLE)
             owner = cache_input(spec.name)
-            if owner is None:
+            if spec.name == "lora_pool":
+                if self._lora_pool is None or list(self._lora_pool.shape) != spec.shape:
+                    raise InternalError("the program takes adapters and was given no pool of its shape; please report this")
+                self._fixed.append((self._tensors.tensor(self._lora_pool.ctypes.data, self._lora_pool.shape, spec.dtype), place))
+            elif owner is None:
                 self._varying.append((spec.name, spec.dtype, place, {}))
             else:
                 array = self._cache.tensor(*owner)
@@ -169,6 +178,7 @@ class AotiExecutor:
                 f"entry {self._entry.name}: the image takes {found.value} inputs, the manifest names {len(self._entry.inputs)}"
             )
         known = {"input_ids", "positions", "logits_indices", "slot_mapping", "block_tables", "seq_lens", "query_start_loc"}
+        known |= {"lora_slots", "lora_pool"}
         unknown = [spec.name for spec in self._entry.inputs if spec.name not in known and cache_input(spec.name) is None]
         if unknown:
             raise ArtifactError(f"entry {self._entry.name}: this runtime has no input named {unknown[0]!r}; upgrade llmc or compile again")

@@ -1,6 +1,7 @@
 """The C interface of the kernels image, mirrored for ctypes. Only the `nodes` executor calls kernels itself.
 
-Mirrors kernels/paged_attention/cpu/paged_attention.h; `struct_size` tells the kernel which version of it this is.
+Mirrors kernels/paged_attention/cpu/paged_attention.h and kernels/lora_add/cpu/lora_add.h; the struct's size tells the kernel which
+version of it this is.
 """
 
 from __future__ import annotations
@@ -35,6 +36,38 @@ class PagedAttentionArgs(ctypes.Structure):
         *[(name, ctypes.c_void_p) for name in (*_INPUTS, "out")],
         *[(f"{name}_stride", ctypes.c_int64) for name in (*_STRIDED, *_CACHE_STRIDED)],
     ]
+
+
+class LoraAddArgs(ctypes.Structure):
+    """LlmcLoraAddArgs. Strides count elements; pointers are addresses the caller keeps alive."""
+
+    _fields_: ClassVar = [
+        ("struct_bytes", ctypes.c_int64),
+        *[(name, ctypes.c_void_p) for name in ("y", "x", "slots", "pool", "out", "sizes", "offsets")],
+        *[(name, ctypes.c_int64) for name in ("m", "n", "k", "y_stride", "x_stride", "num_slots", "slot_elements", "num_parts", "rank")],
+        *[(name, ctypes.c_int32) for name in ("dtype", "pool_dtype", "num_threads", "unused")],
+    ]
+
+
+def bind_lora_add(kernels: ctypes.CDLL) -> Callable[[LoraAddArgs], None]:
+    """The kernel as a function that fills `out`, or raises.
+
+    Raises:
+        ArtifactError: the image has no such kernel.
+    """
+    try:
+        function = kernels.llmc_lora_add
+    except AttributeError as error:
+        raise ArtifactError("the kernels image has no llmc_lora_add; compile the artifact again") from error
+    function.argtypes, function.restype = [ctypes.POINTER(LoraAddArgs)], ctypes.c_int32
+
+    def call(args: LoraAddArgs) -> None:
+        args.struct_bytes = ctypes.sizeof(LoraAddArgs)
+        status = function(ctypes.byref(args))
+        if status:
+            raise InternalError(f"lora_add refused its arguments (status {status}); please report this")
+
+    return call
 
 
 def bind_paged_attention(kernels: ctypes.CDLL) -> Callable[[PagedAttentionArgs], None]:

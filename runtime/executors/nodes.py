@@ -1,7 +1,7 @@
 """Runs a node list over torch.ops: the executor of -O0, the oracle the others are held to. The only file of the runtime with torch.
 
 docs/node_list.md is the page this follows. The list is checked whole before anything of it runs: names, order, and ops, of which
-only pure aten ops on tensors, a few integer functions, and llmc's attention are allowed.
+only pure aten ops on tensors, a few integer functions, and llmc's attention and lora_add are allowed.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 
 from llmc.artifacts.manifest import Entry, KVFacts
 from llmc.errors import ArtifactError, InternalError
-from llmc.runtime.executors.kernel_abi import KERNEL_DTYPES, PagedAttentionArgs, bind_paged_attention
+from llmc.runtime.executors.kernel_abi import KERNEL_DTYPES, LoraAddArgs, PagedAttentionArgs, bind_lora_add, bind_paged_attention
 from llmc.runtime.executors.kv_cache import KVCache, cache_input
 from llmc.runtime.step import DeviceBatch
 from llmc.runtime.weights import Weights
 
 FORMAT = 1
 _MAX_PROGRAM_BYTES = 256 << 20
-_ATTENTION = "llmc.paged_attention.default"
+_ATTENTION, _LORA_ADD = "llmc.paged_attention.default", "llmc.lora_add.default"
 _FUNCTIONS = {f"operator.{name}": getattr(operator, name) for name in ("getitem", "add", "sub", "mul", "floordiv")}
 _CREATORS = frozenset({"arange", "empty", "full", "ones", "scalar_tensor", "zeros"})  # ops without a tensor argument that a list may hold
 _WORDS = ("dtype", "layout", "memory_format")
@@ -104,11 +104,20 @@ class NodesExecutor:
                 raise ArtifactError(f"entry {entry.name}: constant {local} stands for tensor {name!r}, which is not there; compile again")
             view = weights.views[name]
             self._fixed[local] = _as_torch(view.array, view.dtype)
-        self._steps = _link(program, self._run_attention, entry.name)
+        ours: dict[str, Callable[..., Any]] = {_ATTENTION: self._run_attention}
+        if any(node.op == _LORA_ADD for node in program.nodes):
+            self._lora_add = bind_lora_add(kernels)
+            ours[_LORA_ADD] = self._run_lora_add
+        self._steps = _link(program, ours, entry.name)
         self._output = program.outputs[0].get("ref", "")
         if self._output not in {*program.inputs, *program.constants, *(node.name for node in program.nodes)}:
             raise ArtifactError(f"entry {entry.name}: the output {self._output!r} is no value of the node list; compile again")
         self._has_cache = False
+
+    def bind_lora(self, pool: np.ndarray) -> None:
+        """Use this pool of adapters, bfloat16 as uint16, at every step."""
+        spec = next(spec for spec in self._entry.inputs if spec.name == "lora_pool")
+        self._fixed[spec.name] = _as_torch(pool, spec.dtype)
 
     def allocate_kv(self, num_blocks: int) -> None:
         """Allocate K and V of every layer, zeroed."""
@@ -128,7 +137,7 @@ class NodesExecutor:
             self._thread = threading.get_ident()
         values = dict(self._fixed)
         for spec in self._entry.inputs:
-            if cache_input(spec.name) is None:
+            if cache_input(spec.name) is None and spec.name not in self._fixed:
                 values[spec.name] = torch.from_numpy(getattr(batch, spec.name))
         with torch.inference_mode():
             for step in self._steps:
@@ -211,6 +220,48 @@ class NodesExecutor:
         )
         return out
 
+    def _run_lora_add(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        slots: torch.Tensor,
+        pool: torch.Tensor,
+        rank: int,
+        sizes: list[int],
+        offsets: list[int],
+    ) -> torch.Tensor:
+        """llmc.lora_add by the kernels image; see docs/architecture.md, "Ops"."""
+        y, x, slots = y.contiguous(), x.contiguous(), slots.contiguous()
+        out = torch.empty_like(y)
+        n, k = y.shape[-1], x.shape[-1]
+        if slots.numel() != y.numel() // n or x.numel() // k != slots.numel():
+            raise InternalError(f"lora_add got {slots.numel()} slots for {y.numel() // n} rows; please report this")
+        parts = (ctypes.c_int64 * len(sizes))(*sizes), (ctypes.c_int64 * len(offsets))(*offsets)
+        self._lora_add(
+            LoraAddArgs(
+                y=y.data_ptr(),
+                x=x.data_ptr(),
+                slots=slots.data_ptr(),
+                pool=pool.data_ptr(),
+                out=out.data_ptr(),
+                sizes=ctypes.addressof(parts[0]),
+                offsets=ctypes.addressof(parts[1]),
+                m=slots.numel(),
+                n=n,
+                k=k,
+                y_stride=n,
+                x_stride=k,
+                num_slots=pool.shape[0],
+                slot_elements=pool.shape[1],
+                num_parts=len(sizes),
+                rank=rank,
+                dtype=_kernel_dtype(y),
+                pool_dtype=_kernel_dtype(pool),
+                num_threads=self._num_threads,
+            )
+        )
+        return out
+
 
 class _Step:
     """One node, linked: what to call, with which values, and which values end here."""
@@ -260,7 +311,7 @@ class _Step:
         raise ArtifactError(f"{self.where}: {str(value)[:100]} is no value of a node list; compile again")
 
 
-def _link(program: NodeProgram, attention: Callable[..., Any], entry: str) -> list[_Step]:
+def _link(program: NodeProgram, ours: dict[str, Callable[..., Any]], entry: str) -> list[_Step]:
     """Resolve every node, in order, and find where each value is used last."""
     known = {*program.inputs, *program.constants}
     if len(known) != len(program.inputs) + len(program.constants):
@@ -270,7 +321,7 @@ def _link(program: NodeProgram, attention: Callable[..., Any], entry: str) -> li
     for node in program.nodes:
         if node.name in known:
             raise ArtifactError(f"entry {entry}: the node list defines {node.name!r} twice; compile again")
-        steps.append(_Step(node, _function(node, attention), known))
+        steps.append(_Step(node, _function(node, ours), known))
         known.add(node.name)
     for step in reversed(steps):
         step.last_used = sorted(step.refs - kept)
@@ -278,14 +329,14 @@ def _link(program: NodeProgram, attention: Callable[..., Any], entry: str) -> li
     return steps
 
 
-def _function(node: _Node, attention: Callable[..., Any]) -> Callable[..., Any]:
+def _function(node: _Node, ours: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
     """What a node calls.
 
     Raises:
         ArtifactError: the op is not allowed, or this torch does not have it.
     """
-    if node.op == _ATTENTION:
-        return attention
+    if node.op in ours:
+        return ours[node.op]
     if node.op in _FUNCTIONS:
         return _FUNCTIONS[node.op]
     namespace, _, rest = node.op.partition(".")

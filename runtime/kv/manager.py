@@ -96,10 +96,11 @@ class KVManager:
 
     # Doing.
 
-    def new_sequence(self, token_ids: list[int], salt: str) -> SequenceBlocks:
-        """An empty table for a sequence, with the digests of its full blocks. Takes nothing from the pool."""
+    def new_sequence(self, token_ids: list[int], salt: str, adapter: int = 0) -> SequenceBlocks:
+        """An empty table for a sequence of an adapter (0: of the model itself), with the digests of its full blocks. Takes nothing from
+        the pool."""
         blocks = SequenceBlocks(
-            groups=tuple([] for _ in self._windows), num_returned=[0] * len(self._windows), root=self._cache.root(salt), digests=[]
+            groups=tuple([] for _ in self._windows), num_returned=[0] * len(self._windows), root=self._cache.root(salt, adapter), digests=[]
         )
         if self._caching:
             self._cache.extend_digests(blocks.digests, blocks.root, token_ids, len(token_ids))

@@ -1,7 +1,7 @@
 """Find KV blocks again by what they hold: a keyed hash of a block's tokens and of everything before them.
 
-Hashes are keyed with a secret of this process and start from the tenant's salt, so nobody outside can compute or guess a
-block's key, and two tenants never meet in one block.
+Hashes are keyed with a secret of this process and start from the tenant's salt and the LoRA adapter's number, so nobody outside can
+compute or guess a block's key, and two tenants, or two adapters, never meet in one block.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class PrefixCache:
         self._salt_hasher = hashlib.blake2b(key=secret, digest_size=_DIGEST_BYTES, person=b"llmc-salt")
         self._block_hasher = hashlib.blake2b(key=secret, digest_size=_DIGEST_BYTES, person=b"llmc-block")
 
-    def root(self, salt: str) -> bytes:
-        """The digest that stands before a tenant's first block. Asks."""
-        return _digest(self._salt_hasher, salt.encode("utf-8", "surrogatepass"))
+    def root(self, salt: str, adapter: int = 0) -> bytes:
+        """The digest that stands before the first block of a tenant and a LoRA adapter, 0 for none. Asks."""
+        return _digest(self._salt_hasher, adapter.to_bytes(8, "little") + salt.encode("utf-8", "surrogatepass"))
 
     def extend_digests(self, digests: list[bytes], root: bytes, token_ids: list[int], num_tokens: int) -> None:
         """Append the digests of the full blocks of `token_ids[:num_tokens]` that `digests` does not have yet.

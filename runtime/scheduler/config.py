@@ -32,6 +32,7 @@ class SchedulerConfig:
     reserve_blocks: int = 8  # kept free at admission, so that running sequences can still grow
     max_queue: int = 1024  # waiting requests; one more is refused with 429
     eos_token_ids: frozenset[int] = frozenset()
+    max_loras: int = 0  # adapters that the sequences of one step may use
     speculation: SpeculationConfig | DraftModelConfig | None = None  # None: every step gives a sequence one token
 
     def __post_init__(self) -> None:

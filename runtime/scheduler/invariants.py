@@ -20,8 +20,8 @@ def check_sequences(live: Iterable[Sequence], waiting: list[Sequence], running: 
             raise InternalError(f"scheduler: the {name} list is out of order or holds a sequence of another state")
     if sorted(map(id, live)) != sorted(map(id, [*waiting, *running])):
         raise InternalError("scheduler: a live sequence is in neither list or in both")
-    if any(any(s.blocks.groups) or s.num_computed or not s.prefilling for s in waiting):
-        raise InternalError("scheduler: a waiting sequence holds blocks")
+    if any(any(s.blocks.groups) or s.num_computed or not s.prefilling or s.lora_slot >= 0 for s in waiting):
+        raise InternalError("scheduler: a waiting sequence holds blocks, or a slot of an adapter")
     if num_prefilling != sum(s.prefilling for s in running):
         raise InternalError("scheduler: the count of prefilling sequences is wrong")
     if any(len(s.token_ids) - s.num_computed != 1 for s in running if not s.prefilling):

@@ -34,6 +34,9 @@ class Sequence:
     max_length: int  # length at which it ends with "length"
     blocks: SequenceBlocks
     prompt_logprobs: list[TokenLogprobs | None] | None  # collected so far; None: not asked for, or sent already
+    adapter: int = 0  # the number of its LoRA adapter; 0: the model itself
+    lora_slot: int = -1  # where its adapter is while it runs
+    num_overtaken: int = 0  # sequences of other adapters that started before it while it waited for a slot
     state: State = "waiting"
     prefilling: bool = True  # more than the newest token has no K and V yet
     num_computed: int = 0
@@ -51,10 +54,11 @@ class Sequence:
         return self.num_prompt_tokens - 1
 
 
-def make_sequence(request: GenerateRequest, config: SchedulerConfig, kv: KVManager, *, tokens_that_fit: int) -> Sequence:
+def make_sequence(request: GenerateRequest, config: SchedulerConfig, kv: KVManager, *, tokens_that_fit: int, adapter: int = 0) -> Sequence:
     """Check a request against what this scheduler can ever run and turn it into a Sequence. Holds no block yet.
 
     Args:
+        adapter: the number of its LoRA adapter; 0: the model itself.
         tokens_that_fit: most tokens whose K and V one sequence alone can keep in the pool.
 
     Raises:
@@ -100,8 +104,9 @@ def make_sequence(request: GenerateRequest, config: SchedulerConfig, kv: KVManag
         stop_token_ids=stop_ids if sampling.ignore_eos else stop_ids | config.eos_token_ids,
         earliest_stop=num_prompt + sampling.min_tokens,
         max_length=longest if sampling.max_tokens is None else min(longest, wanted),
-        blocks=kv.new_sequence(prompt, request.cache_salt),
+        blocks=kv.new_sequence(prompt, request.cache_salt, adapter),
         prompt_logprobs=None if sampling.prompt_logprobs is None else [None],
+        adapter=adapter,
     )
 
 
@@ -128,6 +133,7 @@ def share_of(sequence: Sequence, start: int, end: int) -> ScheduledSequence:
         block_ids=sequence.blocks.groups,
         sampling=sequence.sampling,
         needs_prompt_logprobs=sequence.prompt_logprobs is not None and start < sequence.num_prompt_tokens - 1,
+        lora_slot=sequence.lora_slot,
     )
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from llmc.artifacts.manifest import KVFacts
 from llmc.errors import ConfigError, InternalError, RequestRejected
 from llmc.runtime.kv import KVManager, PrefixHit, max_tokens_that_fit
+from llmc.runtime.lora.slots import LoraSlots
 from llmc.runtime.messages import EngineStats, FinishReason, GenerateRequest, TokenEvent
 from llmc.runtime.scheduler.ahead import extend_all, going_on
 from llmc.runtime.scheduler.config import SchedulerConfig
@@ -30,6 +31,8 @@ from llmc.runtime.step import SampledToken, ScheduledSequence, StepOutput, StepP
 
 # Requests with one prefix wait for the first of them; looking past more than this many would cost every step.
 _MAX_PASSED_OVER = 32
+# How many requests of adapters that have slots may start before one that waits for a slot.
+_MAX_OVERTAKING = 64
 
 
 class Scheduler:
@@ -73,6 +76,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []  # sorted by rank; they hold no blocks
         self._running: list[Sequence] = []  # sorted by rank
         self._num_prefilling = 0  # of the running ones
+        self._loras = LoraSlots(config.max_loras)
         self._in_flight: deque[tuple[StepPlan, list[Sequence]]] = deque()
         self._step = 0
         self._drafter = NgramDrafter(config.speculation) if isinstance(config.speculation, SpeculationConfig) else drafter
@@ -101,6 +105,14 @@ class Scheduler:
         """The state and the counters since the start."""
         return self._counters.as_stats(step=self._step, num_running=len(self._running), num_waiting=len(self._waiting), pool=self._kv.pool)
 
+    def adapters(self) -> tuple[set[int], set[int]]:
+        """LoRA adapters that running sequences use, and those that waiting ones want."""
+        return set(self._loras.running()), {sequence.adapter for sequence in self._waiting if sequence.adapter}
+
+    def adapters_in_use(self) -> set[int]:
+        """LoRA adapters of all live requests."""
+        return {sequence.adapter for sequence in self._sequences.values() if sequence.adapter}
+
     def check(self) -> None:
         """Recount every invariant; tests call it after every step. Changes nothing.
 
@@ -109,13 +121,17 @@ class Scheduler:
         """
         self._kv.check(sequence.blocks for sequence in self._sequences.values())
         check_sequences(self._sequences.values(), self._waiting, self._running, num_prefilling=self._num_prefilling)
+        self._loras.check([sequence.adapter for sequence in self._running])
         if self._drafter is not None and not self._drafter.check(set(self._sequences)):
             raise InternalError("scheduler: the books of guesses are wrong, or hold a sequence that has ended")
 
     # Doing.
 
-    def add(self, request: GenerateRequest) -> None:
+    def add(self, request: GenerateRequest, adapter: int = 0) -> None:
         """Accept a request; from now on it ends with exactly one event that has a finish_reason.
+
+        Args:
+            adapter: the number of its LoRA adapter; 0: the model itself.
 
         Raises:
             RequestRejected: it can never run (400), its id is in use (400), or the queue is full (429).
@@ -126,7 +142,7 @@ class Scheduler:
             raise RequestRejected(
                 f"{len(self._waiting)} requests are waiting, as many as the queue holds; try again later", status=429, code="queue_full"
             )
-        sequence = make_sequence(request, self.config, self._kv, tokens_that_fit=self._tokens_that_fit)
+        sequence = make_sequence(request, self.config, self._kv, tokens_that_fit=self._tokens_that_fit, adapter=adapter)
         self._sequences[sequence.request_id] = sequence
         insert_ranked(self._waiting, sequence)
 
@@ -149,6 +165,7 @@ class Scheduler:
         for sequence in [*self._running, *self._waiting]:
             self._remove(sequence)
             events.append(TokenEvent(request_id=sequence.request_id, token_ids=[], finish_reason="error", error=message))
+        self._loras.clear()  # what was to be brought into slots may not have been
         return events
 
     def reset_prefix_cache(self) -> int:
@@ -196,7 +213,7 @@ class Scheduler:
             self._admit(sequences, scheduled, prefill_budget, num_partial)
         if self._drafter is not None:
             add_guesses(self._drafter, self._kv, self.config, self._running, sequences, scheduled)
-        plan = StepPlan(step=self._step, sequences=scheduled)
+        plan = StepPlan(step=self._step, sequences=scheduled, lora_loads=self._loras.take_loads())
         self._in_flight.append((plan, sequences))
         return plan
 
@@ -270,6 +287,8 @@ class Scheduler:
                 events.append(self._notable_token(sequence, sampled))
             else:
                 events.append(TokenEvent(request_id=sequence.request_id, token_ids=[token]))
+        for slot in output.lost_lora_slots:
+            self._loras.forget(slot)
         self._counters.generation_tokens += num_generated
         self._counters.last_progress = self._clock()
         return events
@@ -303,6 +322,7 @@ class Scheduler:
         remove_ranked(self._running, sequence)
         self._num_prefilling -= sequence.prefilling
         self._kv.free(sequence.blocks)
+        self._leave_slot(sequence)
         sequence.num_computed = 0
         sequence.prefilling = True
         sequence.state = "waiting"
@@ -318,9 +338,17 @@ class Scheduler:
             return  # the common case under load
         committed = sum(kv.blocks_to_finish(s.blocks, len(s.token_ids)) for s in self._running if s.prefilling)
         computing = {digest for share, s in zip(scheduled, sequences, strict=True) if s.prefilling for digest in self._digests(s, share)}
-        index = 0
-        while index < min(len(self._waiting), _MAX_PASSED_OVER) and len(self._running) < config.max_num_seqs and budget > 0:
+        index, most_passed = 0, _MAX_PASSED_OVER
+        waits: Sequence | None = None  # the first that waits for a slot for its adapter
+        while index < min(len(self._waiting), most_passed) and len(self._running) < config.max_num_seqs and budget > 0:
             sequence = self._waiting[index]
+            if sequence.adapter and (
+                not self._loras.can_acquire(sequence.adapter) or (waits is not None and waits.num_overtaken >= _MAX_OVERTAKING)
+            ):
+                waits = waits or sequence
+                index += 1
+                most_passed += 1  # asking for a slot costs nothing
+                continue
             num_tokens = len(sequence.token_ids)
             hit = self._match(sequence)
             if self._next_digest(sequence, hit) in computing:
@@ -336,6 +364,8 @@ class Scheduler:
             needed = kv.blocks_to_admit(hit, num_tokens) + committed + config.reserve_blocks
             if self._running and needed > kv.pool.num_available:
                 return
+            if waits is not None and sequence.adapter:
+                waits.num_overtaken += 1
             del self._waiting[index]
             kv.attach(sequence.blocks, hit)
             kv.extend(sequence.blocks, start + count)
@@ -365,6 +395,8 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, num_cached_tokens: int) -> None:
         sequence.state = "running"
+        if sequence.adapter:
+            sequence.lora_slot = self._loras.acquire(sequence.adapter)
         sequence.num_computed = num_cached_tokens
         insert_ranked(self._running, sequence)
         self._num_prefilling += 1
@@ -430,12 +462,19 @@ class Scheduler:
         self._remove(sequence)
         return TokenEvent(request_id=sequence.request_id, token_ids=[], finish_reason="error", error=message, error_status=status)
 
+    def _leave_slot(self, sequence: Sequence) -> None:
+        """Its adapter has one running sequence less."""
+        if sequence.adapter:
+            self._loras.release(sequence.adapter)
+            sequence.lora_slot = -1
+
     def _remove(self, sequence: Sequence) -> None:
         """Forget a live sequence and free its blocks."""
         del self._sequences[sequence.request_id]
         if sequence.state == "running":
             remove_ranked(self._running, sequence)
             self._num_prefilling -= sequence.prefilling
+            self._leave_slot(sequence)
         else:
             remove_ranked(self._waiting, sequence)
         sequence.state = "finished"
