@@ -107,6 +107,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._header_timer: asyncio.TimerHandle | None = None
         self._header_bytes = 0
         self._in_headers = True  # or between two requests
+        self._body_came = False  # with the data that was read last
+        self._bytes_beside_body = 0  # read since a part of the body came: trailers, or marks of chunks
         self._upgrading = False
         self._started: RequestResponseCycle | None = None
 
@@ -130,6 +132,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._start_header_timer()
             self._header_bytes += len(data)
         self._unset_keepalive_if_required()
+        self._body_came = False
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -137,12 +140,19 @@ class LimitedProtocol(HttpToolsProtocol):
         except httptools.HttpParserError:
             self.send_400_response("")
             return
+        self._bytes_beside_body = 0 if self._in_headers or self._body_came else self._bytes_beside_body + len(data)
+        if self._bytes_beside_body > _MAX_HEADER_BYTES:
+            self.transport.abort()
         if self._in_headers and self._header_bytes > _MAX_HEADER_BYTES and not self.transport.is_closing():
             self._hang_up(431, f"the request line and headers are larger than {_MAX_HEADER_BYTES} bytes", "headers_too_large")
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._start_header_timer()  # it may begin in the middle of what has arrived
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_headers:  # trailers come behind a body: nobody asked for one, and none may pass for a header
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
@@ -151,6 +161,10 @@ class LimitedProtocol(HttpToolsProtocol):
         self._in_headers = False
         self._stop_header_timer()
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._body_came = True
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         if self._upgrading:

@@ -208,6 +208,25 @@ def test_a_second_half_request_on_a_kept_connection_is_closed(server: RunningSer
     assert answer.count(b"HTTP/1.1 200") == 1 and b"HTTP/1.1 408" in answer
 
 
+@pytest.mark.parametrize("trailer", [b"x-one: " + b"a" * 1000 + b"\r\n", b"a" * 1000])
+def test_trailers_without_end_are_cut(server: RunningServer, trailer: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nx-first: ")
+        sent = 0
+        with pytest.raises(OSError, match=r"reset|pipe"):
+            while sent < 20_000_000:
+                connection.sendall(trailer * 50)
+                sent += len(trailer) * 50
+
+
+def test_trailers_are_no_headers(server: RunningServer) -> None:
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: text/plain\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+    answer = server.raw(head + b"2\r\n{}\r\n0\r\nContent-Type: application/json\r\nX-Request-Id: mine\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 415 ") and b"x-request-id: mine" not in answer
+
+
 def test_upgrade_to_websocket_is_answered(server: RunningServer) -> None:
     body = b'{"prompt":"a","max_tokens":1}'
     head = (
