@@ -222,6 +222,17 @@ class Canary(_Record, frozen=True):
     margins: list[float]
 
 
+class CalibrationFacts(_Record, frozen=True):
+    """How integers were fitted to a text, and what rounding the same model to nearest would have cost, measured as the rest is."""
+
+    method: Literal["awq", "signround"]
+    library: str  # with its version
+    text: str  # "built-in", or the sha256 of the file
+    tokens: int
+    rounded_perplexity: float
+    rounded_mean_kl: float  # nats per token
+
+
 class QuantizationFacts(_Record, frozen=True):
     """How weights were made smaller, and what it cost, measured at compile time on the calibration text.
 
@@ -236,6 +247,7 @@ class QuantizationFacts(_Record, frozen=True):
     reference_perplexity: float | None
     perplexity: float | None
     mean_kl: float | None  # nats per token, of the reference from the quantised
+    calibration: CalibrationFacts | None = None  # since version 3; null: rounded to nearest
 
 
 class KVQuantizationFacts(_Record, frozen=True):

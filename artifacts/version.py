@@ -15,6 +15,7 @@ History, one dated line per version:
                 recipe op dequantize, for checkpoints that are quantised already.
                 recipe op in_rows, for quantised weights of a GPU.
                 dtype float8_e4m3fn and recipe ops quantize_fp8 and quantize_fp8_scales; quantization.scheme fp8, whose group is 0.
+                quantization.calibration, for integers that were fitted to a text (absent before, which reads as null).
 """
 
 from __future__ import annotations

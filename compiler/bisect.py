@@ -112,6 +112,10 @@ def bisect_artifact(manifest: Manifest, model: ModelSource, prompt: list[int], *
         ConfigError: -O0 has no passes; this llmc has other passes than the artifact's compiler had.
     """
     settings = manifest.settings
+    if manifest.quantization is not None and manifest.quantization.calibration is not None:
+        raise ConfigError(
+            "the artifact's integers were fitted (--calibration) and the model folder has others; compile it without and bisect that"
+        )
     if not manifest.passes:
         raise ConfigError("the artifact was compiled at -O0, with no pass that could change an answer; bisect one of -O1 or -O2")
     if manifest.lora is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +18,32 @@ import torch
 from llmc.artifacts.manifest import (
     Canary,
     Entry,
-    KVQuantizationFacts,
     Limits,
     Manifest,
     ModelFacts,
     PassRecord,
     PoolingFacts,
-    QuantizationFacts,
     TensorRecord,
     WeightFile,
 )
-from llmc.artifacts.safetensors import Checkpoint
 from llmc.artifacts.stamps import cache_root
 from llmc.artifacts.store import Store
 from llmc.artifacts.version import FORMAT_VERSION
 from llmc.artifacts.writer import ArtifactWriter
-from llmc.compiler import accuracy, canary, packing, report
+from llmc.compiler import canary, packing, report
+from llmc.compiler.calibration import fitted
 from llmc.compiler.canary import FetchConstant
 from llmc.compiler.capture import TracedModel, capture
 from llmc.compiler.cuda.build import check_sizes, cuda_program
-from llmc.compiler.dequantized import dequantized_fetcher, quantized_bits
 from llmc.compiler.image import only_libtorch_has
 from llmc.compiler.input_key import toolchain
 from llmc.compiler.lora import lora_facts, lora_pass, with_adapters
 from llmc.compiler.lowered_cache import lower
-from llmc.compiler.model import ModelSource, read_model
+from llmc.compiler.model import ModelSource, open_checkpoint, read_model
 from llmc.compiler.nodes import constants_of, to_bytes
-from llmc.compiler.pipeline import QUANTIZATIONS, STORED, pipeline
+from llmc.compiler.pipeline import STORED, pipeline
 from llmc.compiler.program import Program
+from llmc.compiler.quantized_weights import Quantized, quantized_weights
 from llmc.compiler.ranks import divided, rank_entries
 from llmc.compiler.stages import Stage, StageLog
 from llmc.compiler.target_facts import implementations, requirements, target_record
@@ -120,19 +118,21 @@ def build_artifact(
             pad_token_id=source.pad_token_id,
             render=render,
         )
+        calibrated = fitted(config, source, tokenizer.encode, limits.max_model_len, scratch, log)
+        given, source = source, source if calibrated is None else calibrated.source
         with log.stage("capture") as note:
             traced = capture(
                 source, block_size=config.block_size, kv_dtype=kv_dtype, max_model_len=limits.max_model_len, hidden=config.embed
             )
             note.detail = f"{len(traced.graph.graph.nodes)} nodes"
-        with _checkpoint(source) as checkpoint:
+        with open_checkpoint(source) as checkpoint:
             captured = traced.untouched()  # the passes change the graph in place, and the reference runs it as it was
             graph, weights, ranks = traced.graph, traced.weight_table(), config.tensor_parallel_size
             if ranks > 1 and source.stored is not None:
                 raise ConfigError(f"--tensor-parallel-size {ranks}: {source.name} is quantised already, which is not built; leave it out")
             with log.stage("passes") as note:
                 context = PassContext(weights=weights, max_positions=limits.max_model_len)
-                quantized = applied_quantization(config, source, target.kind)
+                quantized = applied_quantization(config, given, target.kind)
                 lora = lora_pass(config, traced, source.dtype)
                 passes = pipeline(config.level, quantized, kind=target.kind, passes=config.passes, ranks=ranks, lora=lora)
                 reports = run_passes(graph, passes, context, dump_dir=dump_directory())
@@ -140,8 +140,8 @@ def build_artifact(
                 traced = with_adapters(traced, lora) if lora is not None else traced
                 matches = sum(r.result.matches for r in reports)
                 note.detail = f"{len(graph.graph.nodes)} nodes, {matches} rewrites by {sum(r.result.changed for r in reports)} passes"
-            quality, kv_quality, fetch = _quantization(config, source, captured, weights, checkpoint, tokenizer, scratch, log)
-            canaries = _canaries(config, source, captured, fetch, tokenizer, log)
+            held = quantized_weights(config, given, captured, weights, checkpoint, tokenizer, scratch, log, calibrated)
+            canaries = _canaries(config, source, captured, held.fetch, tokenizer, log)
             if isinstance(target, CudaTarget):
                 program = cuda_program(config, target, traced, weights, writer, scratch, log, store)
             else:
@@ -157,7 +157,7 @@ def build_artifact(
                 note.detail = human_bytes(sum(f.size_bytes for f in files))
     for path, data in tokenizer.files.items():
         writer.add_file(path, data)
-    manifest = _manifest(config, target, source, traced, limits, program, files, tensors, reports, tokenizer, canaries, quality, kv_quality)
+    manifest = _manifest(config, target, source, traced, limits, program, files, tensors, reports, tokenizer, canaries, held)
     manifest = msgspec.structs.replace(
         manifest, entries=entries, tensor_parallel_size=ranks, lora=lora_facts(lora) if lora is not None else None
     )
@@ -225,10 +225,6 @@ def compile_limits(config: CompileConfig, source: ModelSource) -> Limits:
     return Limits(max_model_len=wanted, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens)
 
 
-def _checkpoint(source: ModelSource) -> Checkpoint:
-    return Checkpoint([source.path / name for name in sorted({tensor.file for tensor in source.tensors.values()})])
-
-
 def _program(
     config: CompileConfig,
     target: TargetSpec,
@@ -260,64 +256,6 @@ def _program(
     images = [writer.add_image(built.kernels_so, "kernels"), tensors, model]
     entry = Entry(name="step", executor="aoti", program=model.path, inputs=inputs, outputs=outputs, constants=dict(lowered.constants))
     return Program(entry=entry, images=images, calls=dict(lowered.calls), from_torch=tuple(from_torch))
-
-
-def _quantization(
-    config: CompileConfig,
-    source: ModelSource,
-    captured: TracedModel,
-    weights: WeightTable,
-    checkpoint: Checkpoint,
-    tokenizer: TokenizerBundle,
-    scratch: Path,
-    log: StageLog,
-) -> tuple[QuantizationFacts | None, KVQuantizationFacts | None, FetchConstant]:
-    """What quantisation did and cost, and the constants that the canaries' reference runs on: those the artifact will hold.
-
-    Raises:
-        ConfigError: it costs more than --max-kl allows.
-    """
-    plain = packing.fetcher(captured.constants, checkpoint)
-    facts, kv_facts = _quantization_facts(config, weights)
-    if (facts is None and kv_facts is None) or config.weights == "external":
-        return facts, kv_facts, plain
-    fetch = plain
-    if facts is not None:
-        with log.stage("quantise") as note:
-            fetch = dequantized_fetcher(captured, weights, checkpoint, scratch)
-            note.detail = f"{config.quantization}, {len(facts.tensors)} matrices{f' in groups of {facts.group}' if facts.group else ''}"
-    texts = accuracy.calibration_tokens(source.vocab_size, tokenizer.encode, captured.max_model_len)
-    plain_kv = msgspec.structs.replace(captured.kv, dtype=source.dtype)
-    asked = [f"--quantization {config.quantization}"] * (facts is not None)
-    if facts is not None:
-        with log.stage("accuracy") as note:
-            cost = accuracy.measure(replace(captured, kv=plain_kv), plain, fetch, texts)
-            note.detail = str(cost)
-        facts = msgspec.structs.replace(facts, **cost.facts())
-    if kv_facts is not None:
-        asked.append(f"--kv-cache-dtype {config.quantized_kv}")
-        with log.stage("accuracy") as note:
-            cost = accuracy.measure(captured, plain, fetch, texts, plain_kv)
-            note.detail = f"{' with '.join(asked)}: {cost}"
-        kv_facts = msgspec.structs.replace(kv_facts, **cost.facts())
-    if config.max_kl is not None and not cost.mean_kl <= config.max_kl:
-        raise ConfigError(
-            f"{' with '.join(asked)} costs a {cost}, above --max-kl {config.max_kl:g}; "
-            "raise the bound, take more bits, or compile without quantisation"
-        )
-    return facts, kv_facts, fetch
-
-
-def _quantization_facts(config: CompileConfig, weights: WeightTable) -> tuple[QuantizationFacts | None, KVQuantizationFacts | None]:
-    """What is quantised, its cost not measured yet."""
-    nothing: dict[str, Any] = {"calibration_tokens": 0, "reference_perplexity": None, "perplexity": None, "mean_kl": None}
-    facts = kv_facts = None
-    if config.quantization is not None:
-        group = 0 if config.quantization == "fp8" else QUANTIZATIONS["cpu"][config.quantization].group
-        facts = QuantizationFacts(scheme=config.quantization, group=group, tensors=quantized_bits(weights), **nothing)  # type: ignore[arg-type]
-    if config.quantized_kv is not None:
-        kv_facts = KVQuantizationFacts(scheme=config.quantized_kv, **nothing)  # type: ignore[arg-type]
-    return facts, kv_facts
 
 
 def _canaries(
@@ -352,8 +290,7 @@ def _manifest(
     reports: list[PassReport],
     tokenizer: TokenizerBundle,
     canaries: list[Canary],
-    quantization: QuantizationFacts | None,
-    kv_quantization: KVQuantizationFacts | None,
+    held: Quantized,
 ) -> Manifest:
     versions = dict(toolchain(target))
     aoti = program.entry.executor == "aoti"
@@ -390,8 +327,8 @@ def _manifest(
         toolchain=versions,
         settings={name: value for name, value in config.key_fields().items() if isinstance(value, str | int | float | bool | None)},
         files=[],
-        quantization=quantization,
-        kv_quantization=kv_quantization,
+        quantization=held.facts,
+        kv_quantization=held.kv_facts,
         pooling=PoolingFacts(kind=config.pooling, normalize=config.normalize) if config.pooling is not None else None,  # type: ignore[arg-type]
     )
 

@@ -7,7 +7,7 @@ dequantised here once, by the recipes that the artifact is packed with, into a f
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ _ROWS_ELEMENTS = 4 << 20  # of a matrix, quantised and dequantised at once
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Quantized:
+class Quantization:
     """How a captured constant is quantised. transposed: it is stored [K, N]."""
 
     bits: int
@@ -62,23 +62,35 @@ def dequantized_fetcher(traced: TracedModel, weights: WeightTable, checkpoint: C
         InternalError: a quantised tensor is not made of whole captured constants.
         ArtifactError: a weight holds NaN or infinity.
     """
-    plain = fetcher(traced.constants, checkpoint)
+    return dequantizing_fetcher(traced.constants, quantized_constants(traced, weights), checkpoint, scratch)
+
+
+def dequantizing_fetcher(
+    constants: Mapping[str, Constant], quantized: Mapping[str, Quantization], checkpoint: Checkpoint, scratch: Path
+) -> Callable[[str], Tensor]:
+    """Constant name -> its tensor, those of `quantized` quantised and dequantised as it says; otherwise as `dequantized_fetcher`."""
+    plain = fetcher(constants, checkpoint)
     found: dict[str, Tensor] = {}
-    for number, (name, how) in enumerate(_quantized_constants(traced, weights).items()):
-        found[name] = _dequantized(traced.constants[name], how, checkpoint, scratch / f"dequantized-{number}.bin")
+    for number, (name, how) in enumerate(quantized.items()):
+        found[name] = _dequantized(constants[name], how, checkpoint, scratch / f"dequantized-{number}.bin")
     return lambda name: found[name] if name in found else plain(name)
 
 
-def _quantized_constants(traced: TracedModel, weights: WeightTable) -> dict[str, _Quantized]:
+def quantized_constants(traced: TracedModel, weights: WeightTable) -> dict[str, Quantization]:
+    """Name of each captured constant that the weight table holds quantised -> how.
+
+    Raises:
+        InternalError: a quantised tensor is not made of whole captured constants.
+    """
     by_recipe = {_text(constant.recipe): name for name, constant in traced.constants.items()}
-    result: dict[str, _Quantized] = {}
+    result: dict[str, Quantization] = {}
     for quantized in quantized_bits(weights):
         recipe = quantizing(weights[quantized].recipe)
         for part, transposed in _parts(recipe["input"], False):
             name = by_recipe.get(_text(part))
             if name is None:
                 raise InternalError(f"{quantized} is not made of whole constants of the captured graph; please report this model")
-            result[name] = _Quantized(bits=recipe.get("bits", 8), group=recipe.get("group"), transposed=transposed)
+            result[name] = Quantization(bits=recipe.get("bits", 8), group=recipe.get("group"), transposed=transposed)
     return result
 
 
@@ -97,7 +109,7 @@ def _text(recipe: Recipe) -> str:
     return json.dumps(recipe, sort_keys=True)
 
 
-def _dequantized(constant: Constant, how: _Quantized, checkpoint: Checkpoint, file: Path) -> Tensor:
+def _dequantized(constant: Constant, how: Quantization, checkpoint: Checkpoint, file: Path) -> Tensor:
     n, k = reversed(constant.shape) if how.transposed else constant.shape
     matrix: dict[str, Any] = {"op": "transpose", "axes": [1, 0], "input": constant.recipe} if how.transposed else constant.recipe
     specs, dtype = checkpoint.specs(), dtype_name(constant.dtype)

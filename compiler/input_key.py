@@ -14,6 +14,7 @@ from pathlib import Path
 
 from llmc.artifacts.keys import Key, model_parts, source_digest
 from llmc.artifacts.keys import input_key as make_input_key
+from llmc.compiler.calibration_data import LIBRARY, fitting_text, installed_version
 from llmc.compiler.targets import Target
 from llmc.config.compile import CompileConfig
 from llmc.errors import ConfigError
@@ -37,6 +38,9 @@ def input_key(config: CompileConfig, target: Target) -> Key:
         **{f"version/{name}": version for name, version in toolchain(target).items()},
         **model_parts(config.model),
     }
+    if config.calibration != "rtn":
+        parts[f"version/{LIBRARY}"] = installed_version()
+        parts["calibration data"] = fitting_text(config.calibration_data)[1]
     if config.tokenizer is not None:
         parts |= {f"tokenizer/{name.removeprefix('model/')}": digest for name, digest in model_parts(config.tokenizer).items()}
     return make_input_key(parts)

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from llmc.artifacts.safetensors import read_header
+from llmc.artifacts.safetensors import Checkpoint, read_header
 from llmc.compiler.checkpoint_tensor import CheckpointTensor
 from llmc.compiler.stored_quantization import StoredQuantization, read_stored
 from llmc.compiler.supported import check_supported
@@ -128,6 +128,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UnsupportedModel(f"{path}: holds a {type(value).__name__}, expected a JSON object")
     return value
+
+
+def open_checkpoint(source: ModelSource) -> Checkpoint:
+    """Map the model's weights; a context manager."""
+    return Checkpoint([source.path / name for name in sorted({tensor.file for tensor in source.tensors.values()})])
 
 
 def _checkpoint(folder: Path) -> dict[str, CheckpointTensor]:

@@ -121,6 +121,7 @@ def _quantization(quantization: QuantizationFacts) -> dict[str, Any]:
         "reference_perplexity": quantization.reference_perplexity,
         "perplexity": quantization.perplexity,
         "mean_kl": quantization.mean_kl,
+        "calibration": None if quantization.calibration is None else msgspec.to_builtins(quantization.calibration),
     }
 
 

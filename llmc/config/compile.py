@@ -32,6 +32,8 @@ class CompileConfig:
     block_size: int = 16
     kv_cache_dtype: str = "auto"
     quantization: str | None = None  # "int8", "int4", "fp8"
+    calibration: str = "rtn"  # how integers are chosen: "rtn", "awq", "signround"
+    calibration_data: Path | None = None  # None: the built-in text
     passes: str = ""  # "+name,-name": added to the level's list, left out of it
     max_kl: float | None = None  # nats per token; more fails the compile
     pooling: str | None = None  # "mean", "last", "cls": the artifact embeds; None: it generates
@@ -62,6 +64,7 @@ class CompileConfig:
             raise ConfigError(f"--quantization {self.quantization}: -O0 is the oracle and holds the weights as they are; use -O1 or -O2")
         if self.quantization == "fp8" and self.target.startswith("cpu"):
             raise ConfigError(f"--quantization fp8: only GPUs have kernels over fp8 weights, not {self.target}; int8 has as many bits")
+        self._check_calibration()
         if self.max_kl is not None and ((self.quantization is None and self.quantized_kv is None) or self.weights == "external"):
             raise ConfigError(
                 "--max-kl bounds what --quantization costs, or --kv-cache-dtype int8 or fp8, measured on embedded weights; "
@@ -90,6 +93,24 @@ class CompileConfig:
             raise ConfigError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_num_seqs={self.max_num_seqs}: "
                 "a step could not give each sequence one token; raise the first or lower the second"
+            )
+
+    def _check_calibration(self) -> None:
+        """Refuse a calibration of what is not fitted."""
+        if self.calibration == "rtn":
+            if self.calibration_data is not None:
+                raise ConfigError("--calibration-data is what --calibration awq and signround fit to; give one of these, or leave it out")
+            return
+        if self.quantization != "int4":
+            raise ConfigError(
+                f"--calibration {self.calibration}: fits integers of 4 bits, for eight lose next to nothing by rounding, and this is "
+                f"{f'--quantization {self.quantization}' if self.quantization else 'no quantisation'}; "
+                "add --quantization int4, or leave the flag out"
+            )
+        if self.weights == "external":
+            raise ConfigError(
+                f"--calibration {self.calibration}: fitted integers belong to one checkpoint, and --weights external binds any; "
+                "use --weights embed"
             )
 
     def _check_ranks(self) -> None:
@@ -136,7 +157,9 @@ class CompileConfig:
 
     def key_fields(self) -> dict[str, object]:
         """Every field that decides the artifact's bytes; a new field is included unless it is named here."""
-        excluded = {"model", "tokenizer", "out", "report", "jobs", "force", "use_cache"}  # files enter the key by content
+        excluded = {"model", "tokenizer", "out", "report", "jobs", "force", "use_cache", "calibration_data"}  # files enter by content
+        if self.calibration != "rtn":
+            excluded.remove("jobs")  # the sums that a fit is made of depend on the number of threads
         return {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in excluded}
 
 
@@ -175,6 +198,8 @@ def compile_config(
         block_size=settings["block_size"],
         kv_cache_dtype=settings["kv_cache_dtype"],
         quantization=settings["quantization"],
+        calibration=settings["calibration"],
+        calibration_data=Path(settings["calibration_data"]) if settings["calibration_data"] else None,
         passes=settings["passes"],
         max_kl=settings["max_kl"],
         cudagraph_capture_sizes=captured,

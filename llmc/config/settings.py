@@ -224,6 +224,13 @@ _OTHER_QUANTIZATIONS = {
     **dict.fromkeys(("tpu_int8", "neuron_quant", "ipex"), "it belongs to a device or library that llmc does not use"),
 }
 
+_OTHER_CALIBRATIONS = {
+    "gptq": "auto-round, which does the fitting, has no GPTQ; signround serves the same end, and GPTQ checkpoints are read as they are",
+    "autoround": "say signround",
+    "auto-round": "say signround",
+    "none": "say rtn",
+}
+
 _OTHER_TASKS = {
     "auto": "an artifact's task is part of what is compiled; name it",
     "embedding": "say embed",
@@ -266,6 +273,12 @@ SETTINGS: tuple[Setting, ...] = (
             commands=_COMPILE, group="Compilation", choices=("int8", "int4", "fp8"), refused=_OTHER_QUANTIZATIONS,
             help="Hold the weights of linears as integers with a scale per 32 inputs, rounded to nearest; int4 keeps 8 bits in the head. "
                  "fp8: e4m3 with a scale per row, int8 in the head; GPUs alone."),
+    Setting(name="calibration", parse=choice("rtn", "awq", "signround", refused=_OTHER_CALIBRATIONS), default="rtn", commands=_COMPILE,
+            group="Compilation", choices=("rtn", "awq", "signround"), refused=_OTHER_CALIBRATIONS,
+            help="How --quantization int4 chooses its integers. rtn: rounded to nearest. awq, signround: fitted to a text by auto-round "
+                 "(extra calibrate), minutes to hours for a smaller loss."),
+    Setting(name="calibration_data", parse=text, default=None, commands=_COMPILE, group="Compilation", metavar="FILE",
+            help="Text that --calibration fits to: .jsonl with a \"text\" per line, or plain text; default a built-in one."),
     Setting(name="max_kl", parse=divergence, default=None, commands=_COMPILE, group="Compilation", metavar="NATS",
             help="Fail the compile if quantisation moves the model's distribution by more: mean KL divergence on a calibration text."),
     Setting(name="task", parse=choice("generate", "embed", refused=_OTHER_TASKS), default="generate", commands=_COMPILE,
