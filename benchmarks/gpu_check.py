@@ -7,7 +7,8 @@
 
 Parts, each in a process of its own, at most 8 minutes, and runnable alone:
     tests        the tests marked `gpu`
-    parity       tests/kernels/triton on the GPU instead of in Triton's interpreter
+    parity       tests/kernels/triton on the GPU instead of in Triton's interpreter; in 8 processes where pytest-xdist is installed
+    prepare      checkpoints of the 0.6B and 8B shapes and their artifacts, which the next three parts make where it did not
     startup      process start to first token of the 0.6B and 8B shapes, stage by stage; transformers with torch.compile beside it
     decode       tokens per second by batch and context, as a share of the measured copy bandwidth; transformers beside it
     throughput   256 sequences of 100 to 1024 tokens in and out
@@ -15,7 +16,8 @@ Parts, each in a process of its own, at most 8 minutes, and runnable alone:
     tuning       tiles of the matmul that change no bit of a result
 
 Results are JSON, written to benchmarks/results/<device>/ or --out: a file per part with versions, clocks, commit and the ceilings measured
-in the same process, and gpu_check.json: how each part ended, and how much of it was run. The exit code is 1 if a part failed.
+in the same process, written anew after every figure or test, and gpu_check.json: how each part ended, and how much of it was run. A part
+past its time is stopped with all it started, and what it has found by then stays. The exit code is 1 if a part failed.
 LLMC_BENCH_DIR keeps checkpoints and artifacts between runs; LLMC_COMMIT names the commit where the tree has no git.
 
 --stand-in goes through every part without a GPU: plans run on the stand-in driver of tests/cuda, kernels in Triton's interpreter;
@@ -28,6 +30,7 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,14 +44,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import gpu_wheels
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("tests", "parity", "startup", "decode", "throughput", "kernels", "tuning")
+PARTS = ("tests", "parity", "prepare", "startup", "decode", "throughput", "kernels", "tuning")
 LIMIT_SECONDS = 480  # per part
 NO_TESTS = 5  # pytest's exit status when it selected nothing
+PARITY_PROCESSES = 8  # most of the time goes to Triton, which compiles in one thread
 
 # What a part does on the stand-in, for gpu_check.json.
 UNTRIED = {
     "tests": "tests/cuda on the stand-in driver; what is marked gpu is skipped",
     "parity": "kernels in Triton's interpreter: their machine code is not run",
+    "prepare": "a model of 2 layers is compiled",
     "startup": "a model of 2 layers served on the stand-in driver: no time means anything; transformers is not run",
     "decode": "a model of 2 layers on the stand-in driver: no rate means anything; transformers is not run",
     "throughput": "4 short sequences through a model of 2 layers on the stand-in driver: no rate means anything",
@@ -78,16 +83,17 @@ def overlay(folder: Path) -> Path:
     return folder
 
 
-def command_of(part: str, out: Path, only: str, stand_in: bool) -> list[str]:
-    """What does a part's work."""
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=append", *(["-k", only] if only else [])]
+def command_of(part: str, out: Path, only: str, stand_in: bool, processes: bool) -> list[str]:
+    """What does a part's work; processes: whether tests can be run in several."""
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu_outcomes", "--import-mode=append"]
+    pytest += ["-k", only] if only else []
     if part == "tests":
         return [
             *pytest,
             *(["tests/cuda", "-m", "not slow and not gpu"] if stand_in else ["tests", "-m", "gpu", "--ignore=tests/kernels/triton"]),
         ]
     if part == "parity":
-        return [*pytest, "tests/kernels/triton"]
+        return [*pytest, "tests/kernels/triton", *(["-n", str(PARITY_PROCESSES)] if processes else [])]
     worker = str(ROOT / "benchmarks" / "gpu_parts.py")
     return [sys.executable, worker, part, str(out), only, "stand-in" if stand_in else "gpu"]
 
@@ -96,15 +102,11 @@ def run_part(part: str, environment: dict[str, str], out: Path, only: str, stand
     """Run one part and say how it ended. Its own JSON, if it makes one, lies in `out`."""
     begin = time.monotonic()
     ran, why = ("partly", UNTRIED[part]) if stand_in else ("whole", "")
-    try:
-        done = subprocess.run(
-            command_of(part, out, only, stand_in), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS
-        )
-        code, output = done.returncode, done.stdout + done.stderr
-    except subprocess.TimeoutExpired as error:
-        shown = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
-        code, output = -1, f"{shown}\nnot finished after {LIMIT_SECONDS} s"
-        ran, why = "partly", f"stopped after {LIMIT_SECONDS} s"
+    named = {"GPU_CHECK_JSON": str(out / f"{part}.json")} | ({"GPU_CHECK_STAND_IN": "1"} if stand_in else {})
+    command = command_of(part, out, only, stand_in, processes=not stand_in and _has_xdist(environment))
+    code, output = run_limited(command, environment | named, LIMIT_SECONDS)
+    if code is None:
+        code, ran, why = -1, "partly", f"stopped after {LIMIT_SECONDS} s"
     if part == "tests" and code == NO_TESTS:
         code, ran, why = 0, "no", "no test was selected"
     own = out / f"{part}.json"
@@ -113,6 +115,29 @@ def run_part(part: str, environment: dict[str, str], out: Path, only: str, stand
     print(f"== {part}: {'ok' if code == 0 else f'failed ({code})'}, {ran} run{f' ({why})' if why else ''}\n{output}", flush=True)
     seconds = round(time.monotonic() - begin, 1)
     return {"part": part, "ok": code == 0, "ran": ran, "why": why, "seconds": seconds, "tail": output.splitlines()[-20:]}
+
+
+def run_limited(command: list[str], environment: dict[str, str], seconds: float) -> tuple[int | None, str]:
+    """Run a command; after `seconds` it is killed with all that it started, which would else hold the GPU. Returns (status, output).
+
+    The status is None if it was killed.
+    """
+    with tempfile.TemporaryFile("w+") as shown:  # not a pipe, which somebody who outlives the command would keep open
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=shown, stderr=shown, text=True, start_new_session=True)
+        code: int | None
+        try:
+            code = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        shown.seek(0)
+        return code, shown.read()
+
+
+def _has_xdist(environment: dict[str, str]) -> bool:
+    find = "import importlib.util, sys; sys.exit(importlib.util.find_spec('xdist') is None)"
+    return subprocess.run([sys.executable, "-c", find], env=environment, check=False).returncode == 0
 
 
 def device_name() -> str:

@@ -25,6 +25,7 @@ from benchmarks.models import SHAPES, make_model
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_SECONDS = 480  # per part
 _LAST_START_SECONDS = 400  # nothing long is begun later
+_TO_WRITE_SECONDS = 20  # kept free at a part's end
 # Options of `llmc compile` by model. The default sizes are what a user gets; the large model has fewer, to compile in its time.
 OPTIONS = {
     "0.6B": ("--max-model-len", "16384", "--max-num-seqs", "256", "--compile-sizes", "512,2048"),
@@ -53,6 +54,10 @@ class Part:
 
     def write(self) -> None:
         (self.out / f"{self.name}.json").write_text(json.dumps(self.report, indent=1) + "\n")
+
+    def left_seconds(self) -> float:
+        """What a figure may still take; its process is stopped then, and the part ends in time."""
+        return max(1.0, LIMIT_SECONDS - _TO_WRITE_SECONDS - (time.monotonic() - self.began))
 
     def add(self, label: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
         """Run one figure: its result, its failure or its absence goes into the report. Returns the result."""
@@ -104,11 +109,12 @@ def target() -> str:
     return f"cuda:sm_{major}{minor}"
 
 
-def ready(name: str) -> Ready:
+def ready(part: Part, name: str) -> Ready:
     """The artifact of a model for this GPU; compiled by whichever part comes first, kept for the others.
 
     Raises:
         RuntimeError: the compile failed; its message.
+        TimeoutExpired: the part's time was over; what was compiled is in the cache.
     """
     model, artifact = make_model(name, work_folder()), work_folder() / f"{name}-artifact"
     marker = artifact.with_suffix(".seconds")
@@ -127,7 +133,7 @@ def ready(name: str) -> Ready:
             target(),
             *OPTIONS[name],
         ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=part.left_seconds())
         if done.returncode != 0:
             raise RuntimeError(f"llmc compile ended with status {done.returncode}: {done.stderr.strip()[-1500:]}")
         marker.write_text(f"{time.monotonic() - began:.1f}")
@@ -155,6 +161,23 @@ def on_stand_in(out: Path) -> Iterator[Ready]:
         interpreter.close()
 
 
+def prepare(part: Part) -> None:
+    """Checkpoints and artifacts, so that no other part spends its time on them."""
+
+    def measure(name: str) -> dict[str, Any]:
+        began = time.monotonic()
+        found = ready(part, name)
+        size = sum(file.stat().st_size for file in found.artifact.rglob("*") if file.is_file())
+        return {"compile_s": found.compile_s, "seconds": round(time.monotonic() - began, 1), "artifact_bytes": size}
+
+    if part.stand_in:
+        with on_stand_in(part.out) as found:
+            part.add("prepare T", lambda: {"compile_s": found.compile_s})
+        return
+    for name in ("0.6B", "8B"):
+        part.add(f"prepare {name}", partial(measure, name))
+
+
 def startup(part: Part) -> None:
     """Process start to first token over HTTP; transformers with torch.compile in the same run."""
     from llmc.bench.contenders import cold_start
@@ -171,8 +194,8 @@ def startup(part: Part) -> None:
             part.add("start T", lambda: measure(found, 1))
         return
     for name in ("0.6B", "8B"):
-        part.add(f"start {name}", lambda name=name: measure(ready(name), 5))
-        part.add(f"transformers compiled {name}", lambda name=name: _hf_startup(work_folder() / name))
+        part.add(f"start {name}", lambda name=name: measure(ready(part, name), 5))
+        part.add(f"transformers compiled {name}", lambda name=name: _hf_startup(part, work_folder() / name))
 
 
 def decode(part: Part) -> None:
@@ -206,11 +229,11 @@ def decode(part: Part) -> None:
                 continue
             part.add(
                 f"decode {name} batch {batch} context {context}",
-                partial(lambda name, batch, context: measure(ready(name), batch, context, 64, 3), name, batch, context),
+                partial(lambda name, batch, context: measure(ready(part, name), batch, context, 64, 3), name, batch, context),
             )
         for how, batch in (("eager", 1), ("compiled", 1), ("compiled", 8), ("continuous", 64)):
             request = {"model": str(work_folder() / name), "how": how, "batch": batch, "prompt": 512, "new": 64, "repeats": 2}
-            part.add(f"transformers {how} {name} batch {batch} context 512", partial(_baseline, request))
+            part.add(f"transformers {how} {name} batch {batch} context 512", partial(_baseline, part, request))
 
 
 def throughput(part: Part) -> None:
@@ -218,7 +241,7 @@ def throughput(part: Part) -> None:
 
     def measure(found: Ready, count: int, lengths: tuple[int, int]) -> dict[str, Any]:
         worker = [sys.executable, __file__, "serve-all", str(found.artifact), str(count), *map(str, lengths)]
-        done = subprocess.run(worker, capture_output=True, text=True, check=False)
+        done = subprocess.run(worker, capture_output=True, text=True, check=False, timeout=part.left_seconds())
         if done.returncode != 0:
             raise RuntimeError(done.stderr.strip()[-1500:])
         return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -227,7 +250,7 @@ def throughput(part: Part) -> None:
         with on_stand_in(part.out) as found:
             part.add("throughput T", lambda: measure(found, 4, (2, 6)))
     else:
-        part.add("throughput 0.6B", lambda: measure(ready("0.6B"), 256, (100, 1024)))
+        part.add("throughput 0.6B", lambda: measure(ready(part, "0.6B"), 256, (100, 1024)))
 
 
 def serve_all(artifact: str, count: int, low: int, high: int) -> None:
@@ -337,21 +360,21 @@ def step_bytes(name: str, batch: int, context: int) -> int:
     return 2 * (shape.num_hidden_layers * layer + shape.vocab_size * shape.hidden_size) + batch * context * kv_bytes(name)
 
 
-def _baseline(request: dict[str, Any]) -> dict[str, Any]:
+def _baseline(part: Part, request: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_baseline.py"), json.dumps(request)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=min(240.0, part.left_seconds()))
     if done.returncode != 0:
         raise RuntimeError(done.stderr.strip()[-1500:])
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def _hf_startup(model: Path) -> dict[str, Any]:
+def _hf_startup(part: Part, model: Path) -> dict[str, Any]:
     began = time.time()
-    return {"first_token_s": _baseline({"model": str(model), "how": "startup"})["first_token_at"] - began}
+    return {"first_token_s": _baseline(part, {"model": str(model), "how": "startup"})["first_token_at"] - began}
 
 
 PARTS: dict[str, Callable[[Part], None]] = {
-    "startup": startup, "decode": decode, "throughput": throughput, "kernels": kernels, "tuning": tuning,
+    "prepare": prepare, "startup": startup, "decode": decode, "throughput": throughput, "kernels": kernels, "tuning": tuning,
 }  # fmt: skip
 
 

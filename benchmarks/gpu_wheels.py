@@ -23,7 +23,7 @@ PLATFORMS = (*(f"manylinux_2_{minor}_x86_64" for minor in range(39, 16, -1)), "m
 # On the machine already, and heavy; everything else is small enough to bring along, whether it is there or not.
 PRESENT = {"torch", "triton", "transformers", "numpy", "tokenizers", "safetensors", "huggingface-hub", "jinja2", "ml-dtypes", "sympy"}
 UNUSED = {"model-signing", "pyopenssl"}  # signing artifacts: nothing here signs one
-TESTS = ("pytest", "hypothesis", "httpx", "jsonschema")
+TESTS = ("pytest", "pytest-xdist", "hypothesis", "httpx", "jsonschema")
 
 
 def requirements() -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_wheels
-from benchmarks.gpu_check import PARTS, UNTRIED, overlay
+from benchmarks.gpu_check import PARTS, UNTRIED, overlay, run_limited
 from benchmarks.gpu_parts import PARTS as WORKERS
 from benchmarks.gpu_parts import step_bytes
 
@@ -65,6 +65,35 @@ def test_a_step_reads_every_weight_and_all_keys_and_values() -> None:
     assert step_bytes("0.6B", 2, 100) - step_bytes("0.6B", 1, 100) == 100 * 2 * 28 * 8 * 128 * 2
 
 
+def test_a_part_past_its_time_is_stopped_with_what_it_started(tmp_path: Path) -> None:
+    """Its grandchild is gone too, and what was said until then is kept."""
+    child = "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
+    code, output = run_limited([sys.executable, "-u", "-c", f"{child} print('found', p.pid); time.sleep(600)"], dict(os.environ), 3)
+    assert code is None and output.startswith("found ")
+    stat = Path(f"/proc/{output.split()[1]}/stat")
+    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+    assert run_limited([sys.executable, "-c", "print('done'); raise SystemExit(3)"], dict(os.environ), 60) == (3, "done\n")
+
+
+def test_tests_leave_their_outcomes_as_they_end(tmp_path: Path) -> None:
+    """A run that dies in the middle has written what came before."""
+    (tmp_path / "test_it.py").write_text(
+        "import os, pytest, time\n"
+        "def test_a(): pass\n"
+        "def test_b(): assert 0, 'why'\n"
+        "@pytest.mark.skip(reason='because')\ndef test_c(): pass\n"
+        "def test_d(): time.sleep(2.1)\n"
+        "def test_e(): os._exit(9)\n"
+    )
+    out = tmp_path / "parity.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu_outcomes", "-p", "no:cacheprovider", str(tmp_path)]
+    environment = {"GPU_CHECK_JSON": str(out), "GPU_CHECK_STAND_IN": "1", "PYTHONPATH": str(ROOT)}
+    code, _ = run_limited(command, {**os.environ, **environment}, 120)
+    found = json.loads(out.read_text())
+    assert code == 9 and found["counts"] == {"passed": 2, "failed": 1, "skipped": 1}
+    assert "why" in found["failed"][0]["error"] and found["skipped"] == {"Skipped: because": 1}
+
+
 def test_says_that_a_gpu_is_missing() -> None:
     done = gpu_check("kernels")
     assert done.returncode == 1
@@ -90,9 +119,10 @@ def test_the_stand_in_compiles_what_would_be_measured(tmp_path: Path, only: str)
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (pip install 'llmc[cuda]')")
-@pytest.mark.parametrize("part", ["startup", "decode", "throughput"])
+@pytest.mark.parametrize("part", ["prepare", "startup", "decode", "throughput"])
 def test_a_model_goes_through_the_stand_in(tmp_path: Path, part: str) -> None:
     done = gpu_check(part, "--stand-in", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     (result,) = json.loads((tmp_path / f"{part}.json").read_text())["results"]
-    assert result["first_token_s"] if part == "startup" else result["tok_s" if part == "throughput" else "decode_tok_s"]
+    figures = {"prepare": "compile_s", "startup": "first_token_s", "decode": "decode_tok_s", "throughput": "tok_s"}
+    assert result[figures[part]]
