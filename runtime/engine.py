@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -154,8 +155,11 @@ class Engine:
         waiting: list[str] = []
         if self._adapters is not None:
             running, waiting = (sorted(map(self._adapters.name_of, numbers)) for numbers in self._scheduler.adapters())
+        found = self._scheduler.stats()
         return msgspec.structs.replace(
-            self._scheduler.stats(),
+            found,
+            # Only grammars are waited for, which have limits of their own: this call is all the progress there is to make.
+            time=found.time if self._scheduler.has_work() else time.monotonic(),
             running_loras=running,
             waiting_loras=waiting,
             steps_sampled_on_device=steps.on_device,

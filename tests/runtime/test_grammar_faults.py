@@ -197,6 +197,16 @@ def test_waiting_requests_can_be_aborted(engine: Engine, monkeypatch: pytest.Mon
     assert one(engine, json=PERSON).finish_reason == "stop"
 
 
+def test_an_engine_that_waits_for_a_grammar_alone_makes_progress(fragile: Engine) -> None:
+    # Else the front would take one that was idle before for one that hangs, and kill it.
+    fragile._scheduler._counters.last_progress -= 1000
+    fragile.add(asking("a", regex="a{7}"))
+    before = time.monotonic()
+    fragile.step()
+    assert fragile.has_work() and not fragile._scheduler.has_work() and fragile.stats().time >= before
+    go_on(fragile, {"a": Output(token_ids=[])})
+
+
 def test_too_many_waiting_requests_are_refused(fragile: Engine) -> None:
     for index in range(20):
         fragile.add(asking(str(index), regex=f"a{{{index + 1}}}"))
