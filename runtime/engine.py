@@ -232,7 +232,7 @@ class Engine:
                 vocab_size=self.manifest.model.vocab_size,
                 eos_token_ids=eos_token_ids,
                 max_sequence_tokens=self.ready.max_model_len,
-                max_waiting=self._config.max_queue,
+                max_waiting=self._config.max_queue + self.ready.max_num_seqs,
             )
         return self._grammars
 

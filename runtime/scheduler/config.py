@@ -30,7 +30,7 @@ class SchedulerConfig:
     long_prefill_token_threshold: int = 0  # most tokens of one prompt computed in one step; 0 = the whole budget
     max_num_partial_prefills: int = 1  # prompts that may stand half computed at the same time
     reserve_blocks: int = 8  # kept free at admission, so that running sequences can still grow
-    max_queue: int = 1024  # waiting requests; one more is refused with 429
+    max_queue: int = 1024  # requests beside the max_num_seqs that run; one more is refused with 429
     eos_token_ids: frozenset[int] = frozenset()
     max_loras: int = 0  # adapters that the sequences of one step may use
     speculation: SpeculationConfig | DraftModelConfig | None = None  # None: every step gives a sequence one token

@@ -138,9 +138,12 @@ class Scheduler:
         """
         if request.request_id in self._sequences:
             raise RequestRejected(f"request id {request.request_id} is in use")
-        if len(self._waiting) >= self.config.max_queue:
+        # Counted as the front counts: of a burst, those that will run in the next step wait here too.
+        if len(self._sequences) >= self.config.max_num_seqs + self.config.max_queue:
             raise RequestRejected(
-                f"{len(self._waiting)} requests are waiting, as many as the queue holds; try again later", status=429, code="queue_full"
+                f"{len(self._sequences)} requests are open, as many as run at once and the queue holds; try again later",
+                status=429,
+                code="queue_full",
             )
         sequence = make_sequence(request, self.config, self._kv, tokens_that_fit=self._tokens_that_fit, adapter=adapter)
         self._sequences[sequence.request_id] = sequence

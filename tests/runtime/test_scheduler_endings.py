@@ -86,13 +86,13 @@ def test_longest_prompt_that_fits_runs() -> None:
 
 def test_full_queue_answers_429() -> None:
     scheduler = make_scheduler(max_queue=2)
-    for name in "ab":
-        scheduler.add(request(name))
-    with pytest.raises(RequestRejected, match="2 requests are waiting") as caught:
-        scheduler.add(request("c"))
+    for name in "abcdef":  # four may run at once, though none does yet
+        scheduler.add(request(name, max_tokens=1))
+    with pytest.raises(RequestRejected, match="6 requests are open") as caught:
+        scheduler.add(request("g"))
     assert (caught.value.status, caught.value.code) == (429, "queue_full")
     step(scheduler)
-    scheduler.add(request("c"))
+    scheduler.add(request("g"))
 
 
 def test_id_in_use_is_refused_and_free_again_after_the_end() -> None:
