@@ -6,23 +6,24 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from llmc.artifacts.dtypes import NUMPY
 from llmc.artifacts.element_sizes import nbytes_of
-from llmc.artifacts.kv_bytes import cache_shape, layer_block_bytes
-from llmc.artifacts.manifest import Entry, KVFacts, PlanRecord
+from llmc.artifacts.kv_bytes import layer_block_bytes
+from llmc.artifacts.manifest import Entry, KVFacts
 from llmc.artifacts.plan import Plan, PlanOutput
 from llmc.artifacts.plan_check import REGION_ALIGNMENT
 from llmc.errors import ArtifactError, InternalError
 from llmc.runtime.cuda.device import Device
 from llmc.runtime.cuda.graph import build_graph
 from llmc.runtime.cuda.modules import Modules
+from llmc.runtime.cuda.programs import TOKENS, Program, check_caches, check_weights, choose_program, logits_of, tensor_name, tokens_of
 from llmc.runtime.cuda.sampling import FED, GIVEN, LIKELY, Tail, tails_of
 from llmc.runtime.cuda.sampling import TOKENS as SAMPLED
-from llmc.runtime.cuda.staging import InputLayout, StagedInputs
+from llmc.runtime.cuda.staging import InputLayout
 from llmc.runtime.cuda.weights import DeviceTensor
 from llmc.runtime.device_sampling import DeviceLimits, Fed, RowSampling, SampledRows
 from llmc.runtime.executors.kv_cache import cache_input
@@ -31,20 +32,6 @@ from llmc.runtime.memory import round_up
 from llmc.runtime.step import DeviceBatch
 
 _BUILDERS = 4  # threads that build graphs; the driver does most of the work
-LOGITS, TOKENS = "logits", "next_tokens"
-
-
-@dataclass(slots=True)
-class _Program:
-    """A plan ready to run, once it has a graph."""
-
-    record: PlanRecord
-    plan: Plan
-    layout: InputLayout
-    inputs: tuple[StagedInputs, StagedInputs]  # over each staging buffer
-    logits: PlanOutput
-    executable: int = 0  # of the plan, and of the "check" of its tokens where there is one
-    samples: dict[str, int] = field(default_factory=dict)  # kind of sampling -> its graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +81,13 @@ class PlanExecutor:
         self._entry = entry
         self._kv = kv
         self._loaded, self._stop_loading = loaded, stop_loading
-        _check_caches(entry, kv)
+        check_caches(entry, kv)
         self._modules = modules
         self._weights = weights
         self._thread = threading.get_ident()
         self._caches: dict[str, int] = {}
         checked = [(plan, InputLayout(plan, entry.inputs, record.path)) for plan, record in zip(plans, entry.plans, strict=True)]
-        results = [_logits(plan, entry, record.path) for plan, record in zip(plans, entry.plans, strict=True)]
+        results = [logits_of(plan, entry, record.path) for plan, record in zip(plans, entry.plans, strict=True)]
         largest = max(layout.nbytes for _, layout in checked)
         self._input_address = device.allocate(largest, what="the inputs of a step")
         # Two of what the host writes and reads: while one step runs, the next is laid out
@@ -115,12 +102,12 @@ class PlanExecutor:
         self._begun: deque[_Begun] = deque()
         self._slot = 0
         self._programs = [
-            _Program(record, plan, layout, (layout.on(self._staging[0]), layout.on(self._staging[1])), output)
+            Program(record, plan, layout, (layout.on(self._staging[0]), layout.on(self._staging[1])), output)
             for record, (plan, layout), output in zip(entry.plans, checked, results, strict=True)
         ]
         for program in self._programs:
-            self._check_weights(program)
-            if self._tails and _tokens(program.plan, program.record.path) is None:
+            check_weights(program, entry, weights)
+            if self._tails and tokens_of(program.plan, program.record.path) is None:
                 raise ArtifactError(f"{program.record.path}: has no output {TOKENS}, which plans that sample read; compile again")
 
     def _make_room_for_sampling(self) -> None:
@@ -172,7 +159,7 @@ class PlanExecutor:
         self._loaded()
         self._device.synchronize(self._stream)
 
-    def _build(self, program: _Program) -> None:
+    def _build(self, program: Program) -> None:
         """The graphs of a step of one size: the step itself with the check of its tokens, and each way to sample behind it."""
         self._device.enter()
         parts = [(program.plan, self._addresses(program))]
@@ -193,7 +180,7 @@ class PlanExecutor:
             DeviceLost: a kernel failed; this process cannot use the GPU any more.
         """
         self._prepare()
-        program = self._choose(batch)
+        program = choose_program(self._programs, batch)
         rows, most = len(batch.logits_indices), program.record.num_logits
         if rows <= most:
             return self._run_rows(program, batch, slice(0, rows))
@@ -214,7 +201,7 @@ class PlanExecutor:
             DeviceLost: a kernel failed; this process cannot use the GPU any more.
         """
         self._prepare()
-        program = self._choose(batch)
+        program = choose_program(self._programs, batch)
         rows = len(batch.logits_indices)
         tail = self._tails.get((sampling.kind, program.record.num_logits))
         if tail is None or rows > program.record.num_logits:
@@ -298,12 +285,12 @@ class PlanExecutor:
             self._device.enter()
             self._thread = threading.get_ident()
 
-    def _stage(self, program: _Program, batch: DeviceBatch, rows: slice, slot: int) -> None:
+    def _stage(self, program: Program, batch: DeviceBatch, rows: slice, slot: int) -> None:
         """Lay out a step and put its copy to the GPU into the stream."""
         program.inputs[slot].write(batch, rows)
         self._device.copy_in(self._input_address, self._staging[slot].ctypes.data, program.layout.nbytes, self._stream)
 
-    def _run_rows(self, program: _Program, batch: DeviceBatch, rows: slice) -> np.ndarray:
+    def _run_rows(self, program: Program, batch: DeviceBatch, rows: slice) -> np.ndarray:
         """Logits of some of the rows a step asks for."""
         stream, output = self._stream, program.logits
         if self._begun:
@@ -317,34 +304,12 @@ class PlanExecutor:
         self._device.synchronize(stream)
         return self._wide.to_float32(self._result[:nbytes].view(NUMPY[output.dtype]).reshape(shape))
 
-    def _choose(self, batch: DeviceBatch) -> _Program:
-        """The smallest plan with room for a step, of those with too few rows the one with the most."""
-        tokens, sequences, rows = len(batch.input_ids), len(batch.seq_lens), len(batch.logits_indices)
-        decode = tokens <= sequences and bool((np.diff(batch.query_start_loc) <= 1).all())
-        columns = batch.block_tables.shape[2]
-        best: _Program | None = None
-        for program in self._programs:
-            record = program.record
-            fits = record.num_tokens >= tokens and record.num_seqs >= sequences and record.table_blocks >= columns
-            if not fits or (record.decode and not decode):
-                continue
-            if record.num_logits >= rows:
-                return program
-            if best is None or record.num_logits > best.record.num_logits:
-                best = program
-        if best is None:
-            raise InternalError(
-                f"a step of {tokens} tokens in {sequences} sequences of up to {columns} blocks fits no plan of this artifact; "
-                "please report this"
-            )
-        return best
-
-    def _addresses(self, program: _Program) -> list[int]:
+    def _addresses(self, program: Program) -> list[int]:
         """The address of each region of a plan."""
         addresses = []
         for region in program.plan.regions:
             if region.kind == "weight":
-                addresses.append(self._weights[self._tensor(region.name)].address)
+                addresses.append(self._weights[tensor_name(self._entry, region.name)].address)
             elif region.kind == "input":
                 addresses.append(self._input_address + program.layout.offsets[region.name])
             elif region.kind == "arena":
@@ -353,7 +318,7 @@ class PlanExecutor:
                 addresses.append(self._caches[region.name])
         return addresses
 
-    def _sampling_addresses(self, program: _Program, tail: Tail) -> list[int]:
+    def _sampling_addresses(self, program: Program, tail: Tail) -> list[int]:
         """The address of each region of a plan that samples behind a step of this size."""
         given = {output.name: self._arena_address + output.offset for output in program.plan.outputs}
         addresses = []
@@ -364,74 +329,6 @@ class PlanExecutor:
                 addresses.append(given[region.name] if region.name in GIVEN else self._wish_address + tail.offsets[region.name])
         return addresses
 
-    def _tensor(self, region: str) -> str:
-        return self._entry.constants.get(region, region)
-
-    def _check_weights(self, program: _Program) -> None:
-        where, caches = program.record.path, {spec.name for spec in self._entry.inputs if cache_input(spec.name) is not None}
-        for region in program.plan.regions:
-            name = region.name[:200]
-            if region.kind == "weight":
-                found = self._weights.get(self._tensor(region.name))
-                if found is None:
-                    raise ArtifactError(f"{where}: weight {name!r} is no tensor of the manifest; compile again")
-                if found.nbytes != region.size_bytes:
-                    raise ArtifactError(f"{where}: weight {name!r} has {region.size_bytes} bytes, its tensor {found.nbytes}; compile again")
-            elif region.kind == "cache" and (region.name not in caches or region.size_bytes is not None):
-                raise ArtifactError(f"{where}: {name!r} is no KV cache of the manifest's entry, of open size; compile again")
-
-
-def _logits(plan: Plan, entry: Entry, where: str) -> PlanOutput:
-    """The plan's logits, as the entry describes them.
-
-    Raises:
-        ArtifactError: they are missing or differ.
-    """
-    if not entry.outputs or entry.outputs[0].name != LOGITS:
-        raise ArtifactError(f"entry {entry.name}: its first output is expected to be {LOGITS}; compile again")
-    spec = entry.outputs[0]
-    wanted = [plan.sizes.get("N", 0), spec.shape[-1]]
-    for output in plan.outputs:
-        if output.name == LOGITS:
-            if output.dtype != spec.dtype or output.shape != wanted:
-                raise ArtifactError(
-                    f"{where}: logits are {output.dtype} {output.shape}, the manifest says {spec.dtype} {wanted}; compile again"
-                )
-            return output
-    raise ArtifactError(f"{where}: has no output {LOGITS}; compile again")
-
-
-def _check_caches(entry: Entry, kv: KVFacts) -> None:
-    """Whether the entry's caches are those of the manifest's KV facts.
-
-    Raises:
-        ArtifactError: one is of another layer, dtype or shape.
-    """
-    for spec in entry.inputs:
-        cache = cache_input(spec.name)
-        if cache is None:
-            continue
-        expected = ["NB", *cache_shape(kv, cache[1], 1)[1:]] if cache[1] < len(kv.head_dim) else None
-        if (spec.dtype, spec.shape) != (kv.dtype, expected):
-            raise ArtifactError(
-                f"manifest.json: entry {entry.name}: {spec.name} is {spec.dtype} {spec.shape}, the KV facts say {kv.dtype} {expected}; "
-                "compile again"
-            )
-
 
 def _nbytes(output: PlanOutput) -> int:
     return nbytes_of(output.dtype, output.shape)
-
-
-def _tokens(plan: Plan, where: str) -> PlanOutput | None:
-    """The plan's tokens, if it gives them.
-
-    Raises:
-        ArtifactError: they are not int64 [N].
-    """
-    for output in plan.outputs:
-        if output.name == TOKENS:
-            if output.dtype != "int64" or output.shape != [plan.sizes.get("N", 0)]:
-                raise ArtifactError(f"{where}: {TOKENS} are {output.dtype} {output.shape}, int64 [N] is expected; compile again")
-            return output
-    return None
