@@ -49,13 +49,17 @@ class ChatReply:
         """Take the next text in, with `finish` the last; returns what it made certain and the client is to see."""
         if self._parser is None:
             pieces = [Piece("content", text)] if text else []
-        else:
-            pieces = self._parser.push(text)
-            if finish is not None:
-                pieces += self._parser.finish(cut=finish == "length")
-            pieces = [piece for piece in pieces if self._wanted(piece)]
-        self._reply.add(pieces)
-        return pieces
+            self._reply.add(pieces)
+            return pieces
+        pieces = self._parser.push(text)
+        if finish is not None:
+            pieces += self._parser.finish(cut=finish == "length")
+        shown = []
+        for piece in pieces:
+            if self._wanted(piece):
+                self._reply.add([piece])  # one by one: what is wanted depends on those before
+                shown.append(piece)
+        return shown
 
     def _wanted(self, piece: Piece) -> bool:
         if piece.kind == "reasoning":

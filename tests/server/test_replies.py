@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmc.errors import ConfigError
+from llmc.runtime.server.chat_reply import ChatReply
 from llmc.runtime.text.channel_reply import ChannelReply
 from llmc.runtime.text.reply import Piece, Reply, ReplyParser
 from llmc.runtime.text.reply_formats import choose_formats, format_names
@@ -38,6 +39,13 @@ def read(made: ReplyParser, pieces: list[str], *, cut: bool = False) -> Reply:
 
 def shown(reply: Reply) -> tuple[str, str, list[tuple[str, str]]]:
     return "".join(reply.reasoning), "".join(reply.content), [(c.name, c.arguments) for c in reply.calls.values()]
+
+
+def test_one_call_alone_however_many_come_at_once() -> None:
+    reply = ChatReply(parser(tools="hermes"), reasoning=None, tools=None, include_reasoning=True, parallel=False)
+    pieces = reply.add(f"<tool_call>{CALL}</tool_call>" * 2, "stop")
+    assert [piece.text for piece in pieces if piece.kind == "call"] == ["get_weather"]
+    assert len(reply.message("")["tool_calls"]) == 1
 
 
 # (reasoning, tools, in_reasoning, text) -> (reasoning, content, calls)
