@@ -144,7 +144,7 @@ def _check_entries(manifest: Manifest, files: dict[str, FileRecord], tensors: se
         raise ArtifactError(f"{where}: {ranks} ranks with the entries {', '.join(names)[:200]}, expected one for each rank, in order")
     for entry in manifest.entries:
         _known(entry.program, files, where, f"entry {entry.name}")
-        if entry.executor == "aoti" and entry.program not in images:
+        if entry.executor in ("aoti", "tvm") and entry.program not in images:
             raise ArtifactError(f"{where}: entry {entry.name} runs {entry.program}, which is not an image of role model")
         _check_plans(entry, files, f"{where}: entry {entry.name}")
         _check_sampling(entry, files, f"{where}: entry {entry.name}")

@@ -69,6 +69,8 @@ class Entry(_Record, frozen=True):
 
     executor "nodes": `program` is a JSON node list (docs/node_list.md) run over torch.ops.
     executor "aoti":  `program` is the path of a model image with the AOTInductor C ABI.
+    executor "tvm":   (since version 3) `program` is the path of a model image that TVM compiled, with the C functions llmc_tvm_open,
+        _set, _run and _close; it runs over TVM's runtime library. `constants` are named by their place behind the inputs: "0", "1", ...
     executor "plans": `program` is the path of the first of `plans`, which go from the smallest step to the largest, decode plans
         first. Every plan has the entry's inputs, constants and outputs under their names, each at its own sizes. What fills a step
         up to a plan's sizes: tokens with slot -1 at the end, sequences with seq_lens 0 whose query_start_loc repeats the last value,
@@ -76,7 +78,7 @@ class Entry(_Record, frozen=True):
     """
 
     name: str
-    executor: Literal["nodes", "aoti", "plans"]
+    executor: Literal["nodes", "aoti", "plans", "tvm"]
     program: str
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
@@ -145,6 +147,7 @@ class Requirements(_Record, frozen=True):
     torch: str | None  # minor version whose AOTInductor C ABI the image was built against, e.g. "2.13"; None: no torch needed
     min_format: int
     cuda: CudaRequirements | None = None  # since version 3; None: no GPU
+    tvm: str | None = None  # since version 3; minor version of apache-tvm whose runtime library runs the code, e.g. "0.27"; None: none
 
 
 class Gpu(_Record, frozen=True):

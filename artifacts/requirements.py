@@ -12,7 +12,7 @@ from llmc.artifacts.manifest import Requirements
 from llmc.artifacts.version import FORMAT_VERSION
 from llmc.errors import ArtifactError
 
-_VERSION_LINE = re.compile(r"""^__version__\s*(?::[^=]*)?=\s*['"](\d+\.\d+)[^'"]*['"]""", re.MULTILINE)
+_VERSION_LINE = re.compile(r"""^__version__\s*(?::[^=]*)?=\s*(?:version\s*=\s*)?['"](\d+\.\d+)[^'"]*['"]""", re.MULTILINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,20 +22,30 @@ class Machine:
     name: str  # platform.machine()
     cpu_features: frozenset[str]  # names as in /proc/cpuinfo
     torch: str | None  # minor version, "2.13"; None: not installed
+    tvm: str | None = None  # likewise of apache-tvm
 
 
 def this_machine() -> Machine:
-    """Look at the machine. torch is found, not imported. Takes about a millisecond."""
-    return Machine(name=platform.machine(), cpu_features=_cpu_features(), torch=installed_torch())
+    """Look at the machine. torch and TVM are found, not imported. Takes about a millisecond."""
+    return Machine(name=platform.machine(), cpu_features=_cpu_features(), torch=installed_torch(), tvm=installed_tvm())
 
 
 def installed_torch() -> str | None:
     """The minor version of the torch that `import torch` would give, read from its version file; None if there is none."""
-    spec = importlib.util.find_spec("torch")
+    return _version("torch", "version.py")
+
+
+def installed_tvm() -> str | None:
+    """The minor version of the installed apache-tvm, read from its version file; None if there is none."""
+    return _version("tvm", "_version.py")
+
+
+def _version(package: str, file_name: str) -> str | None:
+    spec = importlib.util.find_spec(package)
     if spec is None or not spec.origin:
         return None
     try:
-        with open(os.path.join(os.path.dirname(spec.origin), "version.py"), encoding="utf-8") as file:
+        with open(os.path.join(os.path.dirname(spec.origin), file_name), encoding="utf-8") as file:
             found = _VERSION_LINE.search(file.read(10_000))
     except FileNotFoundError:
         return None
@@ -66,6 +76,12 @@ def check_requirements(needs: Requirements, machine: Machine, where: str) -> Non
         here = f"torch {machine.torch} is installed" if machine.torch else "no torch is installed"
         raise ArtifactError(
             f"{where}: its code was built against torch {needs.torch[:50]}, here {here}; install torch {needs.torch[:50]} or compile again"
+        )
+    if needs.tvm is not None and needs.tvm != machine.tvm:
+        here = f"apache-tvm {machine.tvm} is installed" if machine.tvm else "no apache-tvm is installed"
+        raise ArtifactError(
+            f"{where}: it was compiled by TVM {needs.tvm[:50]} and runs over its runtime, here {here}; "
+            f"pip install 'apache-tvm=={needs.tvm[:50]}.*' or compile again"
         )
 
 

@@ -12,6 +12,7 @@ History, one dated line per version:
                 manifest field kv_quantization and kv.dtype int8 and uint8, for caches of eight bits (absent before, which reads as null).
                 manifest field tensor_parallel_size and entries step.rank<i> (absent before, which reads as 1).
                 manifest field lora and inputs lora_slots and lora_pool (absent before, which reads as null).
+                executor "tvm" and requirements.tvm (absent before, which reads as none).
                 recipe op dequantize, for checkpoints that are quantised already.
                 recipe op in_rows, for quantised weights of a GPU.
                 dtype float8_e4m3fn and recipe ops quantize_fp8 and quantize_fp8_scales; quantization.scheme fp8, whose group is 0.

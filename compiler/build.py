@@ -49,6 +49,7 @@ from llmc.compiler.stages import Stage, StageLog
 from llmc.compiler.target_facts import implementations, requirements, target_record
 from llmc.compiler.targets import Target
 from llmc.compiler.tokenizer_files import Render, TokenizerBundle, generation_defaults, read_tokenizer
+from llmc.compiler.tvm.program import check_convertible, tvm_program
 from llmc.config.compile import CompileConfig
 from llmc.config.human import human_bytes
 from llmc.errors import ConfigError
@@ -136,6 +137,8 @@ def build_artifact(
                 lora = lora_pass(config, traced, source.dtype)
                 passes = pipeline(config.level, quantized, kind=target.kind, passes=config.passes, ranks=ranks, lora=lora)
                 reports = run_passes(graph, passes, context, dump_dir=dump_directory())
+                if config.backend == "tvm":
+                    check_convertible(graph)
                 traced = divided(traced, ranks, reports) if ranks > 1 else traced
                 traced = with_adapters(traced, lora) if lora is not None else traced
                 matches = sum(r.result.matches for r in reports)
@@ -237,6 +240,8 @@ def _program(
     store: Store | None,
 ) -> Program:
     graph, inputs, outputs = traced.graph, list(traced.inputs), list(traced.outputs)
+    if config.backend == "tvm":
+        return tvm_program(target, traced, weights, kernels, writer, scratch, log, store)
     if config.level == 0:
         with log.stage("kernels") as note:
             built = kernels.result()
@@ -292,8 +297,7 @@ def _manifest(
     canaries: list[Canary],
     held: Quantized,
 ) -> Manifest:
-    versions = dict(toolchain(target))
-    aoti = program.entry.executor == "aoti"
+    versions = dict(toolchain(target, config.backend))
     return Manifest(
         format_version=FORMAT_VERSION,
         manifest_sha256="",
@@ -310,7 +314,9 @@ def _manifest(
             num_parameters=traced.num_parameters,
         ),
         target=target_record(target),
-        requirements=requirements(target, uses_torch=bool(program.from_torch), shared_bytes=_shared_bytes(program)),
+        requirements=requirements(
+            target, uses_torch=bool(program.from_torch), tvm=versions.get("apache-tvm"), shared_bytes=_shared_bytes(program)
+        ),
         level=config.level,
         limits=limits,
         kv=traced.kv,
@@ -319,7 +325,7 @@ def _manifest(
         weights=files,
         tensors=tensors,
         passes=[pass_record(r) for r in reports],
-        op_implementations=implementations(target, _ops(traced.graph), aoti, program.from_torch),
+        op_implementations=implementations(target, _ops(traced.graph), program.entry.executor, program.from_torch, program.calls),
         tokenizer=tokenizer.facts,
         generation_defaults=generation_defaults(source.generation_config),
         canaries=canaries,

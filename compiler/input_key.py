@@ -22,6 +22,7 @@ from llmc.kernels.cuda_targets import CudaTarget
 
 # Rooms whose sources decide what a compile writes; the runtime's do not.
 SOURCES = ("artifacts", "compiler", "config", "kernels", "passes")
+BACKENDS = {"tvm": ("apache-tvm", "apache-tvm-ffi")}  # what each backend besides Inductor brings, by its package's name
 LIBRARIES = ("torch", "transformers", "numpy", "tokenizers", "safetensors", "minijinja", "jinja2")
 
 
@@ -35,7 +36,7 @@ def input_key(config: CompileConfig, target: Target) -> Key:
         "settings": json.dumps({**config.key_fields(), "target": target.name}, sort_keys=True),
         "model name": config.model.resolve().name,
         "llmc sources": source_digest({room: package_folder(room) for room in SOURCES}),
-        **{f"version/{name}": version for name, version in toolchain(target).items()},
+        **{f"version/{name}": version for name, version in toolchain(target, config.backend).items()},
         **model_parts(config.model),
     }
     if config.calibration != "rtn":
@@ -46,14 +47,16 @@ def input_key(config: CompileConfig, target: Target) -> Key:
     return make_input_key(parts)
 
 
-def toolchain(target: Target | None = None) -> Mapping[str, str]:
-    """Name -> version of what a compile runs through; for a GPU also what compiles its kernels.
+def toolchain(target: Target | None = None, backend: str = "inductor") -> Mapping[str, str]:
+    """Name -> version of what a compile runs through; for a GPU also what compiles its kernels, for another backend that one.
 
     Raises:
         ConfigError: a library or the compiler is missing; says how to install it.
     """
     versions = {}
-    for name in ("llmc", *LIBRARIES, *(("triton",) if isinstance(target, CudaTarget) else ())):
+    if backend == "tvm" and find_spec("tvm") is None:
+        raise ConfigError("--backend tvm needs apache-tvm to compile, which is not installed; pip install 'llmc[tvm]'")
+    for name in ("llmc", *LIBRARIES, *(("triton",) if isinstance(target, CudaTarget) else ()), *BACKENDS.get(backend, ())):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

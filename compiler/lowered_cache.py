@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch.fx import GraphModule
 
@@ -53,7 +54,7 @@ def lower(graph: GraphModule, weights: WeightTable, target: TargetSpec, scratch:
         ArtifactError: the cache could not be read or written.
     """
     folder = scratch / "lowered"
-    key = _key(graph, weights, target)
+    key = lowering_key(graph, weights, target, {})
     if store is not None and store.fetch(key, folder):
         facts = json.loads((folder / _FACTS).read_bytes())
         detail = f"code from the cache, {key.digest[:12]}"
@@ -64,15 +65,22 @@ def lower(graph: GraphModule, weights: WeightTable, target: TargetSpec, scratch:
     (folder / _FACTS).write_text(json.dumps(facts, sort_keys=True))
     times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in lowered.seconds.items())
     detail = f"{lowered.num_kernels} kernels; {times}"
-    if store is not None:
-        try:
-            store.put(key, folder, {"what": "lowered code", "isa": target.isa, "kernels": lowered.num_kernels})
-        except ArtifactError as error:
-            detail += f"; not kept in the cache: {error}"
+    detail += keep(store, key, folder, {"what": "lowered code", "isa": target.isa, "kernels": lowered.num_kernels})
     return Lowered(path=folder / _IMAGE, constants=facts["constants"], calls=facts["calls"], detail=detail)
 
 
-def _key(graph: GraphModule, weights: WeightTable, target: TargetSpec) -> Key:
+def keep(store: Store | None, key: Key, folder: Path, facts: Mapping[str, Any]) -> str:
+    """Put lowered code into the cache, if there is one. Returns what to add to the stage's line: why it could not be kept, or nothing."""
+    if store is not None:
+        try:
+            store.put(key, folder, dict(facts))
+        except ArtifactError as error:
+            return f"; not kept in the cache: {error}"
+    return ""
+
+
+def lowering_key(graph: GraphModule, weights: WeightTable, target: TargetSpec, more: Mapping[str, str]) -> Key:
+    """The graph key. `more`: what else decides the code, such as another compiler's version."""
     constants = {name: [str(weights[name].dtype), list(weights[name].shape)] for name in weights}
     values = {name: hashlib.sha256(to_numpy(value).tobytes()).hexdigest() for name, value in weights.computed.items()}
     held = {node.name: node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"}
@@ -86,5 +94,6 @@ def _key(graph: GraphModule, weights: WeightTable, target: TargetSpec) -> Key:
             "target": target.isa,
             "llmc sources": source_digest({room: package_folder(room) for room in _SOURCES}),
             **{f"version/{name}": version for name, version in toolchain().items() if name in ("torch", "c++")},
+            **more,
         }
     )

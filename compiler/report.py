@@ -56,6 +56,7 @@ def facts(
             "instruction set": manifest.target.isa,
             "level": f"-O{manifest.level}",
             "executor": ", ".join(f"{entry.name}: {entry.executor}" for entry in manifest.entries),
+            "code by": manifest.op_implementations.get("everything else", "llmc"),
             "needs": ", ".join(manifest.requirements.cpu_features),
             "torch": manifest.requirements.torch or "none at run time",
         },

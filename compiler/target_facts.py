@@ -37,17 +37,19 @@ def target_record(target: Target) -> TargetRecord:
     return TargetRecord(name=target.name, kind="cuda", isa=target.architecture, gpu=gpu)
 
 
-def requirements(target: Target, *, uses_torch: bool, shared_bytes: int = 0) -> Requirements:
+def requirements(target: Target, *, uses_torch: bool, tvm: str | None = None, shared_bytes: int = 0) -> Requirements:
     """What a machine must have to run the artifact.
 
     Args:
         uses_torch: the code calls libtorch's C interface.
+        tvm: version of apache-tvm whose runtime runs the code; None: another compiler made it.
         shared_bytes: the most shared memory that a block of any kernel takes; of a GPU alone.
     """
     version = ".".join(torch.__version__.split(".")[:2]) if uses_torch else None
     if not isinstance(target, CudaTarget):
         features = sorted(target.cpu_features)
-        return Requirements(machine=target.machine, cpu_features=features, torch=version, min_format=FORMAT_VERSION)
+        minor = ".".join(tvm.split(".")[:2]) if tvm is not None else None
+        return Requirements(machine=target.machine, cpu_features=features, torch=version, min_format=FORMAT_VERSION, tvm=minor)
     cuda = CudaRequirements(
         compute_capability=".".join(map(str, target.compute_capability)),
         driver_version=_DRIVER if target.capability_number < 100 else _DRIVER_BLACKWELL,
@@ -58,14 +60,19 @@ def requirements(target: Target, *, uses_torch: bool, shared_bytes: int = 0) -> 
     return Requirements(machine="x86_64", cpu_features=[], torch=None, min_format=FORMAT_VERSION, cuda=cuda)
 
 
-def implementations(target: Target, ops: Iterable[str], aoti: bool, from_torch: Sequence[str] = ()) -> dict[str, str]:
-    """What computes each op. `ops`: of the graph that was lowered, as "llmc.rms_norm.default". `from_torch`: C functions of libtorch's
-    that the program calls."""
+def implementations(
+    target: Target, ops: Iterable[str], executor: str, from_torch: Sequence[str] = (), calls: Iterable[str] = ()
+) -> dict[str, str]:
+    """What computes each op. `ops`: of the graph that was lowered, as "llmc.rms_norm.default". `executor`: of the entry. `from_torch`:
+    C functions of libtorch's that the program calls. `calls`: ops of ours that it calls, as "llmc::linear"."""
     if isinstance(target, CudaTarget):
         ours = {f"llmc.{name}": f"Triton, {target.architecture}" for name in OPS if f"llmc.{name}.default" in set(ops)}
         return {**ours, "everything else": f"Inductor, Triton, {target.architecture}"}
     chosen = {"llmc.paged_attention": f"C++, {target.isa}"}
-    if not aoti:
+    if executor == "tvm":
+        kernels = {call.replace("::", "."): f"C++, {target.isa}" for call in calls}
+        return {**chosen, **kernels, "everything else": f"TVM through LLVM, {target.isa}"}
+    if executor == "nodes":
         return {**chosen, "everything else": "aten"}
     return {
         **chosen, **{f"llmc.{name}": f"C++, {target.isa}" for name in COMPILED}, "everything else": f"Inductor C++, {target.isa}",

@@ -3,8 +3,9 @@
     GraphModule -> TvmImage
 
 The image is one shared object: the functions that TVM generated through LLVM, the bytecode that calls them in order (which TVM's
-runtime interprets), and `step.cpp`. A runtime opens libtvm_ffi and libtvm_runtime, the kernels, then the image; no Python of TVM's is
-involved. TVM's own loops run on one thread; llmc's kernels, which hold nearly all of a step's work, spread theirs as everywhere.
+runtime interprets), and the C++ beside this file. A runtime opens libtvm_ffi and libtvm_runtime, the kernels, then the image; no Python
+of TVM's is involved. TVM's own loops run on one thread; llmc's kernels, which hold nearly all of a step's work, spread theirs as
+everywhere.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ _PROCESSORS = {
     "x86-64-v4+bf16+amx": ("x86-64-v4", ("+avx512bf16",)),  # tiles are for our own kernels
 }
 _FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall", "-Wextra", "-Werror")
+_SOURCES = ("extern_kernels.cpp", "step.cpp")
 _LINK = ("-shared", "-s", "-Wl,--build-id=none", "-Wl,-z,relro,-z,now", "-Wl,--hash-style=gnu")
 
 
@@ -111,10 +113,12 @@ def _generated(executable: relax.VMExecutable) -> list[str]:
 
 
 def _link(objects: list[str], target: TargetSpec, work: Path) -> None:
-    """TVM's objects and `step.cpp` into one image, from relative names, so that no path gets in."""
+    """TVM's objects and ours into one image, from relative names, so that no path gets in."""
     kernels, own = Path(llmc.kernels.__path__[0]), Path(__file__).parent
-    shutil.copyfile(own / "step.cpp", work / "step.cpp")
+    for name in (*_SOURCES, "tensor.h"):
+        shutil.copyfile(own / name, work / name)
     includes = [f"-I{kernels}", "-isystem", tvm_ffi.libinfo.find_include_path(), "-isystem", tvm_ffi.libinfo.find_dlpack_include_path()]
-    compiler = find_compiler()
-    run_compiler([compiler, *_FLAGS, *isa_level(target.isa).gcc_flags, *includes, "-c", "step.cpp", "-o", "step.o"], work)
-    run_compiler([compiler, "step.o", *(Path(name).name for name in objects), *_LINK, "-o", "image.so"], work)
+    compiler, ours = find_compiler(), [f"{name}.o" for name in _SOURCES]
+    for name, compiled in zip(_SOURCES, ours, strict=True):
+        run_compiler([compiler, *_FLAGS, *isa_level(target.isa).gcc_flags, *includes, "-c", name, "-o", compiled], work)
+    run_compiler([compiler, *ours, *(Path(name).name for name in objects), *_LINK, "-o", "image.so"], work)

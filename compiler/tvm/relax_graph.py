@@ -3,8 +3,9 @@
     GraphModule -> IRModule with one function, `step`
 
 `step` takes the graph's inputs, then its constants, in the order of first use. Sizes that are open in the graph are symbolic variables.
-Every op is either said in Relax, for TVM to fuse and compile, or calls one of llmc's kernels as an extern packed function (`step.cpp`):
-matrix products and packed embeddings, whose bits for a row may not depend on its batch, and attention, which writes the KV cache.
+Every op is either said in Relax, for TVM to fuse and compile, or calls one of llmc's kernels as an extern packed function
+(`extern_kernels.cpp`): matrix products and packed embeddings, whose bits for a row may not depend on its batch, and attention, which
+writes the KV cache.
 """
 
 from __future__ import annotations

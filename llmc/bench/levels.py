@@ -6,6 +6,7 @@ import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class LevelsConfig:
     performance_modes: tuple[str, ...] = ()  # likewise
     compile_options: tuple[str, ...] = ()  # for every variant
     passes: bool = False  # leave each optional pass out in turn
+    tvm: bool = True  # one more row: the highest level that TVM compiles, by --backend tvm
     baseline_hf: bool = False
     rounds: int = 5
     warmup: int = 1
@@ -83,12 +85,28 @@ def bench_levels(config: LevelsConfig, say: Say) -> BenchResult:
             for mode in config.performance_modes
         ]
         compiled = [_compile(config, variant, work, say) for variant in variants]
+        by_tvm, lacking = _by_tvm(config, work, say)
+        compiled += by_tvm
         if config.passes:
             compiled += _without_each_pass(config, compiled, top, work, say)
         say("logits against -O0")
         apart = _divergences(config, compiled, work, say)
         samples = _measure(config, compiled, say)
-        return _result(config, compiled, samples, apart, top)
+        return _result(config, compiled, samples, apart, top, lacking)
+
+
+def _by_tvm(config: LevelsConfig, work: Path, say: Say) -> tuple[list[Compiled], list[str]]:
+    """The row of `--backend tvm`, or a note that says why there is none."""
+    level = max((level for level in config.levels if level in (1, 2)), default=None)
+    if not config.tvm or level is None:
+        return [], []
+    if find_spec("tvm") is None:
+        return [], ["No row for TVM: apache-tvm is not installed here; pip install 'llmc[tvm]'."]
+    variant = Variant(name=f"-O{level} tvm", options=(f"-O{level}", "--backend", "tvm", *config.compile_options))
+    try:
+        return [_compile(config, variant, work, say)], []
+    except ConfigError as error:
+        return [], [f"No row for TVM: {error}."]
 
 
 def _compile(config: LevelsConfig, variant: Variant, work: Path, say: Say) -> Compiled:
@@ -155,7 +173,12 @@ def _measure(config: LevelsConfig, compiled: Sequence[Compiled], say: Say) -> di
 
 
 def _result(
-    config: LevelsConfig, compiled: Sequence[Compiled], samples: Mapping[str, _Samples], apart: Mapping[str, Divergence], top: str
+    config: LevelsConfig,
+    compiled: Sequence[Compiled],
+    samples: Mapping[str, _Samples],
+    apart: Mapping[str, Divergence],
+    top: str,
+    lacking: list[str],
 ) -> BenchResult:
     modes = _modes(compiled)
     baseline = BASELINE if config.baseline_hf else compiled[0].name
@@ -179,7 +202,7 @@ def _result(
         Column(key="kl", title="mean KL from -O0", unit="nats", better="lower", digits=6),
         Column(key="same_top", title="same best token", unit="%", better="higher"),
     ]
-    tables = [Table(title=f"{config.model}: levels", columns=columns, rows=rows, notes=_notes(config, compiled))]
+    tables = [Table(title=f"{config.model}: levels", columns=columns, rows=rows, notes=[*_notes(config, compiled), *lacking])]
     if config.passes:
         tables.append(_pass_table(samples, modes, top))
     return BenchResult(

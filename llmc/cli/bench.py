@@ -88,6 +88,7 @@ def finish(result: BenchResult, json_file: Path | None, html_file: Path | None) 
 @click.option("--performance-mode", default="", metavar="interactivity,throughput", help="One more row each, at the highest level.")
 @click.option("--compile-option", multiple=True, metavar="FLAG", help="For every compile, such as --compile-option=--dtype=float32.")
 @click.option("--passes", is_flag=True, help="Measure each pass's gain: the highest level with the pass left out.")
+@click.option("--tvm/--no-tvm", default=True, show_default=True, help="One more row: compiled with --backend tvm.")
 @click.option("--startup/--no-startup", default=True, show_default=True, help="Start `llmc serve` in every round.")
 @_baseline
 @repeats(5)
@@ -102,6 +103,7 @@ def levels_command(
     performance_mode: str,
     compile_option: tuple[str, ...],
     passes: bool,
+    tvm: bool,
     startup: bool,
     baseline: str | None,
     rounds: int,
@@ -124,6 +126,7 @@ def levels_command(
         performance_modes=tuple(words(performance_mode)),
         compile_options=compile_option,
         passes=passes,
+        tvm=tvm,
         baseline_hf=baseline == "hf",
         rounds=rounds,
         warmup=warmup,

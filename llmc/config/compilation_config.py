@@ -29,7 +29,7 @@ REFUSED = {
     "cache_dir": _CACHE,
     "local_cache_dir": _CACHE,
     "compile_cache_save_format": _CACHE,
-    "backend": "Inductor is the only backend",
+    "backend": "say --backend inductor or --backend tvm",
     "custom_ops": "which ops are fused is a matter of passes: --passes +name,-name",
     "ir_enable_torch_wrap": _INDUCTOR,
     "splitting_ops": "the graph is compiled whole, attention being an op in it",

@@ -23,6 +23,7 @@ class CompileConfig:
     model: Path
     level: int = 2
     target: str = "cpu"
+    backend: str = "inductor"  # or "tvm": what generates code for a CPU
     dtype: str = "auto"  # resolved when the checkpoint is read
     weights: str = "embed"  # "embed" or "external"
     tokenizer: Path | None = None  # None: the model's folder
@@ -89,6 +90,8 @@ class CompileConfig:
             self._check_lora()
         if self.tensor_parallel_size > 1:
             self._check_ranks()
+        if self.backend == "tvm":
+            self._check_tvm()
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_num_seqs={self.max_num_seqs}: "
@@ -145,6 +148,21 @@ class CompileConfig:
                     f"--enable-lora with {flag} is not built; leave one of them out, or merge the adapter into the checkpoint"
                 )
 
+    def _check_tvm(self) -> None:
+        """Refuse what is not built for TVM."""
+        if not self.target.startswith("cpu"):
+            raise ConfigError(f"--backend tvm: compiles for CPUs, not {self.target}; leave one of them out")
+        if self.level not in (1, 2):
+            raise ConfigError(f"--backend tvm: at -O{self.level} no program of TVM's is built; use -O1 or -O2")
+        for flag, given in (
+            ("--quantization", self.quantization is not None),
+            ("--kv-cache-dtype of 8 bits", self.quantized_kv is not None),
+            ("--task embed", self.embed),
+            ("--tensor-parallel-size", self.tensor_parallel_size > 1),
+        ):
+            if given:
+                raise ConfigError(f"--backend tvm with {flag} is not built; leave one of them out")
+
     @property
     def embed(self) -> bool:
         """Whether the artifact embeds; else it generates."""
@@ -189,6 +207,7 @@ def compile_config(
         model=model,
         level=settings["optimization_level"],
         target=settings["target"],
+        backend=settings["backend"],
         dtype=settings["dtype"],
         weights=settings["weights"],
         tokenizer=Path(settings["tokenizer"]) if settings["tokenizer"] else None,

@@ -254,6 +254,8 @@ SETTINGS: tuple[Setting, ...] = (
                  "stand for the flags of that name; every other key is refused by name."),
     Setting(name="target", parse=text, default="cpu", commands=_COMPILE, group="Compilation", metavar="NAME",
             help="cpu (this machine), cpu:x86-64-v3, cpu:x86-64-v4 or cpu:native; `list` shows all targets."),
+    Setting(name="backend", parse=choice("inductor", "tvm"), default="inductor", commands=_COMPILE, group="Compilation",
+            choices=("inductor", "tvm"), help="What generates code for a CPU; tvm needs the extra of that name, to serve as well."),
     Setting(name="executor", parse=choice(*EXECUTORS), default="auto", commands=_COMPILE, group="Compilation", choices=EXECUTORS,
             help="What runs the program. auto: nodes at -O0, aoti (AOTInductor's code) on a CPU, plan (stored CUDA graphs) on a GPU; "
                  "one that the target does not have is refused with the reason."),

@@ -45,11 +45,13 @@ def load_code(manifest: Manifest, entry: Entry, descriptors: Mapping[str, int], 
 
     Raises:
         ArtifactError: an image is missing or refused by the loader.
-        ConfigError: torch is missing, or this process runs another artifact's kernels.
+        ConfigError: torch or TVM's runtime is missing, or this process runs another artifact's kernels.
     """
     bound_spinning()
     if entry.executor == "aoti":
         return _load_aoti(manifest, entry, descriptors, num_threads)
+    if entry.executor == "tvm":
+        return _load_tvm(manifest, entry, descriptors, num_threads)
     return _load_nodes(manifest, entry, descriptors, num_threads)
 
 
@@ -105,6 +107,26 @@ def _oracle_wanted() -> bool:
     if wanted not in ("artifact", "libtorch"):
         raise ConfigError(f"LLMC_TENSORS={wanted}: tensors are those of the artifact or of libtorch")
     return wanted == "libtorch"
+
+
+def _load_tvm(manifest: Manifest, entry: Entry, descriptors: Mapping[str, int], num_threads: int) -> LoadedCode:
+    from llmc.runtime.executors.images import load_image
+    from llmc.runtime.executors.tvm import TvmExecutor
+    from llmc.runtime.executors.tvm_runtime import open_tvm_runtime
+
+    open_tvm_runtime()
+    images = {image.role: image for image in manifest.images}
+    for role in ("kernels", "model"):  # the model image finds the kernels where they stand
+        if role not in images:
+            raise ArtifactError(f"manifest.json: no image of role {role}, which executor tvm needs; compile again")
+    kernels, model = images["kernels"], images["model"]
+    load_image(descriptors[kernels.path], sha256=kernels.sha256, role="kernels", shared=True)
+    image = load_image(descriptors[model.path], sha256=model.sha256, role="model", shared=False)
+
+    def bind(weights: Weights) -> Executor:
+        return TvmExecutor(entry=entry, kv=manifest.kv, image=image, weights=weights, num_threads=num_threads)
+
+    return LoadedCode(bind=bind)
 
 
 def _load_nodes(manifest: Manifest, entry: Entry, descriptors: Mapping[str, int], num_threads: int) -> LoadedCode:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -71,8 +72,12 @@ def test_levels_of_the_demo_model() -> None:
         model=ROOT / "examples" / "demo_model", levels=(0, 2), baseline_hf=True, rounds=1, startup=False, max_kl=0.01, min_speedup=0.01
     )
     result = bench_levels(config, lambda text: None)
-    oracle, best, theirs = result.tables[0].rows
+    oracle, best, *tvm, theirs = result.tables[0].rows
     assert (oracle["level"], best["level"], theirs["level"]) == ("-O0", "-O2", "transformers")
+    if find_spec("tvm") is None:
+        assert not tvm and any("pip install 'llmc[tvm]'" in note for note in result.tables[0].notes)
+    else:
+        assert [row["level"] for row in tvm] == ["-O2 tvm"] and tvm[0]["decode 1"].median > 0  # type: ignore[union-attr]
     assert isinstance(best["kl"], float) and best["kl"] < 0.01 and isinstance(best["same_top"], float) and best["same_top"] > 90
     assert result.exit_code == 0 and len(result.gates) == 2
 
@@ -98,6 +103,33 @@ def test_variants_are_compiled_with_their_flags(tmp_path: Path, monkeypatch: pyt
         ("-O2 int8", ("-O2", "--quantization", "int8", "--dtype=float32")),
         ("-O2 throughput", ("-O2", "--performance-mode", "throughput", "--dtype=float32")),
     ]
+
+
+def test_a_row_for_tvm_or_the_reason_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmc.bench import levels
+    from llmc.errors import ConfigError
+
+    asked: list[tuple[str, ...]] = []
+
+    def compile_variant(model: Path, variant: levels.Variant, out: Path) -> str:
+        asked.append(variant.options)
+        return variant.name
+
+    def refuse(model: Path, variant: levels.Variant, out: Path) -> None:
+        raise ConfigError(f"{variant.name} does not compile: no converter to TVM for llmc.grouped_linear.default")
+
+    def by_tvm(**settings: object) -> tuple[list[object], list[str]]:
+        return levels._by_tvm(LevelsConfig(model=tmp_path, **settings), tmp_path, lambda text: None)  # type: ignore[arg-type, return-value]
+
+    monkeypatch.setattr(levels, "compile_variant", compile_variant)
+    monkeypatch.setattr(levels, "find_spec", lambda name: None)
+    assert by_tvm() == ([], ["No row for TVM: apache-tvm is not installed here; pip install 'llmc[tvm]'."])
+    monkeypatch.setattr(levels, "find_spec", lambda name: name)
+    assert by_tvm(levels=(0, 1, 2, 3)) == (["-O2 tvm"], []) and asked == [("-O2", "--backend", "tvm")]
+    assert by_tvm(tvm=False) == by_tvm(levels=(0,)) == ([], []) and len(asked) == 1
+    monkeypatch.setattr(levels, "compile_variant", refuse)
+    found, (note,) = by_tvm()
+    assert not found and "No row for TVM: -O2 tvm does not compile" in note and "llmc.grouped_linear.default" in note
 
 
 def test_each_pass_that_did_something_is_left_out_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
