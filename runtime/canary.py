@@ -1,12 +1,17 @@
 """Does this artifact, on this machine, say what its compiler's reference said? Asked before the engine is ready.
 
 The expected tokens are forced, all but the last in one prefill and the last as a decode step, so that both paths of the attention
-kernel run. A position whose margin lies under the artifact's tolerance could fall either way and is not compared.
+kernel run. As many canaries as fit run as one batch: a step reads every weight once, however many sequences it has. A position whose
+margin lies under the artifact's tolerance could fall either way and is not compared.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from llmc.artifacts.manifest import Canary, Manifest
 from llmc.errors import ArtifactError
@@ -15,13 +20,24 @@ from llmc.runtime.messages import SamplingParams
 from llmc.runtime.step import Executor, ScheduledSequence
 
 
-def run_canaries(manifest: Manifest, executor: Executor, builder: BatchBuilder, *, max_tokens: int, num_blocks: int) -> int:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Forced:
+    """A canary's tokens, prompt and answer, and the intervals [start, end) that its steps compute."""
+
+    number: int
+    canary: Canary
+    token_ids: list[int]
+    num_blocks: int  # per KV group
+    steps: list[tuple[int, int]]
+
+
+def run_canaries(manifest: Manifest, executor: Executor, builder: BatchBuilder, *, max_tokens: int, max_seqs: int, num_blocks: int) -> int:
     """Run every canary that fits.
 
     Writes blocks from 0 on; nothing else may use the KV cache yet.
 
     Args:
-        max_tokens: most tokens in one step.
+        max_tokens, max_seqs: most tokens and sequences in one step.
         num_blocks: physical blocks there are.
 
     Returns:
@@ -30,51 +46,82 @@ def run_canaries(manifest: Manifest, executor: Executor, builder: BatchBuilder, 
     Raises:
         ArtifactError: a token differs from the reference where the margin says that it must not.
     """
+    groups = len(manifest.kv.groups)
+    forced = [_forced(number, canary, manifest.kv.block_size, max_tokens) for number, canary in enumerate(manifest.canaries)]
+    forced = [one for one in forced if one.num_blocks * groups <= num_blocks]
+    batches = _batches(forced, max_tokens=max_tokens, max_seqs=max_seqs, num_blocks=num_blocks // groups)
+    return sum(_run(batch, manifest, executor, builder) for batch in batches)
+
+
+def _forced(number: int, canary: Canary, block_size: int, max_tokens: int) -> _Forced:
+    if len(canary.margins) != len(canary.expected_token_ids) or not canary.prompt_token_ids or not canary.expected_token_ids:
+        raise ArtifactError(f"manifest.json: canary {number} has no prompt, no tokens or not one margin per token; compile again")
+    token_ids = [*canary.prompt_token_ids, *canary.expected_token_ids]
+    last = len(token_ids) - 1  # the token before it is computed alone, as a decode step; it itself is only compared
+    edges = [*range(0, last - 1, max_tokens), last - 1, last] if last > 1 else [0, last]
+    blocks = -(-len(token_ids) // block_size)
+    return _Forced(number=number, canary=canary, token_ids=token_ids, num_blocks=blocks, steps=list(itertools.pairwise(edges)))
+
+
+def _batches(forced: Sequence[_Forced], *, max_tokens: int, max_seqs: int, num_blocks: int) -> Iterator[list[_Forced]]:
+    """Canaries that run side by side, in their order: at every step they have no more tokens, sequences and blocks than there are."""
+    batch: list[_Forced] = []
+    for one in forced:
+        wider = [*batch, one]
+        steps = itertools.zip_longest(*(each.steps for each in wider), fillvalue=(0, 0))
+        tokens = max(sum(end - start for start, end in step) for step in steps)
+        if batch and (tokens > max_tokens or len(wider) > max_seqs or sum(each.num_blocks for each in wider) > num_blocks):
+            yield batch
+            wider = [one]
+        batch = wider
+    if batch:
+        yield batch
+
+
+def _run(batch: Sequence[_Forced], manifest: Manifest, executor: Executor, builder: BatchBuilder) -> int:
+    groups = len(manifest.kv.groups)
+    firsts = list(itertools.accumulate((one.num_blocks * groups for one in batch), initial=0))
     compared = 0
-    for number, canary in enumerate(manifest.canaries):
-        length = len(canary.prompt_token_ids) + len(canary.expected_token_ids)
-        blocks_each = -(-length // manifest.kv.block_size)
-        if len(canary.margins) != len(canary.expected_token_ids) or not canary.prompt_token_ids or not canary.expected_token_ids:
-            raise ArtifactError(f"manifest.json: canary {number} has no prompt, no tokens or not one margin per token; compile again")
-        if blocks_each * len(manifest.kv.groups) > num_blocks:
-            continue
-        compared += _run(number, canary, manifest, executor, builder, max_tokens=max_tokens, blocks_each=blocks_each)
+    for number in range(max(len(one.steps) for one in batch)):
+        running = [(one, first) for one, first in zip(batch, firsts, strict=False) if number < len(one.steps)]
+        shares = [_share(one, first, groups, *one.steps[number]) for one, first in running]
+        for share in shares:
+            builder.check(share)
+        built = builder.build(shares)
+        logits = executor.run(built.batch)
+        for (one, _), rows in zip(running, built.rows, strict=True):
+            compared += _compare(one, *one.steps[number], logits[rows.first :], manifest.canary_tolerance)
     return compared
 
 
-def _run(
-    number: int, canary: Canary, manifest: Manifest, executor: Executor, builder: BatchBuilder, *, max_tokens: int, blocks_each: int
-) -> int:
-    token_ids = [*canary.prompt_token_ids, *canary.expected_token_ids]
-    first = len(canary.prompt_token_ids)
-    groups = len(manifest.kv.groups)
-    blocks = tuple(list(range(group * blocks_each, (group + 1) * blocks_each)) for group in range(groups))
-    last = len(token_ids) - 1  # the token before it is computed alone, as a decode step; it itself is only compared
-    edges = [*range(0, last - 1, max_tokens), last - 1, last] if last > 1 else [0, last]
+def _share(one: _Forced, first_block: int, groups: int, start: int, end: int) -> ScheduledSequence:
+    edges = range(first_block, first_block + (groups + 1) * one.num_blocks, one.num_blocks)
+    return ScheduledSequence(
+        request_id=f"canary-{one.number}",
+        token_ids=one.token_ids,
+        num_prompt_tokens=len(one.token_ids),
+        start=start,
+        end=end,
+        block_ids=tuple(list(range(a, b)) for a, b in itertools.pairwise(edges)),
+        sampling=SamplingParams(temperature=0.0),
+        needs_prompt_logprobs=True,  # asks for the logits of every row
+    )
+
+
+def _compare(one: _Forced, start: int, end: int, logits: np.ndarray, tolerance: float) -> int:
+    """Hold a step's logits, of positions [start, end), against the tokens that follow them; how many were compared."""
+    canary, prompt = one.canary, len(one.canary.prompt_token_ids)
     compared = 0
-    for start, end in itertools.pairwise(edges):
-        share = ScheduledSequence(
-            request_id=f"canary-{number}",
-            token_ids=token_ids,
-            num_prompt_tokens=len(token_ids),
-            start=start,
-            end=end,
-            block_ids=blocks,
-            sampling=SamplingParams(temperature=0.0),
-            needs_prompt_logprobs=True,  # asks for the logits of every row
-        )
-        builder.check(share)
-        logits = executor.run(builder.build([share]).batch)
-        for position in range(max(start, first - 1), end):
-            step = position + 1 - first
-            if canary.margins[step] <= manifest.canary_tolerance:
-                continue
-            found = int(logits[position - start].argmax())
-            expected = canary.expected_token_ids[step]
-            if found != expected:
-                raise ArtifactError(
-                    f"canary {number}: token {step} is {found} where the reference gave {expected} (margin {canary.margins[step]:.3g}); "
-                    "the artifact computes something else on this machine, compile it again here or report this"
-                )
-            compared += 1
+    for position in range(max(start, prompt - 1), end):
+        step = position + 1 - prompt
+        if canary.margins[step] <= tolerance:
+            continue
+        found = int(logits[position - start].argmax())
+        expected = canary.expected_token_ids[step]
+        if found != expected:
+            raise ArtifactError(
+                f"canary {one.number}: token {step} is {found} where the reference gave {expected} (margin {canary.margins[step]:.3g}); "
+                "the artifact computes something else on this machine, compile it again here or report this"
+            )
+        compared += 1
     return compared

@@ -87,7 +87,7 @@ def _load(artifact: OpenArtifact, config: EngineConfig, timer: StageTimer) -> Lo
             builder = make_builder(manifest, limits)
         if config.canary:
             with timer.stage("canary"):
-                compared = run_canaries(manifest, executor, builder, max_tokens=limits.max_num_batched_tokens, num_blocks=limits.num_blocks)
+                compared = _run_canaries(manifest, executor, builder, limits)
         draft = None
         if begun is not None and isinstance(guesses, DraftModelConfig):
             with timer.stage("draft.kv"):
@@ -145,9 +145,20 @@ def _finish_draft(
     executor.allocate_kv(own_limits.num_blocks)
     builder = make_builder(draft, own_limits)
     if config.canary:
-        run_canaries(draft, executor, builder, max_tokens=own_limits.max_num_batched_tokens, num_blocks=own_limits.num_blocks)
+        _run_canaries(draft, executor, builder, own_limits)
     return DraftModel(
         manifest=draft, executor=executor, builder=builder, limits=own_limits, num_speculative_tokens=guesses.num_speculative_tokens
+    )
+
+
+def _run_canaries(manifest: Manifest, executor: Executor, builder: BatchBuilder, limits: SchedulerConfig) -> int:
+    return run_canaries(
+        manifest,
+        executor,
+        builder,
+        max_tokens=limits.max_num_batched_tokens,
+        max_seqs=limits.max_num_seqs,
+        num_blocks=limits.num_blocks,
     )
 
 
