@@ -19,7 +19,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from llmc.errors import RequestRejected
+from llmc.errors import InternalError, RequestRejected
 from llmc.runtime.engine_process import QUEUE_MESSAGES
 from llmc.runtime.engine_spawn import EngineHandle
 from llmc.runtime.messages import (
@@ -87,6 +87,7 @@ class EngineClient:
     def start(self, handle: EngineHandle) -> None:
         """Take over a started process and keep one running from now on."""
         self._supervisor = asyncio.get_running_loop().create_task(self._supervise(handle))
+        self._supervisor.add_done_callback(self._unsupervised)
 
     @property
     def num_open(self) -> int:
@@ -144,7 +145,7 @@ class EngineClient:
             RequestRejected: there is no engine to put to sleep now.
         """
         if self.state is EngineState.SLEEPING:
-            await self._asleep.wait()
+            await self._fallen_asleep()
             return
         if self.state is not EngineState.READY:
             raise RequestRejected(f"the engine is {self.state.value} and cannot sleep now; try again later", status=503, code="not_ready")
@@ -157,11 +158,11 @@ class EngineClient:
         if self._handle is not None and not self._send(Shutdown()):
             self._handle.process.kill()
         try:
-            await asyncio.wait_for(self._asleep.wait(), _STOP_TIMEOUT_S)
+            await asyncio.wait_for(self._fallen_asleep(), _STOP_TIMEOUT_S)
         except TimeoutError:
             if self._handle is not None:
                 self._handle.process.kill()
-            await self._asleep.wait()
+            await self._fallen_asleep()
 
     async def wake_up(self) -> None:
         """Start an engine again and wait until it is ready. An awake one stays as it is.
@@ -297,6 +298,27 @@ class EngineClient:
                 return self._launch()
             except OSError as error:
                 message = f"no process could be started ({error.strerror})"
+
+    async def _fallen_asleep(self) -> None:
+        """Wait until there is no engine any more.
+
+        Raises:
+            RequestRejected: because the server ends.
+        """
+        await self._asleep.wait()
+        if self.state is EngineState.DRAINING:
+            self.check_state()
+
+    def _unsupervised(self, supervisor: asyncio.Task[None]) -> None:
+        """No engine will be brought to sleep or back: tell those who wait for that."""
+        self._asleep.set()
+        self._woken(RequestRejected("the server is shutting down", status=503, code="draining"))
+        error = None if supervisor.cancelled() else supervisor.exception()
+        if error is not None:  # no descriptor for a socket, say: without a supervisor an engine's end would go unseen
+            message = f"the front could not go on with its engine ({type(error).__name__}: {error})"
+            self.state, self.failure = EngineState.FAILED, (message, InternalError.exit_code)
+            self.fail_open(_DIED, 500)
+            self.gave_up.set()
 
     def _woken(self, problem: RequestRejected | None) -> None:
         """Tell who waits in `wake_up`."""

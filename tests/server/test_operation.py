@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import socket
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
+from llmc.runtime.engine_client import EngineClient
+from llmc.runtime.engine_spawn import EngineHandle
 from tests.server.running import WORDS, RunningServer, alive, assert_error, children
 
 LONG = {"ignore_eos": True, "max_tokens": 400}
@@ -172,6 +176,21 @@ def test_engine_death_reaches_every_open_request_and_the_engine_returns(how: str
         assert "llmc:engine_restarts" in server.http.get("/metrics").text
         if how == "segmentation fault":
             assert "engine_process.py" in server.log(), "the log says where the engine was"
+
+
+def test_a_front_that_cannot_speak_with_its_engine_gives_up() -> None:
+    async def run() -> tuple[str, int] | None:
+        with subprocess.Popen(["sleep", "60"]) as process:
+            client = EngineClient(lambda: handle, max_waiting=1, hang_s=60.0, log=lambda *_args, **_fields: None)
+            handle = EngineHandle(process=process, directory="", endpoint="ipc:///no/such/folder/engine", spawned_at=0.0, spawn_ms=0.0)
+            client.start(handle)
+            await asyncio.wait_for(client.gave_up.wait(), 20)
+            await client.close()
+            process.kill()
+            return client.failure
+
+    message, code = asyncio.run(run()) or ("", 0)
+    assert "ZMQError" in message and code == 70
 
 
 def test_an_engine_that_keeps_dying_ends_the_server() -> None:

@@ -95,6 +95,24 @@ def test_a_sleeping_server_ends_cleanly() -> None:
     server.stop()
 
 
+def test_a_server_that_falls_asleep_can_be_told_to_end() -> None:
+    server = RunningServer(engine={"step_ms": 20}, settings={"enable_sleep_mode": True, "shutdown_timeout_s": 60})
+    answers: list[httpx.Response] = []
+    running = threading.Thread(target=lambda: answers.append(server.complete("x", **LONG)))
+    running.start()
+    server.wait_for_load(1, 1)
+    falling = threading.Thread(target=lambda: answers.append(httpx.post(server.url + "/sleep", timeout=60)))
+    falling.start()
+    server.wait_for("/health/ready", 503)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(20) == 0
+    running.join(20)
+    falling.join(20)
+    assert answers[0].status_code == 200
+    assert_error(answers[1], 503, code="draining")
+    server.stop()
+
+
 def test_an_engine_killed_while_it_falls_asleep(sleeper: RunningServer) -> None:
     import os
 
