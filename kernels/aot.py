@@ -29,6 +29,7 @@ from llmc.errors import InternalError
 from .catalogue import catalogue
 from .cuda_targets import cuda_target
 from .launch import Argument, Device, Launch
+from .plain_linear.tuning import TMA_CAPABILITY
 
 SM_90 = GPUTarget("cuda", 90, 32)
 _POINTERS = {
@@ -155,7 +156,7 @@ def main() -> None:
     described = cuda_target(chosen.target)
     target = GPUTarget("cuda", described.capability_number, 32)
     device = Device(num_sms=described.num_sms, shared_bytes=described.shared_memory_per_block_bytes)
-    for name, launches in catalogue(device).items():
+    for name, launches in catalogue(device, tma=described.capability_number >= TMA_CAPABILITY).items():
         different = {signature_text(launch): launch for launch in launches}  # a search launches one kernel many times
         for launch in different.values() if not chosen.case or name in chosen.case else ():
             images = [_build(launch, target) for _ in range(chosen.builds)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,10 +24,24 @@ def launches_of(op: str, *args: Any, device: Device = H200) -> list[Launch]:
     return found
 
 
-def catalogue(device: Device = H200) -> dict[str, list[Launch]]:
-    """Case name -> launches for a GPU."""
+def catalogue(device: Device = H200, *, tma: bool = True) -> dict[str, list[Launch]]:
+    """Case name -> launches for a GPU; tma: it has the tensor memory accelerator."""
     with FakeTensorMode():
-        return {name: launches_of(op, *args, device=device) for name, (op, args) in _cases(torch.empty).items()}
+        found = {name: launches_of(op, *args, device=device) for name, (op, args) in _cases(torch.empty).items()}
+        return {**found, **(_loaded_by_tma(device) if tma else {})}
+
+
+def _loaded_by_tma(device: Device) -> dict[str, list[Launch]]:
+    """Products as a table of measured tiles may want them."""
+    from .plain_linear.triton_impl import plain_linear, tile_for
+
+    found: dict[str, list[Launch]] = {}
+    for tokens in (256, 2048):
+        tile = replace(tile_for(tokens, BF16), tma=True)
+        launches = found[f"plain_linear bfloat16 tma {tokens}"] = []
+        x, weight, bias = (torch.empty(*sizes, dtype=BF16) for sizes in ((tokens, 4096), (6144, 4096), (6144,)))
+        plain_linear(x, weight, bias, launch=launches.append, device=device, tile=tile)
+    return found
 
 
 def _cases(empty: Callable[..., Tensor]) -> dict[str, tuple[str, tuple[Any, ...]]]:
@@ -70,12 +85,6 @@ def _cases(empty: Callable[..., Tensor]) -> dict[str, tuple[str, tuple[Any, ...]
         for tokens in (1, 32, 64, 256, 2048):
             weight, bias = t(6144, 4096, dtype=dtype), t(6144, dtype=dtype)
             cases[f"plain_linear {str(dtype)[6:]} {tokens}"] = ("plain_linear", (t(tokens, 4096, dtype=dtype), weight, bias))
-        for rows in (8, 256, 4096, 65536):
-            weight, ids = t(64, 1536, 2048, dtype=dtype), t(rows, dtype=torch.int64)
-            cases[f"plain_grouped_linear {str(dtype)[6:]} {rows}"] = (
-                "plain_grouped_linear",
-                (t(rows, 2048, dtype=dtype), weight, ids, t(64, 1536, dtype=dtype)),
-            )
     cases["plain_linear one part 2048"] = ("plain_linear", (t(2048, 4096), t(28672, 4096), None))
     cases["plain_linear uneven 2048"] = ("plain_linear", (t(2048, 2872), t(201, 2896)[:, :2872], None))
     for kind, bits in ((torch.int8, 8), (torch.uint8, 4), (torch.float8_e4m3fn, 8)):

@@ -29,7 +29,7 @@ from .launch import Launch
 LIMITS = {"H200": (4.8e12, 989e12), "H100": (3.35e12, 989e12), "A100": (2.04e12, 312e12), "L40S": (0.864e12, 362e12)}
 BENCHES = (
     "rms_norm.bench", "silu_mul.bench", "gelu_mul.bench", "rope_kv_write.bench", "paged_attention.bench_cuda", "plain_linear.bench",
-    "plain_quantized_linear.bench", "plain_grouped_linear.bench", "moe.bench", "argmax.bench", "sample.bench",
+    "plain_quantized_linear.bench", "moe.bench", "argmax.bench", "sample.bench",
 )  # fmt: skip
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # without a GPU only fake tensors are made, for `compile_case`
 _COLD_BYTES = 256 << 20  # of distinct arguments in one graph: several times the L2 cache

@@ -34,7 +34,6 @@ _MODULES = {
     "paged_attention": "paged_attention.triton_impl",
     "paged_attend": "paged_attention.triton_impl",
     "plain_linear": "plain_linear.triton_impl",
-    "plain_grouped_linear": "plain_grouped_linear.triton_impl",
     "plain_quantized_linear": "plain_quantized_linear.triton_impl",
     **dict.fromkeys(("moe_route", "moe_sort", "moe_linear", "moe_combine"), "moe.triton_impl"),
     "argmax": "argmax.triton_impl",

@@ -213,35 +213,38 @@ def plain_linear(
         "HAS_BIAS": bias is not None, "EVEN": k % tile.block_k == 0, "BLOCK_N": tile.block_n, "BLOCK_T": tile.block_t,
         "BLOCK_K": tile.block_k,
     }  # fmt: skip
+    tma = num_tokens > DECODE_ROWS and tile.tma and all(_for_tma(operand) for operand in (rows, weight))
+    if tma:
+        del constants["EVEN"]
+    prefill = prefill_tma_kernel if tma else prefill_kernel
+    return launch_product(decode_kernel, prefill, args, constants, out, bias, parts, tile, launch=launch, device=device, scratch=tma)
+
+
+def launch_product(
+    decode: Any, prefill: Any, args: dict[str, Any], constants: dict[str, Any], out: Tensor, bias: Tensor | None, parts: int, tile: Tile,
+    *, launch: Launcher, device: Device, scratch: bool = False,
+) -> Tensor:  # fmt: skip
+    """The launches of a product, also of quantised weights: one by persistent programs for many rows, for few one or two.
+
+    Args:
+        decode, prefill: kernels that take `args` and `constants`; prefill also num_tiles, PARTS, ABREAST and PROGRAMS.
+        args: out, num_tokens and n among them.
+        out: the result, [..., n].
+        parts: of K.
+        scratch: as `Launch.scratch`, of the prefill kernel.
+    """
+    num_tokens, n = args["num_tokens"], args["n"]
     runs_n, runs_t = cdiv(n, tile.block_n), cdiv(num_tokens, tile.block_t)
+    shape: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": stages_of(tile, out.itemsize, device)}
     if num_tokens > DECODE_ROWS:
         programs = min(device.num_sms, runs_n * runs_t)
-        tma = tile.tma and all(_for_tma(operand) for operand in (rows, weight))
-        if tma:
-            del constants["EVEN"]
-        launch(
-            Launch(
-                kernel=prefill_tma_kernel if tma else prefill_kernel,
-                grid=(programs, 1, 1),
-                args={**args, "num_tiles": runs_n * runs_t},
-                constants={**constants, "PARTS": parts, "ABREAST": 8, "PROGRAMS": programs},
-                num_warps=tile.num_warps,
-                num_stages=stages_of(tile, x.itemsize, device),
-                scratch=tma,
-            )
-        )
+        whole = {**constants, "PARTS": parts, "ABREAST": 8, "PROGRAMS": programs}
+        tiles = {**args, "num_tiles": runs_n * runs_t}
+        launch(Launch(kernel=prefill, grid=(programs, 1, 1), args=tiles, constants=whole, scratch=scratch, **shape))
         return out
-    partial = out if parts == 1 else x.new_empty((parts, num_tokens, n), dtype=torch.float32)
-    launch(
-        Launch(
-            kernel=decode_kernel,
-            grid=(runs_n, runs_t, parts),
-            args={**args, "out": partial},
-            constants={**constants, "HAS_BIAS": bias is not None and parts == 1},
-            num_warps=tile.num_warps,
-            num_stages=stages_of(tile, x.itemsize, device),
-        )
-    )
+    partial = out if parts == 1 else out.new_empty((parts, num_tokens, n), dtype=torch.float32)
+    summed_later = {**constants, "HAS_BIAS": bias is not None and parts == 1}
+    launch(Launch(kernel=decode, grid=(runs_n, runs_t, parts), args={**args, "out": partial}, constants=summed_later, **shape))
     if parts > 1:
         launch(add_parts(partial, bias, out, num_tokens, n, parts))
     return out

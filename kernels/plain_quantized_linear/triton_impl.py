@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..fp8 import as_bytes, from_fp8
-from ..launch import FLOATS, H200, Device, Launch, Launcher, as_rows, cdiv, dtype_reason, row_reason, run
-from ..plain_linear.triton_impl import DECODE_ROWS, Tile, add_parts, place_tile, split_length, stages_of, tile_for
+from ..launch import FLOATS, H200, Device, Launcher, as_rows, cdiv, dtype_reason, row_reason, run
+from ..plain_linear.triton_impl import Tile, launch_product, place_tile, split_length, tile_for
 from ..registry import Implementation
 from .reference import HALF, RUN
 
@@ -133,46 +133,19 @@ def plain_quantized_linear(
     out = x.new_empty((*x.shape[:-1], n))
     tile = quantized_tile(num_tokens, x.dtype)
     length = split_length(n, k, RUN, device)
-    parts = cdiv(k, length)
+    parts, bits = cdiv(k, length), {torch.uint8: 4, torch.int8: 8, torch.float8_e4m3fn: 0}[weight.dtype]
     stored = as_bytes(weight)
     args: dict[str, Any] = {
         "x": rows, "weight": stored, "scales": scales, "bias": scales if bias is None else bias, "out": out, "num_tokens": num_tokens,
         "n": n, "k": k, "x_stride": rows.stride(0), "weight_stride": stored.stride(0), "scale_stride": scales.stride(0), "group": group,
         "length": length,
     }  # fmt: skip
-    bits = {torch.uint8: 4, torch.int8: 8, torch.float8_e4m3fn: 0}[weight.dtype]
     constants = {
         "HAS_BIAS": bias is not None, "BITS": bits, "EVEN": k % RUN == 0, "BLOCK_N": tile.block_n, "BLOCK_T": tile.block_t,
         "BLOCK_HALF": HALF,
     }  # fmt: skip
-    runs_n, runs_t = cdiv(n, tile.block_n), cdiv(num_tokens, tile.block_t)
-    if num_tokens > DECODE_ROWS:
-        programs = min(device.num_sms, runs_n * runs_t)
-        launch(
-            Launch(
-                kernel=quantized_prefill_kernel,
-                grid=(programs, 1, 1),
-                args={**args, "num_tiles": runs_n * runs_t},
-                constants={**constants, "PARTS": parts, "ABREAST": 8, "PROGRAMS": programs},
-                num_warps=tile.num_warps,
-                num_stages=stages_of(tile, x.itemsize, device),
-            )
-        )
-        return out
-    partial = out if parts == 1 else x.new_empty((parts, num_tokens, n), dtype=torch.float32)
-    launch(
-        Launch(
-            kernel=quantized_decode_kernel,
-            grid=(runs_n, runs_t, parts),
-            args={**args, "out": partial},
-            constants={**constants, "HAS_BIAS": bias is not None and parts == 1},
-            num_warps=tile.num_warps,
-            num_stages=stages_of(tile, x.itemsize, device),
-        )
-    )
-    if parts > 1:
-        launch(add_parts(partial, bias, out, num_tokens, n, parts))
-    return out
+    kernels = (quantized_decode_kernel, quantized_prefill_kernel)
+    return launch_product(*kernels, args, constants, out, bias, parts, tile, launch=launch, device=device)
 
 
 def quantized_tile(rows: int, dtype: torch.dtype) -> Tile:

@@ -17,8 +17,9 @@ pytest.importorskip("triton", reason="needs the cuda extra: pip install 'llmc[cu
 
 from llmc.kernels.argmax.triton_impl import argmax
 from llmc.kernels.gelu_mul.triton_impl import gelu_mul
+from llmc.kernels.moe.reference import tile_rows
+from llmc.kernels.moe.triton_impl import moe_linear, moe_sort
 from llmc.kernels.paged_attention.triton_impl import paged_attend
-from llmc.kernels.plain_grouped_linear.triton_impl import plain_grouped_linear
 from llmc.kernels.plain_linear.triton_impl import plain_linear
 from llmc.kernels.rms_norm.triton_impl import add_rms_norm, rms_norm
 from llmc.kernels.rope_kv_write.triton_impl import rope_kv_write
@@ -81,7 +82,8 @@ def test_products_by_expert(dtype: torch.dtype) -> None:
     for rows in ROWS:
         x, ids = random(rows, HIDDEN, dtype=dtype), torch.randint(0, 5, (rows,)).to(DEVICE)
         with poisoned():
-            found = plain_grouped_linear(x, weight, ids, None)
+            order = moe_sort(ids[:, None], 5, tile_rows(rows, 5))
+            found = moe_linear(x, weight, *order, None, rows, 1)
         expected = torch.stack([row @ weight[int(expert)].double().t() for row, expert in zip(x.double(), ids, strict=True)])
         assert_close(found, expected)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from llmc.compiler.pipeline import size_pipeline
 from llmc.errors import ConfigError, UnsupportedModel
 from llmc.kernels import gpu_ops, moe, ops, registry
 
@@ -68,7 +69,9 @@ def test_an_op_without_a_gpu_kernel_is_refused() -> None:
 
 
 def test_every_gpu_op_has_an_implementation() -> None:
-    assert set(registry.OPS) == {*gpu_ops.GPU_OPS, "paged_attention"}
+    """But for products that the passes of a size put in the order of their experts: one that stays as it was is refused by name."""
+    assert set(registry.OPS) == {*gpu_ops.GPU_OPS, "paged_attention"} - {"plain_grouped_linear"}
+    assert "sort-experts" in [p.name for p in size_pipeline()]
 
 
 def test_sizes_that_disagree_are_refused() -> None:

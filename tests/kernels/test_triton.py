@@ -43,7 +43,7 @@ def compiled(builds: int, *cases: str, target: str = "cuda:h200") -> list[dict[s
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-WEIGHT_FIRST = ("plain_linear bfloat16", "plain_grouped_linear bfloat16", "plain_quantized_linear", "moe_linear")
+WEIGHT_FIRST = ("plain_linear bfloat16", "plain_quantized_linear", "moe_linear")
 
 
 def check(kernels: list[dict[str, Any]]) -> None:
@@ -70,6 +70,7 @@ def test_compiles_for_sm_90_without_a_gpu() -> None:
         "paged_attention llama-8b",
         "plain_linear bfloat16 1",
         "plain_linear bfloat16 2048",
+        "plain_linear bfloat16 tma 2048",
         "plain_quantized_linear uint8 64",
         "moe_sort 1024",
         "moe_linear 64",

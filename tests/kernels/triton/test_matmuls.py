@@ -1,4 +1,4 @@
-"""plain_linear, plain_grouped_linear and argmax in Triton: parity with the references, and one row's bits at every size."""
+"""plain_linear and argmax in Triton: parity with the references, and one row's bits at every size."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ import torch
 from llmc.kernels.argmax import argmax_reference
 from llmc.kernels.argmax.triton_impl import argmax, argmax_reason
 from llmc.kernels.launch import H200, Device, Launch, run
-from llmc.kernels.plain_grouped_linear import plain_grouped_linear_reference
-from llmc.kernels.plain_grouped_linear.triton_impl import plain_grouped_linear, plain_grouped_linear_reason
 from llmc.kernels.plain_linear import plain_linear_reference
 from llmc.kernels.plain_linear.triton_impl import plain_linear, plain_linear_reason, split_length, tile_for
 
-from .world import DEVICE, DTYPES, INTERPRETED, assert_close, poisoned, random, same_bits
+from .world import DTYPES, INTERPRETED, assert_close, poisoned, random, same_bits
 
 
 @pytest.fixture(autouse=True)
@@ -84,28 +82,6 @@ def test_parts_of_k_depend_on_the_matrix_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows, experts", [(0, 3), (1, 4), (9, 3), (70, 2), (40, 5)])
-def test_plain_grouped_linear(dtype: torch.dtype, rows: int, experts: int) -> None:
-    x, weight, bias = random(rows, 50, dtype=dtype), random(experts, 40, 50, dtype=dtype), random(experts, 40, dtype=dtype)
-    ids = torch.randint(0, experts, (rows,))
-    ids[rows // 2 :] = experts - 1  # some experts with many rows, some with none
-    ids = ids.to(DEVICE)
-    with poisoned():
-        without, added = plain_grouped_linear(x, weight, ids, None), plain_grouped_linear(x, weight, ids, bias)
-    assert_close(without, plain_grouped_linear_reference(x, weight, ids, None))
-    assert_close(added, plain_grouped_linear_reference(x, weight, ids, bias))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_of_plain_grouped_linear_has_the_same_bits_in_every_batch(dtype: torch.dtype) -> None:
-    x, weight = random(150, 96, dtype=dtype), random(3, 40, 96, dtype=dtype)
-    ids = torch.randint(0, 3, (150,)).to(DEVICE)
-    whole = plain_grouped_linear(x, weight, ids, None)
-    for rows in (slice(0, 1), slice(5, 25), slice(140, 150)):
-        assert same_bits(plain_grouped_linear(x[rows], weight, ids[rows], None), whole[rows])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows, vocab", [(0, 7), (1, 1), (3, 100), (2, 4097), (2, 9001)])
 def test_argmax(dtype: torch.dtype, rows: int, vocab: int) -> None:
     logits = random(rows, vocab, dtype=dtype).mul(4).round()  # many equals
@@ -132,5 +108,4 @@ def test_what_is_refused() -> None:
     assert "contiguous along" in str(plain_linear_reason(x, random(8, 4).t(), None))
     assert "one dtype" in str(plain_linear_reason(x, random(4, 8).half(), None))
     assert "empty" in str(plain_linear_reason(x, random(0, 8), None))
-    assert "one dtype" in str(plain_grouped_linear_reason(x, random(2, 4, 8).half(), torch.zeros(4, dtype=torch.int64), None))
     assert "contiguous" in str(argmax_reason(x.t()))
