@@ -7,7 +7,7 @@ from llmc.errors import ConfigError
 EXECUTORS = ("auto", "nodes", "aoti", "plan")
 
 
-def check_executor(executor: str, *, target: str, level: int, backend: str = "inductor") -> None:
+def check_executor(executor: str, *, target: str, level: int, backend: str) -> None:
     """Refuse an executor that no program of this target and level has.
 
     Args:

@@ -33,3 +33,8 @@ def test_the_one_there_is_may_be_named(executor: str, target: str, level: str) -
 def test_another_is_refused(executor: str, target: str, level: str, says: str) -> None:
     with pytest.raises(ConfigError, match=f"--executor {executor} --target {target} -O{level}: .*{says}"):
         compiled(executor=executor, target=target, optimization_level=level)
+
+
+def test_tvms_programs_are_not_aotinductors() -> None:
+    with pytest.raises(ConfigError, match="those of --backend tvm; leave one of them out"):
+        compiled(executor="aoti", backend="tvm")
