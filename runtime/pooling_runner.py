@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from llmc.artifacts.manifest import PoolingFacts
-from llmc.errors import InternalError
+from llmc.errors import DeviceLost, InternalError
 from llmc.runtime.batch import BatchBuilder, LogitsRows
 from llmc.runtime.step import Executor, SampledToken, ScheduledSequence, StepOutput, StepPlan
 
@@ -77,6 +77,8 @@ class PoolingRunner:
         try:
             built = self._builder.build(sequences)
             hidden = self._executor.run(built.batch)
+        except DeviceLost:
+            raise  # no sequence can run any more
         except Exception as error:
             if len(sequences) == 1:
                 results[sequences[0].request_id] = SampledToken(token_id=-1, error=f"the step failed: {error}")

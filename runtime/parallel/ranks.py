@@ -12,7 +12,7 @@ import threading
 
 import numpy as np
 
-from llmc.errors import ArtifactError, DeviceLost, InternalError
+from llmc.errors import ArtifactError, DeviceLost
 from llmc.runtime.engine_config import EngineConfig
 from llmc.runtime.parallel.group import Group
 from llmc.runtime.parallel.messages import AllocateKV, Failed, Message, Ready, receive, send, step_of
@@ -65,7 +65,7 @@ class RanksExecutor:
         self._tell(step_of(batch))
         try:
             return self._executor.run(batch)
-        except InternalError as error:
+        except Exception as error:  # of whatever kind: the others are in the middle of the step, or will be
             self._group.abort()
             raise DeviceLost(f"the ranks of this model no longer run together: {error}") from None
 

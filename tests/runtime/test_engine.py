@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import pytest
 
-from llmc.errors import ConfigError, RequestRejected
+from llmc.artifacts.manifest import PoolingFacts
+from llmc.errors import ConfigError, DeviceLost, InternalError, RequestRejected
+from llmc.runtime.batch import BatchBuilder
 from llmc.runtime.engine import EngineConfig
 from llmc.runtime.engine_config import resolve
+from llmc.runtime.messages import SamplingParams
+from llmc.runtime.parallel.ranks import RanksExecutor
+from llmc.runtime.pooling_runner import PoolingRunner
+from llmc.runtime.step import DeviceBatch, ScheduledSequence, StepPlan
 from tests.runtime.recall_executor import recall_engine, request, run_all, tokens_of
 from tests.runtime.toy_artifact import toy_manifest
 from tests.runtime.toy_program import VOCAB
@@ -126,6 +135,45 @@ def test_bad_requests_are_rejected_by_name(prompt, sampling, param):
     with pytest.raises(RequestRejected) as caught:
         engine.add(request("a", prompt, **sampling))
     assert caught.value.param == param and not engine.has_work()
+
+
+class _Broken:
+    """An executor, and a group, of which nothing is left."""
+
+    def __init__(self, error):
+        self.error, self.aborted = error, False
+
+    def run(self, batch):
+        raise self.error
+
+    def abort(self):
+        self.aborted = True
+
+
+def test_a_lost_device_is_no_sequences_fault():
+    builder = BatchBuilder(block_size=4, num_groups=1, vocab_size=VOCAB, max_num_batched_tokens=8, max_num_seqs=2, max_model_len=8)
+    runner = PoolingRunner(_Broken(DeviceLost("gone")), builder, PoolingFacts(kind="last", normalize=True))
+    share = ScheduledSequence(
+        request_id="a",
+        token_ids=[3, 4],
+        num_prompt_tokens=2,
+        start=0,
+        end=2,
+        block_ids=([0],),
+        sampling=SamplingParams(),
+        needs_prompt_logprobs=False,
+    )
+    with pytest.raises(DeviceLost, match="gone"):
+        runner.submit(StepPlan(step=1, sequences=[share]))
+
+
+@pytest.mark.parametrize("error", [InternalError("no"), MemoryError("no")])
+def test_whatever_ends_the_step_of_one_rank_ends_it_on_all(error):
+    broken, row = _Broken(error), np.zeros(1, dtype=np.int32)
+    batch = DeviceBatch(**dict.fromkeys((field.name for field in dataclasses.fields(DeviceBatch)), row))
+    with pytest.raises(DeviceLost, match="no longer run together"):
+        RanksExecutor(broken, broken, 1, EngineConfig(artifact="none"), 1).run(batch)
+    assert broken.aborted
 
 
 def test_close_twice():
