@@ -58,6 +58,7 @@ class LLM:
         self.engine = Engine(config, loaded)
         self._max_logprobs = config.max_logprobs
         self._num_requests = 0
+        self._open: dict[str, _Sequence] = {}  # not ended, by request id
         self._adapters = {adapter.name: adapter.path for adapter in config.lora_modules}
 
     def __enter__(self) -> Self:
@@ -108,12 +109,13 @@ class LLM:
         try:
             for job in jobs:
                 for sequence in job.sequences:
-                    self.engine.add(sequence.request)
+                    self._add(sequence)
                     sequences[sequence.request.request_id] = sequence
-            self._run(sequences)
+            while any(not sequence.finished for sequence in sequences.values()):
+                self._step()
         finally:
-            for request_id in sequences:  # those left after an error or an interrupt; none otherwise
-                self.engine.abort(request_id)
+            for request_id in sequences.keys() & self._open.keys():  # those left after an error or an interrupt; none otherwise
+                self._drop(request_id)
         return [job.output(self.tokenizer) for job in jobs]
 
     def embed(self, prompts: Prompt | Sequence[Prompt]) -> list[np.ndarray]:
@@ -190,17 +192,17 @@ class LLM:
         if params.n != 1:
             raise RequestRejected(f"n={params.n}; a stream is one sequence", param="n")
         (sequence,) = _Job(self, prompt, params, 0, self._adapter(lora_request)).sequences
-        self.engine.add(sequence.request)
+        self._add(sequence)
         try:
-            while not sequence.finished:
-                for event in self.engine.step():
-                    piece = sequence.take(event, self.engine)
-                    if piece:
-                        yield piece
+            while (piece := sequence.fresh()) or not sequence.finished:
+                if piece:
+                    yield piece
+                else:
+                    self._step()
             if sequence.error is not None:
                 raise RequestRejected(sequence.error, status=500)
         finally:
-            self.engine.abort(sequence.request.request_id)
+            self._drop(sequence.request.request_id)
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, special tokens added as the tokenizer does."""
@@ -218,18 +220,27 @@ class LLM:
             raise RequestRejected(f"adapter {request.lora_name!r} was read from {known}; give the one of another folder another name")
         return request.lora_name
 
-    def _run(self, sequences: dict[str, _Sequence]) -> None:
-        """Step until every sequence ended. Removes them from `sequences`."""
-        while sequences:
-            if not self.engine.has_work():
-                raise InternalError(f"the engine forgot {len(sequences)} sequences; please report this")
-            for event in self.engine.step():
-                sequence = sequences.get(event.request_id)
-                if sequence is None:
-                    continue  # it was ended by a stop string in this very step
-                sequence.take(event, self.engine)
-                if sequence.finished:
-                    del sequences[event.request_id]
+    def _add(self, sequence: _Sequence) -> None:
+        """Begin a sequence."""
+        self.engine.add(sequence.request)
+        self._open[sequence.request.request_id] = sequence
+
+    def _drop(self, request_id: str) -> None:
+        """End a sequence, if it has not ended."""
+        self._open.pop(request_id, None)
+        self.engine.abort(request_id)
+
+    def _step(self) -> None:
+        """Step once. Every sequence gets what is its own, whoever asked for the step: several streams may be read by turns."""
+        if not self.engine.has_work():
+            raise InternalError(f"the engine forgot {len(self._open)} sequences; please report this")
+        for event in self.engine.step():
+            sequence = self._open.get(event.request_id)
+            if sequence is None:
+                continue  # it was ended by a stop string in this very step
+            sequence.take(event, self.engine)
+            if sequence.finished:
+                del self._open[event.request_id]
 
     def _params_for(self, prompts: Sequence[Prompt], given: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:
         params = (
@@ -311,6 +322,7 @@ class _Sequence:
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self.num_cached_tokens = 0
         self._text: list[str] = []
+        self._num_streamed = 0  # of these pieces
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
         self._end: TokenEvent | None = None
@@ -326,13 +338,17 @@ class _Sequence:
             else None
         )
 
-    def take(self, event: TokenEvent, engine: Engine) -> str:
-        """Take in one event of this sequence; returns its new text. Ends the sequence in `engine` where a stop string is complete."""
+    def fresh(self) -> str:
+        """The text that came since the last call."""
+        first, self._num_streamed = self._num_streamed, len(self._text)
+        return "".join(self._text[first:])
+
+    def take(self, event: TokenEvent, engine: Engine) -> None:
+        """Take in one event of this sequence. Ends the sequence in `engine` where a stop string is complete."""
         self.prompt_logprobs = event.prompt_logprobs if event.prompt_logprobs is not None else self.prompt_logprobs
         self.num_cached_tokens = max(self.num_cached_tokens, event.num_cached_tokens)
         before = self._stream.num_tokens if self._stream is not None else 0
-        piece = self._push(event)
-        self._text.append(piece)
+        self._text.append(self._push(event))
         stopped = self._stream is not None and self._stream.matched_stop is not None
         # Tokens behind a stop string, which speculative decoding may have given in the same step, are not part of the output.
         used = self._stream.num_tokens - before if self._stream is not None and stopped else len(event.token_ids)
@@ -343,7 +359,6 @@ class _Sequence:
         elif stopped:
             self.finished = True
             engine.abort(self.request.request_id, "stop")
-        return piece
 
     def output(self, index: int, tokenizer: Tokenizer | None) -> CompletionOutput:
         stop: int | str | None = self._stream.matched_stop if self._stream is not None else None

@@ -41,6 +41,23 @@ def test_one_text_many_texts_and_token_ids_agree(llm, toy_weights):
     assert llm.generate([], GREEDY) == []
 
 
+def test_streams_are_read_by_turns_and_texts_generated_between(llm):
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    prompts = [[3, 4, 5], [7], [9, 9]]
+    alone = [llm.generate([prompt], params)[0].outputs[0].text for prompt in prompts]
+    first, second = llm.stream(prompts[0], params), llm.stream(prompts[1], params)
+    read = [[next(first)], [next(second)]]
+    (between,) = llm.generate([prompts[2]], params)  # for so many steps that both streams end meanwhile
+    assert between.outputs[0].text == alone[2]
+    for pieces, stream in zip(read, (first, second), strict=True):
+        pieces += stream
+    assert ["".join(pieces) for pieces in read] == alone[:2]
+    left = llm.stream(prompts[0], params)
+    next(left)
+    left.close()
+    assert not llm.engine.has_work()
+
+
 def test_defaults_come_from_the_artifact_unless_told_otherwise(llm, folder, toy_weights):
     assert (llm.get_default_sampling_params().temperature, llm.get_default_sampling_params().max_tokens) == (0.0, 5)
     assert len(llm.generate([[3, 4]])[0].outputs[0].token_ids) <= 5
