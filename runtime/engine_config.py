@@ -44,6 +44,7 @@ class EngineConfig:
     trust: str | None = None  # public key file (PEM)
     canary: bool = True
     weights_mmap: bool = False
+    early_start: bool = False  # answer from mapped weights while they are copied into memory of their own
     checkpoint: str | None = None  # folder with the weights of an artifact that has none
     max_logprobs: int = 20  # -1: the whole vocabulary
     enable_lora: bool = False  # the artifact must be compiled for it

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 from llmc.artifacts.manifest import Manifest, TensorRecord
 from llmc.artifacts.verify import OpenArtifact, open_artifact
+from llmc.artifacts.weight_source import WeightSource
 from llmc.errors import ConfigError
 from llmc.runtime.batch import BatchBuilder
 from llmc.runtime.canary import run_canaries
@@ -22,11 +23,15 @@ from llmc.runtime.scheduler import SchedulerConfig
 from llmc.runtime.scheduler.drafts import DraftModelConfig
 from llmc.runtime.stage_timer import StageTimer
 from llmc.runtime.step import Executor, LoraExecutor
-from llmc.runtime.weights import Weights, load_weights, merge_weights
+from llmc.runtime.weight_mover import WeightMover, can_move
+from llmc.runtime.weights import Weights, load_weights, map_weights, merge_weights
 
 if TYPE_CHECKING:
     from llmc.runtime.lora.store import AdapterStore
     from llmc.runtime.speculation.load import DraftModel
+
+
+EARLY_BYTES = 256 << 20  # less is copied in the time of a few steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +77,7 @@ def _load(artifact: OpenArtifact, config: EngineConfig, timer: StageTimer) -> Lo
     adapters = load_adapters(config, manifest, timer)  # before the weights: a bad one is told at once
     compared = 0
     with ExitStack() as undo:  # a GPU's memory does not go with the object
-        executor, free_bytes = _load_executor(artifact, config, timer)
+        executor, free_bytes, mover = _load_executor(artifact, config, timer)
         undo.callback(executor.close)
         if adapters is not None:
             cast("LoraExecutor", executor).bind_lora(adapters.pool.array)
@@ -93,6 +98,8 @@ def _load(artifact: OpenArtifact, config: EngineConfig, timer: StageTimer) -> Lo
             with timer.stage("draft.kv"):
                 draft = _finish_draft(begun[0], begun[1], guesses, config, limits, manifest)
         undo.pop_all()
+    if mover is not None:
+        mover.start()
     return LoadedModel(
         manifest=manifest,
         executor=executor,
@@ -118,8 +125,9 @@ def _load_draft(manifest: Manifest, guesses: DraftModelConfig, config: EngineCon
     with open_artifact(guesses.model, require_signature=config.require_signature, trust=trust) as artifact:
         check_fits(manifest, artifact.manifest, guesses.model)
         plain = {"enable_lora": False, "lora_modules": [], "max_loras": None, "max_cpu_loras": None}  # it guesses without adapters
-        own = replace(config, artifact=guesses.model, checkpoint=None, **plain)
-        executor, _ = _load_executor(artifact, own, StageTimer())
+        own = replace(config, artifact=guesses.model, checkpoint=None, early_start=False, **plain)
+        executor, _, mover = _load_executor(artifact, own, StageTimer())
+        assert mover is None, "a draft is copied at once"
         if (adapters := load_adapters(own, artifact.manifest, StageTimer())) is not None:
             cast("LoraExecutor", executor).bind_lora(adapters.pool.array)
         return artifact.manifest, executor
@@ -162,17 +170,20 @@ def _run_canaries(manifest: Manifest, executor: Executor, builder: BatchBuilder,
     )
 
 
-def _load_executor(artifact: OpenArtifact, config: EngineConfig, timer: StageTimer) -> tuple[Executor, Callable[[], int]]:
-    """The executor the artifact names, with its weights, and what tells how much memory is left where its KV cache will be."""
+def _load_executor(
+    artifact: OpenArtifact, config: EngineConfig, timer: StageTimer
+) -> tuple[Executor, Callable[[], int], WeightMover | None]:
+    """The executor the artifact names, with its weights; what tells how much memory is left where its KV cache will be; and what moves
+    weights that are only mapped so far, to be started when the start is over."""
     if (ranks := artifact.manifest.tensor_parallel_size) > 1:
         from llmc.runtime.parallel.load import load_ranks  # few artifacts have several
 
-        return load_ranks(artifact, config, timer), lambda: available_bytes() // ranks  # every rank has a cache of its own
+        return load_ranks(artifact, config, timer), lambda: available_bytes() // ranks, None  # every rank has a cache of its own
     if step_entry(artifact.manifest).executor == "plans":
-        return _load_plans(artifact, config, timer)
+        return *_load_plans(artifact, config, timer), None
     code, weights = _load_files(artifact, config, timer)
     with timer.stage("bind"):
-        return code.bind(weights), available_bytes
+        return code.bind(weights), lambda: available_bytes() - (weights.mover.pending_bytes if weights.mover else 0), weights.mover
 
 
 def _load_plans(artifact: OpenArtifact, config: EngineConfig, timer: StageTimer) -> tuple[Executor, Callable[[], int]]:
@@ -247,8 +258,15 @@ def _load_weights(artifact: OpenArtifact, config: EngineConfig, threads: int) ->
     packed = [tensor for tensor in artifact.manifest.tensors if tensor.file is not None]
     external = _external(artifact, config)
     sources = artifact.weights(verify=config.verify_weights)
-    weights = load_weights(sources, packed, num_threads=readers, map_files=config.weights_mmap)
+    if config.early_start and not config.weights_mmap and step_entry(artifact.manifest).executor == "aoti" and _worth_mapping(sources):
+        weights = map_weights(sources, packed, num_threads=readers)
+    else:
+        weights = load_weights(sources, packed, num_threads=readers, map_files=config.weights_mmap)
     return merge_weights(weights, _bind_checkpoint(external, config, readers)) if external else weights
+
+
+def _worth_mapping(sources: list[WeightSource]) -> bool:
+    return sum(source.size_bytes for source in sources) >= EARLY_BYTES and all(map(can_move, sources))
 
 
 def _external(artifact: OpenArtifact, config: EngineConfig) -> list[TensorRecord]:

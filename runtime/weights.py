@@ -1,4 +1,4 @@
-"""Weight files -> one region of huge pages, hashed while they are read.
+"""Weight files -> one region of huge pages, hashed while they are read; or first mapped, hashed, and moved there later (weight_mover.py).
 
 Reading and hashing release the interpreter lock, so a few threads overlap them; what is hashed is the copy that is used, not the
 file, so nobody can change it in between. Nothing is returned before the last chunk is verified.
@@ -20,6 +20,7 @@ from llmc.artifacts.manifest import TensorRecord
 from llmc.artifacts.weight_source import WeightSource
 from llmc.errors import ArtifactError
 from llmc.runtime.memory import HUGE_PAGE_BYTES, TENSOR_ALIGN_BYTES, allocate_huge, round_up
+from llmc.runtime.weight_mover import WeightMover, map_over, populate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +47,7 @@ class Weights:
     num_bytes: int
     num_bytes_hashed: int
     stage_ms: Mapping[str, float]  # wall-clock milliseconds: "reserve", "fill" (read and hash, or bind)
+    mover: WeightMover | None = None  # not started; None: they lie where they stay
 
 
 def load_weights(sources: list[WeightSource], tensors: list[TensorRecord], *, num_threads: int, map_files: bool = False) -> Weights:
@@ -71,6 +73,31 @@ def load_weights(sources: list[WeightSource], tensors: list[TensorRecord], *, nu
         num_bytes=sum(source.size_bytes for source in sources),
         num_bytes_hashed=sum(source.size_bytes for source in sources if source.must_verify),
         stage_ms={"reserve": 1e3 * (reserved - began), "fill": 1e3 * (time.perf_counter() - reserved)},
+    )
+
+
+def map_weights(sources: list[WeightSource], tensors: list[TensorRecord], *, num_threads: int) -> Weights:
+    """Packed weights where the page cache has them, verified, with what moves them into huge pages later.
+
+    Args:
+        sources: files of which `can_move` says yes.
+        tensors, num_threads: as of `load_weights`.
+
+    Raises:
+        ArtifactError: as of `load_weights`. ConfigError: the system maps no files.
+    """
+    began = time.perf_counter()
+    regions = _reserve(sources)
+    for source in sources:
+        map_over(source, regions[source.path])
+    reserved = time.perf_counter()
+    _fill(sources, regions, copy=False, num_threads=num_threads)
+    return Weights(
+        views={record.name: _view(record, regions) for record in tensors},
+        num_bytes=sum(source.size_bytes for source in sources),
+        num_bytes_hashed=sum(source.size_bytes for source in sources if source.must_verify),
+        stage_ms={"reserve": 1e3 * (reserved - began), "fill": 1e3 * (time.perf_counter() - reserved)},
+        mover=WeightMover(sources, [regions[source.path] for source in sources]),
     )
 
 
@@ -137,6 +164,7 @@ def _fill(sources: list[WeightSource], regions: dict[str, np.ndarray], *, copy: 
         if copy:
             source.read_chunk(index, chunk)
         elif source.must_verify:
+            populate(regions[source.path][start : start + nbytes])
             source.verify_chunk(index, chunk)
 
     tasks = [(source, index) for source in sources for index in range(source.num_chunks)]

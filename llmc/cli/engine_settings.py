@@ -23,6 +23,7 @@ _SAME_NAME = (
     "trust",
     "canary",
     "weights_mmap",
+    "early_start",
     "checkpoint",
     "max_logprobs",
     "speculative_config",

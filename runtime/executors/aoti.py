@@ -107,7 +107,10 @@ class AotiExecutor:
 
         Raises:
             InternalError: the program failed; its own message is in the error.
+            DeviceLost: weights that were mapped at the start were changed on disk before they had moved into memory.
         """
+        if self._weights.mover is not None:
+            self._weights.mover.check()
         if threading.get_ident() != self._thread:
             self._use_threads()  # OpenMP keeps the number of threads per starting thread
         self._release_output()
@@ -125,6 +128,8 @@ class AotiExecutor:
     def close(self) -> None:
         """Free the container, every handle and the KV cache. The images stay mapped until the process ends."""
         self._release_output()
+        if self._weights.mover is not None:
+            self._weights.mover.close()
         if self._container.value:
             self._call("AOTInductorModelContainerDelete", self._container)
             self._container = _HANDLE()

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from llmc.errors import ArtifactError, ConfigError, InternalError
+from llmc.errors import ArtifactError, ConfigError, DeviceLost, InternalError
 from llmc.runtime.batch import BatchBuilder
 from llmc.runtime.engine import Engine, EngineConfig
 from llmc.runtime.executors.aoti import AotiExecutor
@@ -206,6 +206,26 @@ def test_engine_over_the_artifact(artifact_folder, toy_weights):
     events = run_all(engine, [request(name, prompt, temperature=0.0, max_tokens=9, ignore_eos=True) for name, prompt in prompts.items()])
     for name, prompt in prompts.items():
         assert tokens_of(events[name]) == toy_greedy(toy_weights, prompt, 9)[0]
+    engine.close()
+
+
+def test_answers_from_mapped_weights_while_they_move(artifact_folder, toy_weights, monkeypatch):
+    monkeypatch.setattr("llmc.runtime.load.EARLY_BYTES", 0)
+    begun = []
+    monkeypatch.setattr("llmc.runtime.weight_mover.WeightMover.start", lambda mover: begun.append(mover))
+    engine = Engine(EngineConfig(artifact=str(artifact_folder), threads=1, num_blocks=40, early_start=True))
+    (mover,) = begun
+
+    def answers() -> list[int]:
+        return tokens_of(run_all(engine, [request("a", [3, 4, 5], temperature=0.0, max_tokens=9, ignore_eos=True)])["a"])
+
+    expected = toy_greedy(toy_weights, [3, 4, 5], 9)[0]
+    assert mover.pending_bytes > 0 and answers() == expected
+    mover._run()
+    assert mover.pending_bytes == 0 and answers() == expected
+    mover._fault = ValueError("changed on disk")
+    with pytest.raises(DeviceLost, match="the weights could not move into memory: changed on disk"):
+        answers()
     engine.close()
 
 
