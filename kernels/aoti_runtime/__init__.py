@@ -1,5 +1,5 @@
 """Tensors and vector functions for a model image where there is no torch: the C functions of AOTInductor's interface that the code of a
-compiled model calls, and no others. Image of role "tensor_runtime"; see tensor.cpp and vector_math.cpp."""
+compiled model calls, and no others. Image of role "tensor_runtime"; see tensor.cpp, topk.cpp and vector_math.cpp."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROVIDED = frozenset(
         "empty_strided", "create_tensor_from_blob", "create_tensor_from_blob_v2", "new_tensor_handle", "_reinterpret_tensor", "clone",
         "delete_tensor_object", "get_data_ptr", "get_dim", "get_numel", "get_sizes", "get_strides", "get_dtype", "get_device_type",
         "get_storage_offset", "get_storage_size", "is_contiguous", "device_type_cpu", "device_type_cuda", "layout_strided",
-        "grad_mode_is_enabled", "grad_mode_set_enabled", "check",
+        "grad_mode_is_enabled", "grad_mode_set_enabled", "check", "cpu_topk",
     )}
     | {f"aoti_torch_dtype_{name}" for name in (
         "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64", "bool", "bfloat16",

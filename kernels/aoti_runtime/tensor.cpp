@@ -6,7 +6,6 @@
 
 #include <omp.h>
 
-#include <atomic>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
@@ -16,36 +15,18 @@
 #include <string>
 
 #include "pool.h"
-
-#define API extern "C" __attribute__((visibility("default")))
+#include "tensor.h"
 
 namespace {
-
-constexpr int64_t kMaxDim = 8;
-constexpr int32_t kOk = 0, kFailure = 1, kCpu = 0;
-
-struct Storage {
-  std::atomic<int64_t> refs;
-  char* data;
-  int64_t bytes;
-  int32_t size_class;
-};
-static_assert(sizeof(Storage) <= llmc::kAlign, "the data of a block follows its Storage, aligned");
-
-struct Tensor {
-  Storage* storage;
-  int64_t offset;  // elements from the storage's start
-  int64_t dim;
-  int64_t sizes[kMaxDim];
-  int64_t strides[kMaxDim];
-  int32_t dtype;
-  int32_t size_class;
-};
 
 thread_local char message[512] = "";
 thread_local bool grad_enabled = true;  // nothing here computes gradients; generated code saves, clears and restores it
 
-__attribute__((format(printf, 1, 2))) int32_t fail(const char* format, ...) {
+}  // namespace
+
+namespace llmc {
+
+int32_t fail(const char* format, ...) {
   va_list arguments;
   va_start(arguments, format);
   std::vsnprintf(message, sizeof message, format, arguments);
@@ -53,7 +34,22 @@ __attribute__((format(printf, 1, 2))) int32_t fail(const char* format, ...) {
   return kFailure;
 }
 
-// Bytes of an element by c10::ScalarType's number; 0 for a type that no program of ours has.
+int64_t numel(const Tensor* t) {
+  int64_t count = 1;
+  for (int64_t i = 0; i < t->dim; i++) count *= t->sizes[i];
+  return count;
+}
+
+bool contiguous(const Tensor* t) {
+  int64_t expected = 1;
+  for (int64_t i = t->dim - 1; i >= 0; i--) {
+    if (t->sizes[i] == 0) return true;
+    if (t->sizes[i] != 1 && t->strides[i] != expected) return false;
+    expected *= t->sizes[i];
+  }
+  return true;
+}
+
 int64_t item_bytes(int32_t dtype) {
   switch (dtype) {
     case 0: case 1: case 11: return 1;  // uint8, int8, bool
@@ -63,6 +59,12 @@ int64_t item_bytes(int32_t dtype) {
     default: return 0;
   }
 }
+
+}  // namespace llmc
+
+using namespace llmc;
+
+namespace {
 
 // Elements from the storage's start to the end of what sizes and strides reach; 0 if there are none, -1 if they make no sense.
 int64_t extent(int64_t dim, const int64_t* sizes, const int64_t* strides, int64_t offset) {
@@ -80,22 +82,6 @@ int64_t extent(int64_t dim, const int64_t* sizes, const int64_t* strides, int64_
   }
   if (empty) return 0;
   return last < llmc::kMaxBytes ? last + 1 : -1;
-}
-
-int64_t numel(const Tensor* t) {
-  int64_t count = 1;
-  for (int64_t i = 0; i < t->dim; i++) count *= t->sizes[i];
-  return count;
-}
-
-bool contiguous(const Tensor* t) {
-  int64_t expected = 1;
-  for (int64_t i = t->dim - 1; i >= 0; i--) {
-    if (t->sizes[i] == 0) return true;
-    if (t->sizes[i] != 1 && t->strides[i] != expected) return false;
-    expected *= t->sizes[i];
-  }
-  return true;
 }
 
 void drop(Storage* storage) {
@@ -127,8 +113,6 @@ int32_t make(Storage* storage, int64_t dim, const int64_t* sizes, const int64_t*
   *out = t;
   return kOk;
 }
-
-char* data_of(const Tensor* t) { return t->storage->data + t->offset * item_bytes(t->dtype); }
 
 }  // namespace
 

@@ -118,8 +118,9 @@ def test_the_image_has_what_the_compiler_believes(image: Path) -> None:
 
 
 def test_what_is_lacking_is_named() -> None:
-    assert lacking(["aoti_torch_clone", "aoti_torch_cpu_topk", "Sleef_sinf16_u10", "aoti_torch_cpu_llmc_linear"]) == [
-        "Sleef_sinf16_u10", "aoti_torch_cpu_topk"
+    called = ["aoti_torch_clone", "aoti_torch_cpu_topk", "aoti_torch_cpu_sort", "Sleef_sinf16_u10", "aoti_torch_cpu_llmc_linear"]
+    assert lacking(called) == [
+        "Sleef_sinf16_u10", "aoti_torch_cpu_sort"
     ]  # fmt: skip
 
 
@@ -172,6 +173,53 @@ def test_a_copy_is_of_its_own(runtime: ctypes.CDLL) -> None:
     assert runtime.aoti_torch_clone(across, ctypes.byref(Handle())) == 1
     assert b"not contiguous" in runtime.llmc_tensor_message()
     free(runtime, handle, copy, across)
+
+
+def topk(runtime: ctypes.CDLL, array: np.ndarray, dtype: int, k: int, largest: bool, is_sorted: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(values, indices) of a [R, N] array, as bytes of its dtype and int64."""
+    base, values, indices = over(runtime, array, dtype), Handle(), Handle()
+    status = runtime.aoti_torch_cpu_topk(
+        base, ctypes.c_int64(k), ctypes.c_int64(-1), int(largest), int(is_sorted), ctypes.byref(values), ctypes.byref(indices)
+    )
+    assert status == 0, runtime.llmc_tensor_message()
+    count = array.shape[0] * k
+    found = [
+        np.frombuffer(ctypes.string_at(address(runtime, handle), count * item), kind).reshape(array.shape[0], k)
+        for handle, item, kind in ((values, array.itemsize, array.dtype), (indices, 8, np.int64))
+    ]
+    free(runtime, base, values, indices)
+    return found[0], found[1]
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize(("dtype", "code"), [(torch.float32, _FLOAT32), (torch.float16, 5), (torch.bfloat16, 15)], ids=str)
+def test_the_largest_are_those_of_libtorch_ties_and_nan_included(runtime: ctypes.CDLL, dtype: torch.dtype, code: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for rows, n, k in [(1, 1, 1), (3, 8, 2), (5, 60, 4), (7, 128, 8), (400, 128, 2), (2, 300, 4), (9, 64, 64), (4, 33, 0)]:
+        for spread in (1e6, 3):  # few equal values, many of them
+            given = torch.randint(-int(spread), int(spread), (rows, n), generator=generator).div(7).to(dtype)
+            given[0, n // 2] = float("nan")
+            for largest in (True, False):
+                for is_sorted in (True, False):
+                    theirs = torch.topk(given, k, dim=-1, largest=largest, sorted=is_sorted)
+                    bits = torch.int32 if dtype == torch.float32 else torch.int16
+                    values, indices = topk(runtime, given.view(bits).numpy(), code, k, largest, is_sorted)
+                    assert np.array_equal(indices, theirs.indices.numpy()), (rows, n, k, spread, largest, is_sorted)
+                    assert np.array_equal(values, theirs.values.view(bits).numpy())
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_choice_that_makes_no_sense_is_refused(runtime: ctypes.CDLL) -> None:
+    array = np.zeros((3, 4), np.float32)
+    flat, across, whole = over(runtime, array), over(runtime, array.T), over(runtime, np.zeros((3, 4), np.int64), _INT64)
+    for handle, k, dim, reason in [
+        (flat, 5, -1, b"the 5 largest of 4"), (flat, -1, -1, b"largest of 4"), (flat, 1, 0, b"another dimension"),
+        (across, 1, -1, b"not contiguous"), (whole, 1, -1, b"dtype code 4"),
+    ]:  # fmt: skip
+        out = ctypes.byref(Handle()), ctypes.byref(Handle())
+        assert runtime.aoti_torch_cpu_topk(handle, ctypes.c_int64(k), ctypes.c_int64(dim), 1, 1, *out) == 1
+        assert reason in runtime.llmc_tensor_message()
+    free(runtime, flat, across, whole)
 
 
 @pytest.mark.usefixtures("nothing_left")
