@@ -48,7 +48,7 @@ class Delta:
     logprobs: list[TokenLogprobs] | None
     prompt_logprobs: list[TokenLogprobs | None] | None
     finish_reason: FinishReason | None
-    stop_reason: int | str | None  # the stop string or token that ended it, as vLLM shows it
+    stop_reason: int | str | None  # the stop string or token that ended it, as vLLM shows it; None for the model's own end token
     embedding: bytes | None = None  # float32, of a request that pools
 
 
@@ -97,6 +97,7 @@ class Generation:
         self.num_output_tokens = 0
         self.num_cached_tokens = 0
         self._n = sampling.n
+        self._stop_token_ids = frozenset(sampling.stop_token_ids or ())
         self._first_token_s: float | None = None
         self._num_output: dict[int, int] = {}  # by choice
         request.scope["llmc.generation"] = self  # for traces
@@ -199,7 +200,7 @@ class Generation:
             self._end(event.request_id, "error")
             raise RequestRejected(event.error or "the engine failed on this request", status=event.error_status, code="engine_error")
         finish = event.finish_reason
-        stop_reason: int | str | None = event.stop_token_id
+        stop_reason: int | str | None = event.stop_token_id if event.stop_token_id in self._stop_token_ids else None
         before = sequence.text.num_tokens
         # An end token's text is shown only if asked for, as a stop string's is.
         shown_ids = event.token_ids

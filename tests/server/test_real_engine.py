@@ -117,6 +117,13 @@ def test_sampling_fields_reach_the_engine(url: str) -> None:
     assert set(httpx.post(f"{url}/v1/completions", json=few, timeout=60).json()["choices"][0]["text"].split()) == {"w9"}
 
 
+def test_the_end_token_is_no_stop_reason_unless_asked_for(url: str) -> None:
+    fields = {"prompt": [3, 4, 5], "max_tokens": 8, "logit_bias": {str(EOS): 100}}
+    for more, reason in (({}, None), ({"stop_token_ids": [EOS]}, EOS)):
+        (choice,) = httpx.post(f"{url}/v1/completions", json=fields | more, timeout=60).json()["choices"]
+        assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("", "stop", reason)
+
+
 def test_a_cache_salt_keeps_prefixes_apart(url: str) -> None:
     def cached(salt: str) -> int:
         fields = {"prompt": [7] * 100, "max_tokens": 1, "cache_salt": salt}
