@@ -11,7 +11,7 @@ from llmc.errors import DeviceLost, RequestRejected
 from llmc.runtime.engine_config import EngineConfig
 from llmc.runtime.load import LoadedModel, load_model
 from llmc.runtime.lora import AdapterPath
-from llmc.runtime.messages import EngineReady, EngineStats, FinishReason, GenerateRequest, TokenEvent
+from llmc.runtime.messages import AdapterChange, EngineReady, EngineStats, FinishReason, GenerateRequest, TokenEvent
 from llmc.runtime.pooling_runner import PoolingRunner
 from llmc.runtime.runner import ModelRunner
 from llmc.runtime.sampler import Sampler
@@ -68,6 +68,7 @@ class Engine:
             max_model_len=self._scheduler.max_sequence_tokens,
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
+            max_loras=limits.max_loras,
             startup_ms=dict(model.startup_ms),
         )
 
@@ -109,6 +110,13 @@ class Engine:
         """
         self._removed_adapters.add(self._adapter_store().remove(name))
         self._forget_adapters()
+
+    def change_adapter(self, change: AdapterChange) -> None:
+        """What the front asks for: `add_adapter` or `remove_adapter`."""
+        if change.load is not None:
+            self.add_adapter(change.load)
+        elif change.unload is not None:
+            self.remove_adapter(change.unload)
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> list[TokenEvent]:
         """End a sequence now and free its blocks. An unknown id gives no event: it may just have finished."""
@@ -210,7 +218,7 @@ class Engine:
     def _forget_adapters(self) -> None:
         """Free what removed adapters kept, once no accepted request uses them."""
         assert self._adapters is not None
-        for number in self._removed_adapters - self._scheduler.adapters_in_use():
+        for number in self._removed_adapters.difference(*self._scheduler.adapters()):
             self._adapters.forget(number)
             self._removed_adapters.remove(number)
 

@@ -24,6 +24,7 @@ from llmc.runtime.engine_process import QUEUE_MESSAGES
 from llmc.runtime.engine_spawn import EngineHandle
 from llmc.runtime.messages import (
     AbortRequest,
+    AdapterChange,
     EngineEvent,
     EngineFailed,
     EngineReady,
@@ -133,6 +134,27 @@ class EngineClient:
         for request_id in stream.request_ids:
             self.abort(request_id)
 
+    async def change_adapter(self, change: AdapterChange) -> None:
+        """Have the engine read or drop a LoRA adapter; returns when it has.
+
+        Raises:
+            RequestRejected: it cannot, or there is no engine.
+        """
+        self.check_state()
+        stream = RequestStream([change.request_id], self._cut_slow_reader)
+        if not self._send(change):
+            raise RequestRejected("the engine does not take messages now; try again later", status=503, code="engine_busy")
+        self._open[change.request_id] = stream
+        try:
+            events = await stream.get()
+        finally:
+            self._open.pop(change.request_id, None)
+        if not events:
+            raise RequestRejected("the engine was stopped before it answered; try again later", status=503, code="engine_busy")
+        (event,) = events
+        if event.error is not None:
+            raise RequestRejected(event.error, status=event.error_status, code="bad_adapter")
+
     def drain(self) -> None:
         """Refuse new requests from now on; running ones go on."""
         if self.state is not EngineState.FAILED:
@@ -228,7 +250,7 @@ class EngineClient:
                 code="queue_full",
             )
 
-    def _send(self, message: GenerateRequest | AbortRequest | Shutdown) -> bool:
+    def _send(self, message: GenerateRequest | AbortRequest | AdapterChange | Shutdown) -> bool:
         """Queue a message without waiting; False when there is no engine or its queue is full."""
         if self._socket is None:
             return False

@@ -23,9 +23,10 @@ from typing import Any, Protocol
 import msgspec
 import zmq
 
-from llmc.errors import InternalError, LlmcError, RequestRejected
+from llmc.errors import ConfigError, InternalError, LlmcError, RequestRejected
 from llmc.runtime.messages import (
     AbortRequest,
+    AdapterChange,
     EngineEvent,
     EngineFailed,
     EngineReady,
@@ -66,6 +67,7 @@ class EngineLike(Protocol):
     def step(self) -> list[TokenEvent]: ...
     def has_work(self) -> bool: ...
     def stats(self) -> EngineStats: ...
+    def change_adapter(self, change: AdapterChange) -> None: ...
     def close(self) -> None: ...
 
 
@@ -185,12 +187,17 @@ def _loop(engine: EngineLike, channel: _Channel, interval: StreamInterval) -> No
             channel.send(events)
 
 
-def _take_in(engine: EngineLike, request: GenerateRequest | AbortRequest) -> list[EngineEvent]:
+def _take_in(engine: EngineLike, request: GenerateRequest | AbortRequest | AdapterChange) -> list[EngineEvent]:
     """Hand one message to the engine. What goes wrong here belongs to this request alone."""
     if isinstance(request, AbortRequest):
         return list(engine.abort(request.request_id, request.reason))
     try:
+        if isinstance(request, AdapterChange):
+            engine.change_adapter(request)
+            return [TokenEvent(request_id=request.request_id, token_ids=[], finish_reason="stop")]
         return list(engine.add(request) or [])
+    except ConfigError as error:
+        return [_refusal(request.request_id, str(error), 400)]
     except RequestRejected as error:
         return [_refusal(request.request_id, str(error), error.status)]
     except Exception as error:

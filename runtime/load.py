@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from llmc.artifacts.manifest import Manifest, TensorRecord
 from llmc.artifacts.verify import OpenArtifact, open_artifact
@@ -124,7 +124,8 @@ def _load_draft(manifest: Manifest, guesses: DraftModelConfig, config: EngineCon
     trust = Path(config.trust) if config.trust else None
     with open_artifact(guesses.model, require_signature=config.require_signature, trust=trust) as artifact:
         check_fits(manifest, artifact.manifest, guesses.model)
-        plain = {"enable_lora": False, "lora_modules": [], "max_loras": None, "max_cpu_loras": None}  # it guesses without adapters
+        # It guesses without adapters.
+        plain: dict[str, Any] = {"enable_lora": False, "lora_modules": [], "max_loras": None, "max_cpu_loras": None}
         own = replace(config, artifact=guesses.model, checkpoint=None, early_start=False, **plain)
         executor, _, mover = _load_executor(artifact, own, StageTimer())
         assert mover is None, "a draft is copied at once"

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from llmc.runtime.lora.modules import AdapterPath
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -77,11 +79,19 @@ class AbortRequest(_Message, frozen=True):
     reason: FinishReason = "abort"
 
 
+class AdapterChange(_Message, frozen=True):
+    """Read a LoRA adapter, or take no more requests for one. Answered by one TokenEvent: finish_reason "stop", or "error" and why."""
+
+    request_id: str
+    load: AdapterPath | None = None
+    unload: str | None = None
+
+
 class Shutdown(_Message, frozen=True):
     """Finish nothing more and exit."""
 
 
-EngineRequest = GenerateRequest | AbortRequest | Shutdown
+EngineRequest = GenerateRequest | AbortRequest | AdapterChange | Shutdown
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,6 +127,7 @@ class EngineReady(_Message, frozen=True):
     max_num_seqs: int
     max_num_batched_tokens: int
     startup_ms: dict[str, float]  # stage -> milliseconds, in order
+    max_loras: int = 0  # adapters that one step may use; 0: serves none
 
 
 class EngineFailed(_Message, frozen=True):

@@ -43,7 +43,7 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], **config: Any) ->
         "inference_mode": True,
     }  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(settings | config))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
     return folder
 
 

@@ -39,9 +39,30 @@ def engine_fields(artifact: Path, settings: Resolved) -> dict[str, Any]:
     fields["num_blocks"] = settings["num_gpu_blocks_override"]
     fields["memory_utilization"] = settings["gpu_memory_utilization"]
     fields["seed"] = settings["seed"] if settings.given("seed") else None
+    if "enable_lora" in settings.values:
+        fields |= {name: settings[name] for name in ("enable_lora", "max_loras", "max_cpu_loras")}
+        fields["lora_modules"] = lora_modules(settings["lora_modules"] or [])
+        for name in ("lora_modules", "max_loras", "max_cpu_loras"):
+            if fields[name] and not settings["enable_lora"]:
+                raise ConfigError(f"--{name.replace('_', '-')} is about LoRA adapters; give --enable-lora too, or leave it out")
     if "max_queue" in settings.values:
         fields["max_queue"] = settings["max_queue"]
     return fields
+
+
+def lora_modules(given: list[str]) -> list[dict[str, Any]]:
+    """The values of --lora-modules as plain JSON, folders made absolute.
+
+    Raises:
+        ConfigError: one is not NAME=DIR or a JSON object, or a name is used twice.
+    """
+    if not given:
+        return []
+    from llmc.runtime.lora import adapter_paths  # msgspec, on the start path of few
+
+    return [
+        {"name": one.name, "path": str(Path(one.path).absolute()), "base_model_name": one.base_model_name} for one in adapter_paths(given)
+    ]
 
 
 def chat_template_text(value: str | None) -> str | None:

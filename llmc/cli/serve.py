@@ -43,6 +43,7 @@ def serve_command(artifact: Path, config_file: Path | None, **options: Any) -> i
         enable_auto_tool_choice=settings["enable_auto_tool_choice"],
         enable_tokenizer_info_endpoint=settings["enable_tokenizer_info_endpoint"],
         generation_config=settings["generation_config"],
+        allow_runtime_lora_updating=tuple(settings["allow_runtime_lora_updating"] or ()),
         max_logprobs=settings["max_logprobs"],
         override_generation_config=settings["override_generation_config"] or {},
         max_queue=settings["max_queue"],

@@ -43,7 +43,7 @@ REFUSED = {
     "cudagraph_mode": _GRAPHS,
     "cudagraph_num_of_warmups": _GRAPHS,
     "cudagraph_copy_inputs": _GRAPHS,
-    "cudagraph_specialize_lora": "LoRA is not built",
+    "cudagraph_specialize_lora": "adapters are for CPUs, which capture nothing",
     "use_inductor_graph_partition": _INDUCTOR,
     "pass_config": "passes are chosen by name: --passes +name,-name; `llmc compile --explain all` lists them",
     "dynamic_shapes_config": _SHAPES,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llmc.config.executor import check_executor
 from llmc.config.human import AUTO
@@ -142,6 +143,7 @@ class CompileConfig:
         for flag, given in (
             (f"--tensor-parallel-size {self.tensor_parallel_size}", self.tensor_parallel_size > 1),
             ("--task embed", self.embed),
+            ("--backend tvm", self.backend == "tvm"),
         ):
             if given:
                 raise ConfigError(
@@ -227,6 +229,7 @@ def compile_config(
         max_cudagraph_capture_size=largest,
         compile_sizes=_sizes(settings["compile_sizes"]),
         tensor_parallel_size=settings["tensor_parallel_size"],
+        **_lora(settings),
         seed=settings["seed"],
         pooling=pooling[0] if pooling is not None else None,
         normalize=pooling[1] if pooling is not None else True,
@@ -236,6 +239,27 @@ def compile_config(
         force=force,
         use_cache=use_cache,
     )
+
+
+def _lora(settings: Resolved) -> dict[str, Any]:
+    """The fields about adapters.
+
+    Raises:
+        ConfigError: flags about adapters without --enable-lora.
+    """
+    given = {name: settings[name] for name in ("max_loras", "max_lora_rank", "lora_dtype", "lora_target_modules")}
+    if not settings["enable_lora"]:
+        named = [name for name, value in given.items() if value is not None]
+        if named:
+            raise ConfigError(f"--{named[0].replace('_', '-')} is about LoRA adapters; give --enable-lora too, or leave it out")
+        return {}
+    targets = given["lora_target_modules"]
+    return {
+        "max_loras": given["max_loras"] or 1,
+        "max_lora_rank": given["max_lora_rank"] or 16,
+        "lora_dtype": given["lora_dtype"] or "auto",
+        "lora_target_modules": tuple(sorted(set(targets))) if targets else None,
+    }
 
 
 def _sizes(given: list[int] | None) -> tuple[int, ...] | None:

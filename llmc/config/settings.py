@@ -203,6 +203,16 @@ def pass_choice(value: str) -> str:
     return value
 
 
+_LORA_RANKS = ("1", "8", "16", "32", "64", "128", "256", "320", "512")
+
+
+def lora_rank(value: str) -> int:
+    """One of the ranks vLLM takes."""
+    if value not in _LORA_RANKS:
+        raise ConfigError(f"{value!r} is no rank to compile for; accepted: {', '.join(_LORA_RANKS)}, and adapters of any rank up to it")
+    return int(value)
+
+
 def on_command_line_only(value: str) -> str:
     """For a flag that the command line spreads into others before anything is parsed."""
     raise ConfigError("it is read on the command line alone; give the keys' own settings here: optimization_level, compile_sizes, ...")
@@ -372,6 +382,23 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(name="checkpoint", parse=text, default=None, commands=ENGINE, group="Engine", metavar="DIR",
             help="Checkpoint to bind, for an artifact compiled with --weights external."),
     # --- front ------------------------------------------------------------------------------------------------------------
+    _flag("enable_lora", frozenset({COMPILE, SERVE}), "LoRA",
+          "Compile with room for LoRA adapters; serve them. CPUs; docs/lora.md."),
+    Setting(name="max_loras", parse=integer(1, 256), default=None, commands=frozenset({COMPILE, SERVE}), group="LoRA", metavar="N",
+            help="Adapters that one step may use; default: 1 to compile, the compiled number to serve. Requests of others wait."),
+    Setting(name="max_lora_rank", parse=lora_rank, default=None, commands=_COMPILE, group="LoRA", metavar="N", choices=_LORA_RANKS,
+            help="Largest rank of an adapter, default 16; smaller ones take as much room."),
+    Setting(name="lora_dtype", parse=choice("auto", "bfloat16", "float16", "float32"), default=None, commands=_COMPILE, group="LoRA",
+            choices=("auto", "bfloat16", "float16", "float32"), help="Type that adapters are kept in; default auto, the model's."),
+    Setting(name="lora_target_modules", parse=text, default=None, commands=_COMPILE, group="LoRA", metavar="NAME", many=True,
+            help="Ends of the names of modules that adapters may change; default: every linear of the layers."),
+    Setting(name="lora_modules", parse=text, default=None, commands=_SERVE, group="LoRA", metavar="NAME=DIR|JSON", many=True,
+            help="PEFT adapters to serve: clients choose one by its name in `model`."),
+    Setting(name="max_cpu_loras", parse=integer(1, 1024), default=None, commands=_SERVE, group="LoRA", metavar="N",
+            help="Adapters kept in memory, the others are read again when needed; default: all."),
+    Setting(name="allow_runtime_lora_updating", parse=text, default=None, commands=_SERVE, group="LoRA", metavar="DIR", many=True,
+            help="Folders from which POST /v1/load_lora_adapter may take adapters; default: the path does not exist."),
+    # --- server
     Setting(name="host", parse=text, default=None, commands=_SERVE, group="Server", metavar="NAME",
             help="Address to listen on; default 127.0.0.1, loopback only."),
     Setting(name="port", parse=integer(0, 65535), default=8000, commands=_SERVE, group="Server", metavar="N",

@@ -64,9 +64,9 @@ class LoraSlots:
     def forget(self, slot: int) -> None:
         """What was to be brought into a slot is not there; the next sequence that wants it brings it again."""
         for adapter in [one for one, its in self._slot_of.items() if its == slot]:
-            del self._slot_of[adapter]
             if adapter in self._users:
                 raise InternalError(f"scheduler: adapter {adapter} was lost while sequences of it run")
+            del self._slot_of[adapter]
 
     def clear(self) -> None:
         """No sequence runs any more, and nothing is said about what the slots hold."""

@@ -43,7 +43,7 @@ def serve_replicas(settings: ServerSettings, count: int, engine: EngineKind, *, 
     Raises:
         ConfigError: a setting that one server alone can have, an address that cannot be bound, or Ray is not installed.
     """
-    for name in ("allow_weights", "enable_sleep_mode", "trace_startup"):
+    for name in ("allow_weights", "allow_runtime_lora_updating", "enable_sleep_mode", "trace_startup"):
         if getattr(settings, name):
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} acts on one server's engine; leave it out with --replicas, or start one server for each replica")

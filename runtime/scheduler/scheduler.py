@@ -16,9 +16,10 @@ from collections.abc import Callable
 
 from llmc.artifacts.manifest import KVFacts
 from llmc.errors import ConfigError, InternalError, RequestRejected
-from llmc.runtime.kv import KVManager, PrefixHit, max_tokens_that_fit
+from llmc.runtime.kv import KVManager, max_tokens_that_fit
 from llmc.runtime.lora.slots import LoraSlots
 from llmc.runtime.messages import EngineStats, FinishReason, GenerateRequest, TokenEvent
+from llmc.runtime.scheduler.admission import SlotQueue, chunk, digests, leave_slot, match, next_digest, take_slot
 from llmc.runtime.scheduler.ahead import extend_all, going_on
 from llmc.runtime.scheduler.config import SchedulerConfig
 from llmc.runtime.scheduler.counters import Counters
@@ -31,8 +32,6 @@ from llmc.runtime.step import SampledToken, ScheduledSequence, StepOutput, StepP
 
 # Requests with one prefix wait for the first of them; looking past more than this many would cost every step.
 _MAX_PASSED_OVER = 32
-# How many requests of adapters that have slots may start before one that waits for a slot.
-_MAX_OVERTAKING = 64
 
 
 class Scheduler:
@@ -108,10 +107,6 @@ class Scheduler:
     def adapters(self) -> tuple[set[int], set[int]]:
         """LoRA adapters that running sequences use, and those that waiting ones want."""
         return set(self._loras.running()), {sequence.adapter for sequence in self._waiting if sequence.adapter}
-
-    def adapters_in_use(self) -> set[int]:
-        """LoRA adapters of all live requests."""
-        return {sequence.adapter for sequence in self._sequences.values() if sequence.adapter}
 
     def check(self) -> None:
         """Recount every invariant; tests call it after every step. Changes nothing.
@@ -197,7 +192,7 @@ class Scheduler:
         for sequence in self._running:
             start = sequence.num_computed
             if sequence.prefilling:
-                count = self._chunk(len(sequence.token_ids) - start, prefill_budget, begun=True)
+                count = chunk(self.config, len(sequence.token_ids) - start, prefill_budget, begun=True)
                 if start + count < len(sequence.token_ids):
                     num_partial += 1
                 if count == 0:
@@ -298,14 +293,6 @@ class Scheduler:
 
     # Parts of plan.
 
-    def _chunk(self, remaining: int, budget: int, *, begun: bool) -> int:
-        """How many of a prompt's `remaining` tokens may run now; 0: none."""
-        config = self.config
-        # Without chunked prefill, chunks are for a preempted sequence that outgrew the budget alone: in one step it could never run again.
-        if not config.enable_chunked_prefill and not begun and remaining <= config.max_num_batched_tokens:
-            return remaining if remaining <= budget else 0
-        return min(remaining, config.long_prefill_token_threshold or remaining, budget)
-
     def _make_room(self, sequence: Sequence, start: int, end: int) -> bool:
         """Get the blocks for tokens [start, end), preempting from the worst rank; False: the sequence itself was preempted."""
         kv = self._kv
@@ -325,7 +312,7 @@ class Scheduler:
         remove_ranked(self._running, sequence)
         self._num_prefilling -= sequence.prefilling
         self._kv.free(sequence.blocks)
-        self._leave_slot(sequence)
+        leave_slot(self._loras, sequence)
         sequence.num_computed = 0
         sequence.prefilling = True
         sequence.state = "waiting"
@@ -340,25 +327,22 @@ class Scheduler:
         if len(self._running) >= config.max_num_seqs:
             return  # the common case under load
         committed = sum(kv.blocks_to_finish(s.blocks, len(s.token_ids)) for s in self._running if s.prefilling)
-        computing = {digest for share, s in zip(scheduled, sequences, strict=True) if s.prefilling for digest in self._digests(s, share)}
+        computing = {digest for share, s in zip(scheduled, sequences, strict=True) if s.prefilling for digest in digests(config, s, share)}
         index, most_passed = 0, _MAX_PASSED_OVER
-        waits: Sequence | None = None  # the first that waits for a slot for its adapter
+        queue = SlotQueue(self._loras)
         while index < min(len(self._waiting), most_passed) and len(self._running) < config.max_num_seqs and budget > 0:
             sequence = self._waiting[index]
-            if sequence.adapter and (
-                not self._loras.can_acquire(sequence.adapter) or (waits is not None and waits.num_overtaken >= _MAX_OVERTAKING)
-            ):
-                waits = waits or sequence
+            if queue.must_wait(sequence):
                 index += 1
                 most_passed += 1  # asking for a slot costs nothing
                 continue
             num_tokens = len(sequence.token_ids)
-            hit = self._match(sequence)
-            if self._next_digest(sequence, hit) in computing:
+            hit = match(kv, sequence)
+            if next_digest(config, sequence, hit) in computing:
                 index += 1  # another sequence computes its next block in this very step; one step later it is a hit
                 continue
             start = hit.num_blocks * config.block_size
-            count = self._chunk(num_tokens - start, budget, begun=False)
+            count = chunk(config, num_tokens - start, budget, begun=False)
             partial = count < num_tokens - start
             if count == 0 or (partial and num_partial >= config.max_num_partial_prefills):
                 return
@@ -367,8 +351,7 @@ class Scheduler:
             needed = kv.blocks_to_admit(hit, num_tokens) + committed + config.reserve_blocks
             if self._running and needed > kv.pool.num_available:
                 return
-            if waits is not None and sequence.adapter:
-                waits.num_overtaken += 1
+            queue.started(sequence)
             del self._waiting[index]
             kv.attach(sequence.blocks, hit)
             kv.extend(sequence.blocks, start + count)
@@ -377,29 +360,13 @@ class Scheduler:
             num_partial += partial
             budget -= count
             share = share_of(sequence, start, start + count)
-            computing.update(self._digests(sequence, share))
+            computing.update(digests(config, sequence, share))
             sequences.append(sequence)
             scheduled.append(share)
 
-    def _match(self, sequence: Sequence) -> PrefixHit:
-        """What of a waiting sequence is cached. Prompt log-probabilities need every row computed, so they hit nothing."""
-        return self._kv.match(sequence.blocks, len(sequence.token_ids) if sequence.prompt_logprobs is None else 0)
-
-    def _next_digest(self, sequence: Sequence, hit: PrefixHit) -> bytes | None:
-        """Digest of the first block that a later hit could add, if there is one."""
-        reusable = (len(sequence.token_ids) - 1) // self.config.block_size
-        if sequence.prompt_logprobs is not None or hit.num_blocks >= min(reusable, len(sequence.blocks.digests)):
-            return None
-        return sequence.blocks.digests[hit.num_blocks]
-
-    def _digests(self, sequence: Sequence, share: ScheduledSequence) -> list[bytes]:
-        """Digests of the blocks that become full in this step."""
-        return sequence.blocks.digests[share.start // self.config.block_size : share.end // self.config.block_size]
-
     def _start(self, sequence: Sequence, num_cached_tokens: int) -> None:
         sequence.state = "running"
-        if sequence.adapter:
-            sequence.lora_slot = self._loras.acquire(sequence.adapter)
+        take_slot(self._loras, sequence)
         sequence.num_computed = num_cached_tokens
         insert_ranked(self._running, sequence)
         self._num_prefilling += 1
@@ -465,19 +432,13 @@ class Scheduler:
         self._remove(sequence)
         return TokenEvent(request_id=sequence.request_id, token_ids=[], finish_reason="error", error=message, error_status=status)
 
-    def _leave_slot(self, sequence: Sequence) -> None:
-        """Its adapter has one running sequence less."""
-        if sequence.adapter:
-            self._loras.release(sequence.adapter)
-            sequence.lora_slot = -1
-
     def _remove(self, sequence: Sequence) -> None:
         """Forget a live sequence and free its blocks."""
         del self._sequences[sequence.request_id]
         if sequence.state == "running":
             remove_ranked(self._running, sequence)
             self._num_prefilling -= sequence.prefilling
-            self._leave_slot(sequence)
+            leave_slot(self._loras, sequence)
         else:
             remove_ranked(self._waiting, sequence)
         sequence.state = "finished"

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from llmc.errors import RequestRejected
+from llmc.runtime.server.adapters import Adapters, adapters_router
 from llmc.runtime.server.answers import json_answer
 from llmc.runtime.server.anthropic_messages import messages_router
 from llmc.runtime.server.context import ContextMiddleware
@@ -35,7 +36,7 @@ from llmc.runtime.server.tracing import Tracing
 _MESSAGES = {404: "there is nothing at this path; GET /v1/models lists what is served", 405: "this path does not take this method"}
 
 
-def build_app(front: Front, tracing: Tracing | None = None, reload: Reload | None = None) -> Any:
+def build_app(front: Front, tracing: Tracing | None = None, reload: Reload | None = None, adapters: Adapters | None = None) -> Any:
     """The whole ASGI application of a server."""
     settings = front.settings
     app = _Application(settings.root_path)
@@ -45,6 +46,8 @@ def build_app(front: Front, tracing: Tracing | None = None, reload: Reload | Non
         app.router.routes += make_router(front).routes
     if reload is not None:
         app.router.routes += weights_router(reload).routes
+    if adapters is not None:
+        app.router.routes += adapters_router(adapters).routes
     if not settings.disable_docs:
         app.router.routes += playground_router(front).routes + _description_router(app, settings.root_path).routes
     _add_error_answers(app)

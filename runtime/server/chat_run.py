@@ -34,7 +34,7 @@ async def start_chat(front: Front, request: Request, body: ChatCompletionRequest
         RequestRejected: naming the field.
     """
     check_task(front, pool=False)
-    front.check_model(body.model)
+    lora = front.check_model(body.model)
     _check_fields(body)
     check_tools(front, body)
     forced = forced_calls(body)
@@ -72,6 +72,7 @@ async def start_chat(front: Front, request: Request, body: ChatCompletionRequest
         priority=body.priority or 0,
         cache_salt=body.cache_salt,
         shown_special=front.model.reply_marks,
+        lora=lora,
     )
     return ChatRun(generation=generation, replies=replies, prompt=prompt)
 

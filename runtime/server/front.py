@@ -12,6 +12,7 @@ from starlette.requests import Request
 
 from llmc.errors import RequestRejected
 from llmc.runtime.engine_client import EngineClient
+from llmc.runtime.lora import AdapterPath
 from llmc.runtime.server.metrics import Metrics
 from llmc.runtime.server.served_model import ServedModel
 from llmc.runtime.server.settings import ServerSettings
@@ -22,20 +23,24 @@ _INLINE_SIZE = 16 * 1024  # characters or tokens; about 10 ms of encoding
 
 @dataclass(kw_only=True, slots=True)
 class Front:
-    """The front process's parts. Only `model` ever changes, and only by reload.py, while no request runs."""
+    """The front process's parts. Only `model` ever changes, by reload.py while no request runs, and `adapters`."""
 
     settings: ServerSettings
     model: ServedModel
     client: EngineClient
     metrics: Metrics
+    adapters: dict[str, AdapterPath] = field(default_factory=dict)  # by name; changed by adapters.py alone
     created: int = field(default_factory=lambda: int(time.time()))
     workers: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
 
-    def check_model(self, name: str | None) -> None:
-        """Refuse a model name that is not served here; none means ours."""
+    def check_model(self, name: str | None) -> str | None:
+        """Refuse a model name that is not served here; none means ours. Returns the LoRA adapter it names, if it does."""
+        if name in self.adapters:
+            return name
         if name is not None and name not in self.model.names:
-            served = ", ".join(self.model.names[:5])
+            served = ", ".join([*self.model.names, *self.adapters][:5])
             raise RequestRejected(f"the model does not exist here; served is: {served}", status=404, param="model", code="model_not_found")
+        return None
 
     @property
     def max_model_len(self) -> int:

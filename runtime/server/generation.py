@@ -78,6 +78,7 @@ class Generation:
         cache_salt: str | None = None,
         shown_special: dict[int, str] | None = None,
         pool: bool = False,
+        lora: str | None = None,
     ) -> None:
         """Submit everything. Must be closed in the end, whatever happens.
 
@@ -85,6 +86,7 @@ class Generation:
             cache_salt: the client's own, beside its key's.
             shown_special: special tokens that are text all the same, as marks of a reply's parts are.
             pool: what is wanted is each prompt's vector.
+            lora: the adapter to run with, by name; None: the model itself.
 
         Raises:
             RequestRejected: the engine takes nothing now.
@@ -124,6 +126,7 @@ class Generation:
                     arrival_time=self._started,
                     cache_salt=salt,
                     pool=pool,
+                    lora=lora,
                 )
             )
         self._stream = front.client.submit(messages)

@@ -68,12 +68,12 @@ def operator_router(front: Front) -> Router:
 
     @router.get("/v1/models")
     async def models(_request: Request) -> Any:
-        return json_answer({"object": "list", "data": [_model_card(front, name) for name in front.model.names]})
+        return json_answer({"object": "list", "data": [_model_card(front, name) for name in (*front.model.names, *front.adapters)]})
 
     @router.get("/v1/models/{model:path}")
     async def model(request: Request) -> Any:
         model = request.path_params["model"]
-        if model not in front.model.names:
+        if model not in front.model.names and model not in front.adapters:
             raise RequestRejected("the model does not exist here; GET /v1/models lists what does", status=404, code="model_not_found")
         return json_answer(_model_card(front, model))
 
@@ -105,13 +105,13 @@ def _add_sleep(router: Router, front: Front) -> None:
 
 
 def _model_card(front: Front, name: str) -> dict[str, Any]:
-    ready = front.client.ready
+    ready, adapter = front.client.ready, front.adapters.get(name)
     return {
         "id": name,
         "object": "model",
         "created": front.created,
         "owned_by": "llmc",
-        "root": front.model.name,
-        "parent": None,
+        "root": front.model.name if adapter is None else adapter.path,
+        "parent": None if adapter is None else adapter.base_model_name or front.model.name,
         "max_model_len": ready.max_model_len if ready is not None else None,
     }

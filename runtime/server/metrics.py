@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import time
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -85,6 +86,9 @@ class _EngineCollector:
         yield self._gauge("llmc:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", usage)
         yield self._gauge("llmc:engine_restarts", "Times the engine process was started again.", self._client.num_restarts)
         yield self._gauge("llmc:front_peak_rss_bytes", "Most memory the front process held.", _peak_rss_bytes())
+        ready = self._client.ready
+        if ready is not None and ready.max_loras:
+            yield self._lora_info(ready.max_loras, stats)
         for field, (name, about) in _ENGINE_COUNTERS.items():
             family = CounterMetricFamily(name, about, labels=["model_name"])
             family.add_metric([self._model], self._total(field, stats))
@@ -96,6 +100,15 @@ class _EngineCollector:
             self._base[field] += self._last[field]
         self._last[field] = value
         return self._base[field] + value
+
+    def _lora_info(self, max_loras: int, stats: EngineStats | None) -> GaugeMetricFamily:
+        """Which adapters run and wait now, as vLLM shows it: the names are labels, the value is the time of the answer. It is one line,
+        so labels never pile up; the names are the operator's."""
+        labels = ["max_lora", "waiting_lora_adapters", "running_lora_adapters"]
+        family = GaugeMetricFamily("llmc:lora_requests_info", "LoRA adapters of running and waiting requests.", labels=labels)
+        waiting, running = (stats.waiting_loras, stats.running_loras) if stats else ([], [])
+        family.add_metric([str(max_loras), ",".join(waiting), ",".join(running)], time.time())
+        return family
 
     def _gauge(self, name: str, about: str, value: float) -> GaugeMetricFamily:
         family = GaugeMetricFamily(name, about, labels=["model_name"])

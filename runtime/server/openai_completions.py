@@ -31,7 +31,7 @@ def completions_router(front: Front) -> Router:
     async def completions(request: Request) -> Any:
         body = parse_body(await request.body(), CompletionRequest)
         check_task(front, pool=False)
-        front.check_model(body.model)
+        lora = front.check_model(body.model)
         _check_fields(body)
         prompts = truncated(front, body, await _prompts(front, body), body.max_tokens)
         sampling = sampling_params(
@@ -44,7 +44,7 @@ def completions_router(front: Front) -> Router:
             prompt_logprobs=body.logprobs if body.echo and body.logprobs is not None else body.prompt_logprobs,
             bad_words=await bad_word_ids(front, body),
         )
-        generation = Generation(front, request, prompts, sampling, priority=body.priority or 0, cache_salt=body.cache_salt)
+        generation = Generation(front, request, prompts, sampling, priority=body.priority or 0, cache_salt=body.cache_salt, lora=lora)
         answer = _Answer(front, body, generation, prompts, request.scope["llmc.request_id"])
         if body.stream:
             return await sse.start(answer.chunks(), generation.close)

@@ -11,6 +11,7 @@ from starlette.routing import BaseRoute
 
 from llmc.runtime.server.routes import DescribedRoute
 from llmc.runtime.server.schemas import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from llmc.runtime.server.schemas_adapters import LoadAdapterRequest, UnloadAdapterRequest
 from llmc.runtime.server.schemas_embeddings import EmbeddingsRequest, RerankRequest, ScoreRequest
 from llmc.runtime.server.schemas_messages import CountTokensRequest, MessagesRequest
 from llmc.runtime.server.schemas_responses import ResponsesRequest
@@ -27,6 +28,8 @@ _BODIES = {
     **dict.fromkeys(("/v1/score", "/score"), ScoreRequest),
     **dict.fromkeys(("/v1/rerank", "/v2/rerank", "/rerank"), RerankRequest),
     "/v1/weights": WeightsRequest,
+    "/v1/load_lora_adapter": LoadAdapterRequest,
+    "/v1/unload_lora_adapter": UnloadAdapterRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }

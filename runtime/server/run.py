@@ -22,7 +22,9 @@ import uvloop
 from llmc.errors import ConfigError, InternalError
 from llmc.runtime.engine_client import EngineClient
 from llmc.runtime.engine_spawn import EngineHandle, spawn_engine
+from llmc.runtime.lora import AdapterPath
 from llmc.runtime.server import logs
+from llmc.runtime.server.adapters import Adapters
 from llmc.runtime.server.app import build_app
 from llmc.runtime.server.front import Front
 from llmc.runtime.server.limits import limited_protocol
@@ -60,6 +62,9 @@ def run(
     model = (load_model or load_served_model)(settings)
     stages["tokenizer"] = _ms_since(started)
     model = dataclasses.replace(model, generation_defaults=model.generation_defaults | settings.override_generation_config)
+    for adapter in settings.engine.get("lora_modules", ()):
+        if adapter["name"] in model.names:
+            raise ConfigError(f"--lora-modules names an adapter {adapter['name']!r}, as the model itself is called; take another name")
     return uvloop.run(_run(settings, listener, handle, model, stages, entered_at))
 
 
@@ -81,7 +86,10 @@ async def _run(
     tracing = Tracing(settings.otlp_traces_endpoint, model.name) if settings.otlp_traces_endpoint is not None else None
     workers = asyncio.Semaphore(settings.renderer_num_workers)
     front = Front(settings=settings, model=model, client=client, metrics=Metrics(model.name, client), workers=workers)
-    server = http_server(settings, build_app(front, tracing, Reload(front, engine) if settings.allow_weights else None))
+    front.adapters.update({one["name"]: AdapterPath(**one) for one in engine.get("lora_modules", ())})
+    reload = Reload(front, engine) if settings.allow_weights else None
+    adapters = Adapters(front, engine) if settings.allow_runtime_lora_updating else None
+    server = http_server(settings, build_app(front, tracing, reload, adapters))
     client.start(handle)
     stopping = stop_signals()
     serving = asyncio.create_task(server.serve(sockets=[listener]))

@@ -55,6 +55,9 @@ class ServerSettings:
     enable_auto_tool_choice: bool = False  # refuse to start without a tool-call format
     enable_tokenizer_info_endpoint: bool = False  # GET /tokenizer_info
     generation_config: Literal["auto", "vllm", "llmc"] = "auto"  # auto: the model's own sampling defaults; else neutral ones
+    allow_runtime_lora_updating: tuple[
+        str, ...
+    ] = ()  # folders from which POST /v1/load_lora_adapter may take an adapter; empty: no such path
     max_logprobs: int = 20  # -1: the whole vocabulary
     max_body_bytes: int = 8 << 20
     max_queue: int = 1024  # sequences that may wait beside the running ones; one more gets 429
@@ -105,6 +108,11 @@ class ServerSettings:
         for folder in self.allow_weights:
             if not os.path.isdir(folder):
                 raise ConfigError(f"allow_weights: {folder} is no folder")
+        for folder in self.allow_runtime_lora_updating:
+            if not os.path.isdir(folder):
+                raise ConfigError(f"--allow-runtime-lora-updating: {folder} is no folder")
+        if self.allow_runtime_lora_updating and not self.engine.get("enable_lora"):
+            raise ConfigError("--allow-runtime-lora-updating is about LoRA adapters; give --enable-lora too, or leave it out")
         _check_sampling(self.override_generation_config)
         if any(not name.strip() for name in self.served_model_names):
             raise ConfigError("a served model name is empty; leave --served-model-name out to use the model's own")
