@@ -171,6 +171,14 @@ class LimitedProtocol(HttpToolsProtocol):
             return
         super().on_message_complete()
         self._in_headers, self._header_bytes = True, 0
+        if self.cycle.response_complete and not self.transport.is_closing():  # uvicorn's clock on the pause stopped with the body
+            self._stop_header_timer()
+            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete and not self._in_headers and not self.transport.is_closing():
+            self._start_header_timer()  # answered ahead of its body, as without a key: nobody reads what is left of it
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._started = cycle
@@ -206,6 +214,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._header_timer = None
         if self._started is not None and not self._started.response_complete:
             self.transport.abort()  # half a pipelined request behind a running one: no answer can be put in between
+        elif not self._in_headers:
+            self.transport.close()  # it has its answer
         elif not self.transport.is_closing():
             self._hang_up(408, f"the headers did not arrive within {self.header_timeout_s:g} s", "header_timeout")
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,12 @@ def test_a_reader_is_not_slow_because_the_engine_is_fast() -> None:
         assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 12_800
 
 
+@pytest.fixture(scope="module")
+def locked() -> Iterator[RunningServer]:
+    with RunningServer(settings={"api_keys": ["key"], "keep_alive_timeout_s": 1.0, "header_timeout_s": 1.0}) as running:
+        yield running
+
+
 def test_api_keys() -> None:
     with RunningServer(settings={"api_keys": ["first key", "second"], "root_path": "/llm"}) as server:
         for path in (
@@ -135,6 +142,27 @@ def test_api_keys() -> None:
         assert server.post("/v1/completions", {"prompt": "x"}, headers=good).status_code == 200
         assert server.post("/llm/v1/completions", {"prompt": "x"}, headers=good).status_code == 200
         assert "second" not in server.log() and "second" not in Path(f"/proc/{server.engine_pid()}/cmdline").read_text()
+
+
+@pytest.mark.parametrize("rest", [b"", b"0123456789"])
+def test_a_refused_request_does_not_hold_its_connection(locked: RunningServer, rest: bytes) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", locked.port), timeout=10) as connection:
+
+        def answer_to(request: bytes) -> bytes:
+            connection.sendall(request)
+            data = b""
+            while not data.endswith(b"}"):
+                data += connection.recv(4096)
+            return data
+
+        assert answer_to(head).startswith(b"HTTP/1.1 401 ")
+        if rest:  # with its body whole, the connection may be used again
+            connection.sendall(rest)
+            assert answer_to(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+            assert answer_to(head).startswith(b"HTTP/1.1 401 ")
+            connection.sendall(rest)
+        assert connection.recv(4096) == b""
 
 
 def test_cross_origin_only_where_allowed(server: RunningServer) -> None:
