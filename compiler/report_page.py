@@ -28,12 +28,13 @@ def render_html(report: Mapping[str, Any], measured: Mapping[str, Any] | None = 
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["bytes"] = human_bytes
+    environment.filters["signed_bytes"] = signed_bytes
     environment.filters["count"] = lambda n: f"{n:,}".replace(",", " ")
     environment.globals.update(layer_svg=layer_svg, roofline_svg=roofline_svg, spans=spans, startup_spans=startup_spans)
     environment.globals.update(gpu_rows=table_rows, gpu_columns=COLUMNS)
     environment.globals.update(memory_plan=memory_plan, contents=contents, kernel_name=kernel_name, roof_points=roof_points)
     source = (files("llmc.compiler") / "report_template.html").read_text(encoding="utf-8")
-    whole = {"layer": None, "kernels": [], "quantization": None, "kv_quantization": None, "gpu": None, **report}
+    whole = {"layer": None, "kernels": [], "quantization": None, "kv_quantization": None, "gpu": None, "predicted": None, **report}
     return environment.from_string(source).render(report=whole, measured=measured)
 
 
@@ -122,6 +123,11 @@ def contents(files: Mapping[str, int]) -> list[dict[str, Any]]:
     for path, size in files.items():
         parts.setdefault(_PARTS.get(path.split("/")[0], "manifest"), []).append(size)
     return [{"part": part, "files": len(sizes), "bytes": sum(sizes)} for part, sizes in sorted(parts.items(), key=lambda p: -sum(p[1]))]
+
+
+def signed_bytes(count: int) -> str:
+    """ "−1.2 MB"; nothing for none."""
+    return f"{'−' if count < 0 else ''}{human_bytes(abs(count))}" if count else ""
 
 
 def kernel_name(kernel: Mapping[str, Any]) -> str:

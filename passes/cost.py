@@ -36,6 +36,7 @@ _FUSED = {
     aten.embedding.default, aten.repeat_interleave.self_int,
 }  # fmt: skip
 _LOOKUPS = {aten.index_select.default, aten.embedding.default, aten.index.Tensor}
+_OUR_LOOKUPS = ("llmc.embedding.default", "llmc.quantized_embedding.default")
 _CACHES = ("k_cache", "v_cache", "lora_pool")
 
 
@@ -110,7 +111,7 @@ def _read(reader: Node, view: Node) -> int:
     value = _base(view)
     if value.op == "placeholder" and str(value.target).startswith(_CACHES):
         return 0
-    if reader.target in _LOOKUPS and G.is_constant(value):
+    if (reader.target in _LOOKUPS or G.is_op(reader, *_OUR_LOOKUPS)) and G.is_constant(value):
         return _bytes(reader)
     return min(_bytes(view), _bytes(value))  # a slice is less than its base, an expanded row is read once
 

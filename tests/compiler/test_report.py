@@ -97,6 +97,13 @@ def test_a_whole_report_is_one_page_that_reaches_for_nothing() -> None:
     assert "1.02 [1.00, 1.05]" in page.text
 
 
+def test_what_a_pass_saves_is_shown_and_called_predicted() -> None:
+    saved = {p["name"]: {"launches_saved": -57, "bytes_saved": -7_602_176} for p in REPORT["passes"]}
+    text = page_of(render_html({**REPORT, "predicted": saved})).text
+    assert "−57" in text and "−7.6 MB" in text and any("saved are predicted" in part for part in text)
+    assert "bytes saved" not in page_of(render_html(REPORT)).text
+
+
 def test_facts_alone_and_a_report_of_an_earlier_version_are_pages_too() -> None:
     page = page_of(render_html(REPORT))
     assert (page.outside, page.open) == ([], []) and "Where the time went" not in page.text and "Kernels, measured" not in page.text

@@ -9,11 +9,13 @@ from llmc.passes.cost import Cost, predicted
 from llmc.passes.fuse_add_rms_norm import FuseAddRmsNorm
 from llmc.passes.fuse_rms_norm import FuseRmsNorm
 from llmc.passes.fuse_rope_kv_write import FuseRopeKVWrite
+from llmc.passes.lower_linear import LowerLinear
 from llmc.passes.merge_gate_up import MergeGateUp
 from llmc.passes.no_op_elimination import NoOpElimination
 from tests.passes.fusion_modules import Residual, RotaryAttention, residual_case, rotary_case
 from tests.passes.modules import HIDDEN, GatedMLP, mlp_case
 from tests.passes.support import capture, seeded
+from tests.passes.test_lower_linear import tied
 
 ROW = HIDDEN * 4  # bytes of a row of fp32
 TOKENS = 64
@@ -30,6 +32,13 @@ def test_merging_linears_saves_a_launch_and_a_read_of_x() -> None:
     was, now = predicted(before.gm), predicted(after.gm)
     assert was.launches - now.launches == 1
     assert was.nbytes - now.nbytes == TOKENS * ROW
+
+
+def test_a_lookup_in_a_packed_table_reads_rows() -> None:
+    before = tied()
+    after, _ = before.apply(LowerLinear())
+    padding = (64 - 50) * 24 + (48 - 40) * 24 + (32 - 24) * 40  # of head, linear and Conv1D; the table itself is read by the head alone
+    assert predicted(after.gm).nbytes - predicted(before.gm).nbytes == 4 * padding
 
 
 def test_views_cost_nothing() -> None:
