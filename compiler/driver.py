@@ -85,9 +85,9 @@ def _searched(
         def artifact(removed: frozenset[str]) -> Path:
             out = Path(folder) / ("-".join(sorted(removed)) or "all")
             if not out.exists():
-                # Other integers take the same time: what is measured is rounded to nearest, and bound by nothing.
-                rounded = replace(config, calibration="rtn", calibration_data=None, max_kl=None)
-                variant = replace(rounded, level=2, passes=without(config.passes, removed), out=out, report=None, force=False)
+                # Other integers take the same time: what is timed is rounded to nearest, and bound by nothing.
+                trial = replace(config, calibration="rtn", calibration_data=None, max_kl=None, trial=True)
+                variant = replace(trial, level=2, passes=without(config.passes, removed), out=out, report=None, force=False)
                 compile_model(variant, render=render, store=store)
             return out
 

@@ -64,7 +64,7 @@ def quantized_weights(
     """
     plain = packing.fetcher(captured.constants, checkpoint)
     facts, kv_facts = _facts(config, weights)
-    if (facts is None and kv_facts is None) or config.weights == "external":
+    if (facts is None and kv_facts is None) or config.weights == "external" or config.trial:
         return Quantized(facts=facts, kv_facts=kv_facts, fetch=plain)
     fetch = plain
     if facts is not None:

@@ -49,6 +49,7 @@ class CompileConfig:
     lora_dtype: str = "auto"  # of the adapters; "auto" is the model's
     lora_target_modules: tuple[str, ...] | None = None  # ends of module names; None: every linear of the layers
     seed: int = 0
+    trial: bool = False  # compiled to be timed and thrown away: no canaries, no cost measured
     out: Path
     report: Path | None = None  # None: OUT.report
     jobs: int = 1

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from llmc.compiler import driver
 from llmc.compiler.driver import compile_model
 from llmc.compiler.pipeline import pipeline
 from llmc.compiler.search import OPTIONAL, ROUNDS, refuse_unmeasurable, search, without
+from llmc.compiler.stages import Silent, StageLog
 from llmc.config.compile import CompileConfig
 from llmc.errors import ConfigError
 from llmc.kernels.isa import resolve_target
@@ -40,6 +42,26 @@ def test_a_slow_round_moves_no_median() -> None:
     times = iter([1.0, 2.0, 50.0, 2.0, 1.0, 2.0])  # with, without, with, ...: the second program got the slow second
     (found,) = search(["fuse-silu-mul"], lambda removed: [next(times)])
     assert found.pays
+
+
+def test_programs_are_timed_as_trials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[CompileConfig] = []
+
+    def compile_trial(config: CompileConfig, **_: object) -> None:
+        asked.append(config)
+        config.out.mkdir()
+        (config.out / "manifest.json").write_text('{"passes": [{"name": "fuse-silu-mul", "matches": 2}]}')
+
+    monkeypatch.setattr(driver, "compile_model", compile_trial)
+    config = CompileConfig(
+        model=tmp_path, out=tmp_path / "out", level=3, quantization="int4", calibration="awq", calibration_data=tmp_path, max_kl=0.1
+    )
+    chosen = driver._searched(config, StageLog(Silent()), None, None, lambda folder: [2.0 if folder.name == "all" else 1.0])
+    assert [(one.level, one.passes, one.trial, one.calibration, one.max_kl) for one in asked] == [
+        (2, "", True, "rtn", None),
+        (2, "-fuse-silu-mul", True, "rtn", None),
+    ]
+    assert chosen == dataclasses.replace(config, passes="-fuse-silu-mul"), "nothing else of what was asked for changes"
 
 
 def test_a_choice_of_the_user_stays() -> None:
