@@ -437,7 +437,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(name="shutdown_timeout", parse=seconds, default=30.0, commands=_SERVE, group="Server", metavar="SECONDS",
             help="How long running requests may finish after SIGTERM."),
     Setting(name="renderer_num_workers", parse=integer(1, 64), default=2, commands=_SERVE, group="Server", metavar="N",
-            help="Threads that tokenize and render long prompts; short ones need none."),
+            help="Threads that tokenize long prompts; short ones need none."),
     Setting(name="allowed_origins", parse=word_list, default=None, commands=_SERVE, group="Cross-origin", metavar="JSON",
             help='Origins of web pages that may use this server, as ["https://page.example"] or ["*"]; default: none.'),
     Setting(name="allowed_methods", parse=word_list, default=["*"], commands=_SERVE, group="Cross-origin", metavar="JSON",

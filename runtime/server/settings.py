@@ -71,7 +71,7 @@ class ServerSettings:
     stall_timeout_s: float = 30.0  # no engine progress for this long: not ready
     hang_timeout_s: float = 300.0  # and for this long with requests open: the engine is restarted
     stats_interval_s: float = 10.0
-    renderer_num_workers: int = 2  # threads for long texts: tokenizing, templates
+    renderer_num_workers: int = 2  # threads for tokenizing long texts
     otlp_traces_endpoint: str | None = None  # URL of an OpenTelemetry collector; needs the extra otel
     trace_startup: str | None = None  # file for a trace of the start
     ssl_keyfile: str | None = None
