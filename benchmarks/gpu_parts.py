@@ -1,4 +1,7 @@
-"""What gpu_check's parts do inside their processes. Each writes its JSON anew after every figure, so that a time limit loses little."""
+"""What gpu_check's parts do inside their processes. Each writes its JSON anew after every figure, so that a time limit loses little.
+
+Started by gpu_check alone, whose PYTHONPATH makes llmc of the checkout: the folder that a script is in must not stand before it.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import gpu_machine
 from benchmarks.models import SHAPES, make_model

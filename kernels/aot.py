@@ -97,6 +97,20 @@ def _scratch(metadata: Any) -> int:
     return int(metadata.global_scratch_size)
 
 
+def intermediate_code(launch: Launch, target: GPUTarget = SM_90) -> Any:
+    """Triton's intermediate code of a launch before any optimisation, an MLIR module: one parameter per argument, none folded away."""
+    signature, attributes = _signature(launch)
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=dict(launch.constants), attrs=attributes)
+    backend = triton.compiler.make_backend(target)
+    options = backend.parse_options({"num_warps": launch.num_warps, "num_stages": launch.num_stages})
+    context = triton._C.libtriton.ir.context()
+    triton._C.libtriton.ir.load_dialects(context)
+    backend.load_dialects(context)
+    made = source.make_ir(target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
+    made.context = context  # as triton.compile does: a module does not keep its context alive
+    return made
+
+
 def signature_text(launch: Launch) -> str:
     """Launches with the same text compile to the same image."""
     name = f"{launch.kernel.fn.__module__}.{launch.kernel.__name__}"

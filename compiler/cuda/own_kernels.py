@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from llmc.artifacts.cubin import read_cubin
+from llmc.compiler.cuda.accesses import pointer_accesses
 from llmc.compiler.cuda.schedule import CompiledKernel, check_kernel
 from llmc.kernels.cuda_targets import CudaTarget
 
@@ -97,15 +98,15 @@ def _compile(launch: Any, target: CudaTarget) -> OwnKernel:
     check_kernel(compiled, target)
     types = {p.name: _type(launch.args[p.name]) for p in launch.kernel.params if p.name not in launch.constants}
     function = launch.kernel.fn
-    read, written = _accesses(launch, types)
+    read, written = pointer_accesses(launch)
     return OwnKernel(
         compiled=compiled,
         source=KernelSource(
             module=function.__module__, source="", function=function.__name__, types=types, constants=dict(launch.constants)
         ),
         aligned={number: 16 for number, name in enumerate(types) if _starts_aligned(launch.args[name])},
-        read=frozenset(read),
-        written=frozenset(written),
+        read=read,
+        written=written,
     )
 
 
@@ -117,12 +118,3 @@ def _type(value: Any) -> str:
     from llmc.kernels.aot import _type as argument_type
 
     return argument_type("", value)
-
-
-def _accesses(launch: Any, types: Mapping[str, str]) -> tuple[set[str], set[str]]:
-    """Which pointers a kernel of ours reads and writes, from Triton's intermediate code."""
-    from torch._higher_order_ops.triton_kernel_wrap import identify_accessed_tensors
-
-    accesses = identify_accessed_tensors(launch.kernel, {**launch.args, **launch.constants}, {}).read_writes
-    pointers = {name for name, kind in types.items() if kind.startswith("*")}
-    return {dependence.name for dependence in accesses.reads} & pointers, {dependence.name for dependence in accesses.writes} & pointers

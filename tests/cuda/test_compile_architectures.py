@@ -23,6 +23,8 @@ SIZES = [
     PlanSize(decode=True, num_tokens=4, num_seqs=4, num_logits=4),
     PlanSize(decode=False, num_tokens=96, num_seqs=8, num_logits=8),
 ]
+# Models of which no layer is made of ops of ours alone: of LayerNorm there is none, and gpt_oss gates in a way of its own.
+EVERY_LAYER_INDUCTORS = ("gpt2", "opt", "gpt_neox", "gpt_oss")
 
 
 def kernels(program: CudaProgram) -> set[str]:
@@ -42,7 +44,7 @@ def test_an_architecture_has_plans(name: str, tmp_path: Path) -> None:
     for made in program.plans.values():
         assert {region.name for region in made.plan.regions if region.kind == "weight"} == set(table)
         assert len(made.plan.launches) > 30
-    assert program.inductor < program.layers or name == "gpt_oss"  # of which no two layers are equal, and none is ours alone
+    assert (program.inductor == program.layers) is (name in EVERY_LAYER_INDUCTORS)
     experts = {"qwen3_moe": 6, "mixtral": 6, "gpt_oss": 6}
     assert program.size_passes == {"sort-experts": experts.get(name, 0)}
-    assert ("moe_linear_kernel" in kernels(program)) == (name in experts) and "grouped_kernel" not in kernels(program)
+    assert ("moe_linear_kernel" in kernels(program)) == (name in experts)
