@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from asyncio import FIRST_COMPLETED
+from collections import deque
 from collections.abc import Callable
 from enum import Enum
 
@@ -72,6 +73,7 @@ class EngineClient:
         self._handle: EngineHandle | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._encoder = msgspec.msgpack.Encoder()
+        self._unsent: deque[AbortRequest] = deque()
         self._decoder = msgspec.msgpack.Decoder(list[EngineEvent])
         self._ready_at = 0.0
         self.state = EngineState.LOADING
@@ -117,8 +119,7 @@ class EngineClient:
         for position, request in enumerate(requests):
             if not self._send(request):
                 for sent in requests[:position]:
-                    self._send(AbortRequest(request_id=sent.request_id))
-                    del self._open[sent.request_id]
+                    self.abort(sent.request_id)
                 raise RequestRejected("the engine does not take messages now; try again later", status=503, code="engine_busy")
             self._open[request.request_id] = stream
         return stream
@@ -126,7 +127,8 @@ class EngineClient:
     def abort(self, request_id: str, reason: FinishReason = "abort") -> None:
         """End one sequence: its blocks are free within one step, and no further event of it arrives. Unknown ids: nothing."""
         if self._open.pop(request_id, None) is not None:
-            self._send(AbortRequest(request_id=request_id, reason=reason))
+            self._unsent.append(AbortRequest(request_id=request_id, reason=reason))
+            self._send_aborts()
 
     def abort_stream(self, stream: RequestStream) -> None:
         """End all sequences of a client request that are still running, and wake its reader."""
@@ -250,6 +252,11 @@ class EngineClient:
                 code="queue_full",
             )
 
+    def _send_aborts(self) -> None:
+        """Send those that wait. With the engine's queue full they go on waiting, until it has answered something."""
+        while self._unsent and self._send(self._unsent[0]):
+            self._unsent.popleft()
+
     def _send(self, message: GenerateRequest | AbortRequest | AdapterChange | Shutdown) -> bool:
         """Queue a message without waiting; False when there is no engine or its queue is full."""
         if self._socket is None:
@@ -355,6 +362,7 @@ class EngineClient:
     async def _run_one(self, handle: EngineHandle) -> tuple[str, int]:
         """Serve one engine process until it has ended. Returns its last words and exit code."""
         self._handle = handle
+        self._unsent.clear()  # it knows none of the sequences of the one before
         socket = self._context.socket(zmq.PAIR)
         socket.setsockopt(zmq.SNDHWM, QUEUE_MESSAGES)
         socket.setsockopt(zmq.RCVHWM, QUEUE_MESSAGES)
@@ -400,6 +408,7 @@ class EngineClient:
                     self._became_ready(event)
                 elif isinstance(event, EngineFailed):
                     last_words.append(event.message)
+            self._send_aborts()
             # A message that waits is received without a pause: behind an engine that is ahead, readers would have no turn and look slow.
             await asyncio.sleep(0)
 

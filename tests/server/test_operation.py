@@ -15,10 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
+import zmq
 
 from llmc.runtime.engine_client import EngineClient
 from llmc.runtime.engine_spawn import EngineHandle
+from llmc.runtime.messages import AbortRequest
+from llmc.runtime.request_stream import RequestStream
 from tests.server.running import WORDS, RunningServer, alive, assert_error, children
 
 LONG = {"ignore_eos": True, "max_tokens": 400}
@@ -204,6 +208,44 @@ def test_engine_death_reaches_every_open_request_and_the_engine_returns(how: str
         assert "llmc:engine_restarts" in server.http.get("/metrics").text
         if how == "segmentation fault":
             assert "engine_process.py" in server.log(), "the log says where the engine was"
+
+
+def test_an_abort_that_finds_the_queue_full_is_sent_later() -> None:
+    class Queue:
+        """The socket of an engine that takes nothing in at first."""
+
+        full, answers, taken = True, 1, list[str]()
+
+        def send(self, data: bytes, flags: int) -> asyncio.Future[None]:
+            sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            if self.full:
+                sent.set_exception(zmq.Again())
+            else:
+                self.taken.append(msgspec.msgpack.decode(data, type=AbortRequest).request_id)
+                sent.set_result(None)
+            return sent
+
+        async def recv(self) -> bytes:
+            self.answers -= 1
+            if self.answers < 0:
+                raise EOFError
+            return msgspec.msgpack.encode([])
+
+    async def run() -> list[str]:
+        queue = Queue()
+        client = EngineClient(list, max_waiting=9, hang_s=60.0, log=print)  # type: ignore[arg-type]
+        client._socket = queue  # type: ignore[assignment]
+        stream = RequestStream(["a", "b"], lambda _stream: None)
+        client._open = dict.fromkeys(stream.request_ids, stream)
+        client.abort_stream(stream)
+        assert queue.taken == [] and client.num_open == 0
+        queue.full = False
+        with pytest.raises(EOFError):
+            await client._receive(queue, [])  # type: ignore[arg-type]
+        await client.close()
+        return queue.taken
+
+    assert asyncio.run(run()) == ["a", "b"]
 
 
 def test_a_front_that_cannot_speak_with_its_engine_gives_up() -> None:
