@@ -18,6 +18,7 @@ from llmc.bench.workload import DECODE_1, DECODE_8, PREFILL, Mode
 from llmc.errors import ConfigError
 
 BASELINE = "transformers"
+SEARCHED = 3  # the level that measures passes while it compiles
 SPEEDS = {"prefill": PREFILL, "decode 1": DECODE_1, "decode 8": DECODE_8}
 
 
@@ -27,7 +28,7 @@ class LevelsConfig:
 
     model: Path
     levels: tuple[int, ...] = (0, 1, 2)
-    quantizations: tuple[str, ...] = ()  # each one more row, at the highest level
+    quantizations: tuple[str, ...] = ()  # each one more row, at the highest level below -O3
     performance_modes: tuple[str, ...] = ()  # likewise
     compile_options: tuple[str, ...] = ()  # for every variant
     passes: bool = False  # leave each optional pass out in turn
@@ -47,6 +48,8 @@ class LevelsConfig:
             raise ConfigError(f"--levels {','.join(map(str, self.levels))}: name each level once, in rising order")
         if self.max_cold_start_s is not None and not self.startup:
             raise ConfigError("--max-cold-start bounds what --no-startup does not measure; leave one of them out")
+        if self.passes and not any(0 < level < SEARCHED for level in self.levels):
+            raise ConfigError("--passes leaves passes of -O1 or -O2 out in turn; name one of these in --levels")
 
 
 @dataclass
@@ -74,25 +77,30 @@ def bench_levels(config: LevelsConfig, say: Say) -> BenchResult:
     """
     with tempfile.TemporaryDirectory(prefix="llmc-bench-") as folder:
         work = Path(folder)
-        variants = [Variant(name=f"-O{level}", options=(f"-O{level}", *config.compile_options)) for level in config.levels]
         top = f"-O{config.levels[-1]}"
-        variants += [
-            Variant(name=f"{top} {scheme}", options=(top, "--quantization", scheme, *config.compile_options))
-            for scheme in config.quantizations
-        ]
-        variants += [
-            Variant(name=f"{top} {mode}", options=(top, "--performance-mode", mode, *config.compile_options))
-            for mode in config.performance_modes
-        ]
-        compiled = [_compile(config, variant, work, say) for variant in variants]
+        compiled = [_compile(config, variant, work, say) for variant in variants(config)]
         by_tvm, lacking = _by_tvm(config, work, say)
         compiled += by_tvm
         if config.passes:
-            compiled += _without_each_pass(config, compiled, top, work, say)
+            compiled += _without_each_pass(config, compiled, work, say)
         say("logits against -O0")
         apart = _divergences(config, compiled, work, say)
         samples = _measure(config, compiled, say)
         return _result(config, compiled, samples, apart, top, lacking)
+
+
+def fixed_level(config: LevelsConfig) -> str:
+    """What further rows are compiled at: the highest level asked for whose passes are a list. -O3 would search anew for each of them."""
+    return f"-O{max((level for level in config.levels if level < SEARCHED), default=config.levels[-1])}"
+
+
+def variants(config: LevelsConfig) -> list[Variant]:
+    """Every level, then the rows beside them."""
+    found = [Variant(name=f"-O{level}", options=(f"-O{level}", *config.compile_options)) for level in config.levels]
+    base = fixed_level(config)
+    for flag, values in (("--quantization", config.quantizations), ("--performance-mode", config.performance_modes)):
+        found += [Variant(name=f"{base} {value}", options=(base, flag, value, *config.compile_options)) for value in values]
+    return found
 
 
 def _by_tvm(config: LevelsConfig, work: Path, say: Say) -> tuple[list[Compiled], list[str]]:
@@ -114,18 +122,19 @@ def _compile(config: LevelsConfig, variant: Variant, work: Path, say: Say) -> Co
     return compile_variant(config.model, variant, work / variant.name.replace(" ", "-").lstrip("-"))
 
 
-def _without_each_pass(config: LevelsConfig, compiled: Sequence[Compiled], top: str, work: Path, say: Say) -> list[Compiled]:
-    """The highest level once more without each pass that did something and can be left out."""
+def _without_each_pass(config: LevelsConfig, compiled: Sequence[Compiled], work: Path, say: Say) -> list[Compiled]:
+    """The highest level with a list of passes once more without each pass that did something and can be left out."""
     from llmc.config.settings import BY_NAME
 
     if "passes" not in BY_NAME:
         raise ConfigError("--passes: `llmc compile` cannot leave a pass out yet, so there is nothing to compare")
-    full = next(one for one in compiled if one.name == top)
+    base = fixed_level(config)
+    full = next(one for one in compiled if one.name == base)
     found = []
     for record in full.manifest.passes:
         if record.matches == 0:
             continue
-        variant = Variant(name=f"{top} -{record.name}", options=(top, f"--passes=-{record.name}", *config.compile_options))
+        variant = Variant(name=f"{base} -{record.name}", options=(base, f"--passes=-{record.name}", *config.compile_options))
         try:
             found.append(_compile(config, variant, work, say))
         except ConfigError as error:
@@ -204,7 +213,7 @@ def _result(
     ]
     tables = [Table(title=f"{config.model}: levels", columns=columns, rows=rows, notes=[*_notes(config, compiled), *lacking])]
     if config.passes:
-        tables.append(_pass_table(samples, modes, top))
+        tables.append(_pass_table(samples, modes, fixed_level(config)))
     return BenchResult(
         benchmark="levels",
         workload={
@@ -235,15 +244,15 @@ def _row(name: str, found: _Samples, fact: Compiled | None, apart: Divergence | 
     return row
 
 
-def _pass_table(samples: Mapping[str, _Samples], modes: Mapping[str, Mode], top: str) -> Table:
+def _pass_table(samples: Mapping[str, _Samples], modes: Mapping[str, Mode], base: str) -> Table:
     """What each pass brings: the full level against the level without it."""
     rows: list[dict[str, Cell]] = []
     for name, found in samples.items():
-        if name.startswith(f"{top} -"):
-            gains = {mode: ratios(figure(samples[top].speeds[mode]), figure(found.speeds[mode])) for mode in modes}
-            rows.append({"pass": name.removeprefix(f"{top} -"), **gains})
+        if name.startswith(f"{base} -"):
+            gains = {mode: ratios(figure(samples[base].speeds[mode]), figure(found.speeds[mode])) for mode in modes}
+            rows.append({"pass": name.removeprefix(f"{base} -"), **gains})
     columns = [Column(key=mode, title=mode, unit="x", better="higher", digits=3) for mode in modes]
-    note = f"{top} against {top} without the pass, round by round; above 1 the pass pays, an interval that holds 1 says nothing."
+    note = f"{base} against {base} without the pass, round by round; above 1 the pass pays, an interval that holds 1 says nothing."
     return Table(title="What each pass brings", columns=[Column(key="pass", title="pass"), *columns], rows=rows, notes=[note])
 
 

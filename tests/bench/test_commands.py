@@ -132,6 +132,18 @@ def test_a_row_for_tvm_or_the_reason_why_not(tmp_path: Path, monkeypatch: pytest
     assert not found and "No row for TVM: -O2 tvm does not compile" in note and "llmc.grouped_linear.default" in note
 
 
+def test_rows_beside_the_levels_are_compiled_without_a_search(tmp_path: Path) -> None:
+    from llmc.bench.levels import fixed_level, variants
+    from llmc.errors import ConfigError
+
+    config = LevelsConfig(model=tmp_path, levels=(1, 2, 3), quantizations=("int4",), performance_modes=("throughput",))
+    assert [one.options[0] for one in variants(config)] == ["-O1", "-O2", "-O3", "-O2", "-O2"]
+    assert variants(config)[3].options == ("-O2", "--quantization", "int4")
+    assert fixed_level(LevelsConfig(model=tmp_path, levels=(3,))) == "-O3"
+    with pytest.raises(ConfigError, match="name one of these in --levels"):
+        LevelsConfig(model=tmp_path, levels=(0, 3), passes=True)
+
+
 def test_each_pass_that_did_something_is_left_out_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
@@ -149,7 +161,8 @@ def test_each_pass_that_did_something_is_left_out_in_turn(tmp_path: Path, monkey
 
     monkeypatch.setattr(levels, "compile_variant", compile_variant)
     full = SimpleNamespace(name="-O2", manifest=SimpleNamespace(passes=passes))
-    found = levels._without_each_pass(LevelsConfig(model=tmp_path, passes=True), [full], "-O2", tmp_path, said.append)  # type: ignore[list-item]
+    config = LevelsConfig(model=tmp_path, passes=True, levels=(0, 1, 2, 3))
+    found = levels._without_each_pass(config, [full], tmp_path, said.append)  # type: ignore[list-item]
     assert asked == [("-O2", "--passes=-merge-qkv"), ("-O2", "--passes=-lower-linear")]
     assert [one.name for one in found] == ["-O2 -merge-qkv"]
     assert said[-1] == "lower-linear stays: the lowering needs it"
