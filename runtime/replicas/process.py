@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from dataclasses import replace
 import msgspec
 
 from llmc.runtime.replicas.upstream import Call, Head, ReplicaLost, exchange
+from llmc.runtime.server.logs import log
 from llmc.runtime.server.settings import ServerSettings
 
 CHILD_COMMAND = (sys.executable, "-m", "llmc.runtime.replicas.child")
@@ -49,7 +51,10 @@ class ReplicaProcess:
         """Whether a request sent now would be worked on. Starts the process again if it ended after having been ready once."""
         if self.process.poll() is not None:
             if self.was_ready and time.monotonic() >= self._start_at:
-                self.process = self._spawn()
+                try:
+                    self.process = self._spawn()
+                except OSError as error:  # no memory or no descriptor at this moment, say; `_start_at` is when it is tried again
+                    log("replica_not_started", pid=self.process.pid, reason=error.strerror)
             return False
         try:
             async with asyncio.timeout(_CHECK_TIMEOUT_S):
@@ -80,19 +85,22 @@ class ReplicaProcess:
             self.process.kill()
         self.process.wait()
         if self.process.stdin is not None:
-            self.process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         if self._starts:
             assert self.process.stdin is not None
-            self.process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it ended before it had read all
+                self.process.stdin.close()
         wait_s = _RESTART_AFTER_S[min(self._starts, len(_RESTART_AFTER_S) - 1)]
         self._start_at = time.monotonic() + wait_s
         self._starts += 1
         # What it prints when ready is ours to say
         process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, close_fds=True)
         assert process.stdin is not None
-        process.stdin.write(msgspec.json.encode(self._settings) + b"\n")
-        process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it ended at once: the next check finds that
+            process.stdin.write(msgspec.json.encode(self._settings) + b"\n")
+            process.stdin.flush()
         return process

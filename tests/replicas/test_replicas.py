@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import os
@@ -19,6 +20,7 @@ import pytest
 
 from llmc.errors import ConfigError
 from llmc.runtime.replicas.main import replica_settings, serve_replicas
+from llmc.runtime.replicas.process import ReplicaProcess
 from llmc.runtime.server.settings import ServerSettings
 from tests.replicas.serving import Replicas
 from tests.server.running import alive, assert_error, children
@@ -198,6 +200,24 @@ def test_a_replica_that_cannot_start_ends_the_server_with_its_exit_code() -> Non
     command = [sys.executable, "-m", "llmc", "serve", "/nonexistent/artifact", "--replicas", "2", "--port", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 4 and "/nonexistent/artifact" in done.stderr
+
+
+def test_a_replica_that_cannot_be_started_now_is_started_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_args: object, **_fields: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    replica = ReplicaProcess(ServerSettings(artifact="none", engine={}), (sys.executable, "-c", "pass"))
+    try:
+        first = replica.pid
+        replica.process.wait(20)
+        replica.was_ready, replica._start_at = True, 0.0
+        with monkeypatch.context() as patched:
+            patched.setattr(subprocess, "Popen", no_memory)
+            assert asyncio.run(replica.check()) is False and replica.pid == first
+        replica._start_at = 0.0
+        assert asyncio.run(replica.check()) is False and replica.pid != first
+    finally:
+        replica.kill()
 
 
 def test_each_replica_gets_its_share_and_no_address() -> None:
