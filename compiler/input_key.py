@@ -54,8 +54,7 @@ def toolchain(target: Target | None = None, backend: str = "inductor") -> Mappin
         ConfigError: a library or the compiler is missing; says how to install it.
     """
     versions = {}
-    if backend == "tvm" and find_spec("tvm") is None:
-        raise ConfigError("--backend tvm needs apache-tvm to compile, which is not installed; pip install 'llmc[tvm]'")
+    check_backend(backend)
     for name in ("llmc", *LIBRARIES, *(("triton",) if isinstance(target, CudaTarget) else ()), *BACKENDS.get(backend, ())):
         try:
             versions[name] = importlib.metadata.version(name)
@@ -63,6 +62,16 @@ def toolchain(target: Target | None = None, backend: str = "inductor") -> Mappin
             raise ConfigError(f"{name} is not installed, and compiling needs it; `llmc doctor` lists what is missing") from None
     versions["c++"] = _compiler_version(os.environ.get("CXX", "g++"))
     return versions
+
+
+def check_backend(backend: str) -> None:
+    """Refuse a backend that is not installed.
+
+    Raises:
+        ConfigError: says what to install.
+    """
+    if backend == "tvm" and find_spec("tvm") is None:
+        raise ConfigError("--backend tvm needs apache-tvm to compile, which is not installed; pip install 'llmc[tvm]'")
 
 
 @functools.lru_cache  # one compile asks three times, and each answer is a process

@@ -13,6 +13,7 @@ from llmc.compiler.model import read_model
 from llmc.compiler.packing import order_of_use
 from llmc.compiler.pipeline import pipeline
 from llmc.compiler.targets import find_target
+from llmc.compiler.tvm.program import check_convertible
 from llmc.config.compile import CompileConfig
 from llmc.passes.base import PassContext
 from llmc.passes.runner import dump_directory, run_passes
@@ -53,6 +54,8 @@ def preview(config: CompileConfig) -> Preview:
         lora=lora_pass(config, traced, source.dtype),
     )
     reports = run_passes(traced.graph, passes, context, dump_dir=dump_directory())
+    if config.backend == "tvm":
+        check_convertible(traced.graph)
     held = [weights[name] for name in order_of_use(traced.graph)]
     return Preview(
         architecture=source.architecture,

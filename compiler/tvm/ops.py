@@ -45,10 +45,20 @@ def _refuse(node: Node, what: str) -> UnsupportedModel:
     )
 
 
+def convert(made: Conversion, node: Node, name: str) -> Any:
+    """What a node becomes; its op, `name`, is one of CONVERTERS.
+
+    Raises:
+        UnsupportedModel: a use of the op that has no converter.
+    """
+    unknown = sorted(set(node.kwargs) - KEYWORDS.get(name, frozenset()))
+    if unknown:
+        raise _refuse(node, f"keyword {', '.join(unknown)}")
+    return CONVERTERS[name](made, node)
+
+
 def _binary(op: Callable[[Any, Any], Any]) -> Convert:
     def convert(made: Conversion, node: Node) -> Any:
-        if node.kwargs:
-            raise _refuse(node, f"{', '.join(node.kwargs)}")
         dtype = _val(node).dtype
         return made.emit(op(*(_operand(made, argument, dtype) for argument in _args(node))))
 
@@ -67,19 +77,46 @@ def _unary(op: Callable[[Any], Any]) -> Convert:
     return lambda made, node: made.emit(op(made.get(_args(node)[0])))
 
 
-def _silu(made: Conversion, node: Node) -> Any:
-    """In fp32, rounded once, as torch computes it."""
-    x = made.get(_args(node)[0])
-    wide = made.emit(R.astype(x, "float32"))
-    product = made.emit(R.multiply(wide, made.emit(R.sigmoid(wide))))
-    return made.emit(R.astype(product, _name(_val(node).dtype)))
+def _wide(op: Callable[[Any], Any]) -> Convert:
+    """A function of one value in fp32, rounded once, as torch computes it."""
+
+    def convert(made: Conversion, node: Node) -> Any:
+        wide = made.emit(R.astype(made.get(_args(node)[0]), "float32"))
+        return made.emit(R.astype(made.emit(op(wide)), _name(_val(node).dtype)))
+
+    return convert
+
+
+def _silu_of(x: Any) -> Any:
+    return R.multiply(x, R.sigmoid(x))
+
+
+def _gelu(made: Conversion, node: Node) -> Any:
+    approximate = (*_args(node), node.kwargs.get("approximate", "none"))[1]
+    return _wide(_gelu_of(approximate == "tanh"))(made, node)
+
+
+def _gelu_of(tanh: bool) -> Callable[[Any], Any]:
+    return R.nn.gelu_tanh if tanh else R.nn.gelu
+
+
+def _layer_norm(made: Conversion, node: Node) -> Any:
+    """In fp32, rounded once."""
+    x, shape, weight, bias, eps = (*_args(node), None, None, 1e-5)[:5] if len(_args(node)) < 5 else _args(node)[:5]
+    if weight is None or bias is None or len(shape) != 1:
+        raise _refuse(node, "no weight, no bias or several dimensions")
+    wide, scale, shift = (made.emit(R.astype(made.get(part), "float32")) for part in (x, weight, bias))
+    normed = made.emit(R.nn.layer_norm(wide, scale, shift, axes=[-1], epsilon=eps))
+    return made.emit(R.astype(normed, _name(_val(node).dtype)))
 
 
 def _pow(made: Conversion, node: Node) -> Any:
-    if _args(node)[1] != 2:
-        raise _refuse(node, f"exponent {_args(node)[1]}")
+    exponent = _args(node)[1]
+    if exponent not in (2, 3):
+        raise _refuse(node, f"exponent {exponent}")
     x = made.get(_args(node)[0])
-    return made.emit(R.multiply(x, x))
+    square = made.emit(R.multiply(x, x))
+    return square if exponent == 2 else made.emit(R.multiply(square, x))
 
 
 def _mean(made: Conversion, node: Node) -> Any:
@@ -109,24 +146,26 @@ def _reshape(made: Conversion, node: Node) -> Any:
 def _slice(made: Conversion, node: Node) -> Any:
     source, value = _args(node)[0], _val(node)
     given = dict(zip(("dim", "start", "end", "step"), _args(node)[1:], strict=False))
-    axis, begin = _axis(given.get("dim", 0), value), given.get("start") or 0
+    axis, begin, step = _axis(given.get("dim", 0), value), given.get("start") or 0, given.get("step", 1)
     extent, length = _val(source).shape[axis], value.shape[axis]
-    if given.get("step", 1) != 1 or not all(isinstance(size, int) for size in (extent, begin, length)):
-        raise _refuse(node, "a step or an open size")
+    if not all(isinstance(size, int) for size in (extent, begin, length, step)):
+        raise _refuse(node, "an open size")
     begin += extent if begin < 0 else 0
-    return _part(made, made.get(source), axis, begin, begin + length)
+    return _part(made, made.get(source), axis, begin, begin + (length - 1) * step + 1, step)
 
 
-def _part(made: Conversion, value: Any, axis: int, begin: int, end: int) -> Any:
-    return made.emit(R.strided_slice(value, axes=[axis], begin=[begin], end=[end]))
+def _part(made: Conversion, value: Any, axis: int, begin: int, end: int, step: int = 1) -> Any:
+    return made.emit(R.strided_slice(value, axes=[axis], begin=[begin], end=[end], strides=[step]))
 
 
 def _split(made: Conversion, node: Node) -> Any:
-    source, sizes, dim = (*_args(node), 0)[:3]
+    """split and chunk: how long each part is, its own size says."""
+    source, _, dim = (*_args(node), 0)[:3]
+    axis = _axis(dim, _val(source))
+    sizes = [part.shape[axis] for part in _val(node)]
     if not all(isinstance(size, int) for size in sizes):
         raise _refuse(node, "an open size")
-    value, axis = made.get(source), _axis(dim, _val(source))
-    ends = list(itertools.accumulate(sizes))
+    value, ends = made.get(source), list(itertools.accumulate(sizes))
     return [_part(made, value, axis, end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
@@ -144,6 +183,12 @@ def _select(made: Conversion, node: Node) -> Any:
 def _cat(made: Conversion, node: Node) -> Any:
     parts, dim = (*_args(node), 0)[:2]
     return made.emit(R.concat(made.get(parts), axis=_axis(dim, _val(node))))
+
+
+def _stack(made: Conversion, node: Node) -> Any:
+    parts, dim = (*_args(node), 0)[:2]
+    axis = _axis(dim, _val(node))
+    return made.emit(R.concat([made.emit(R.expand_dims(part, axis)) for part in made.get(parts)], axis=axis))
 
 
 def _index(made: Conversion, node: Node) -> Any:
@@ -185,10 +230,11 @@ def _add_rms_norm(made: Conversion, node: Node) -> Any:
     return [rms_norm(made.builder, total, made.get(weight), eps, offset, round_first), total]
 
 
-def _silu_mul(made: Conversion, node: Node) -> Any:
-    gate, up = (made.emit(R.astype(made.get(argument), "float32")) for argument in _args(node))
-    product = made.emit(R.multiply(made.emit(R.multiply(gate, made.emit(R.sigmoid(gate)))), up))
-    return made.emit(R.astype(product, _name(_val(node).dtype)))
+def _gated(made: Conversion, node: Node) -> Any:
+    """silu_mul and gelu_mul: in fp32, rounded once."""
+    gate, up = (made.emit(R.astype(made.get(argument), "float32")) for argument in _args(node)[:2])
+    active = made.emit(_gelu_of(_args(node)[2])(gate) if len(_args(node)) > 2 else _silu_of(gate))
+    return made.emit(R.astype(made.emit(R.multiply(active, up)), _name(_val(node).dtype)))
 
 
 def _linear(made: Conversion, node: Node) -> Any:
@@ -215,6 +261,13 @@ def _bits(number: float) -> int:
     return int.from_bytes(struct.pack("<d", number), "little", signed=True)
 
 
+# Keywords that a converter reads; an op with another is refused.
+KEYWORDS = {
+    "aten._to_copy.default": frozenset({"dtype"}),
+    "aten.gelu.default": frozenset({"approximate"}),
+    "aten.mean.dim": frozenset({"keepdim"}),
+}
+
 # Ops that change a shape and leave the elements in their order, where the axis they take away is of size 1.
 VIEWS = frozenset({"aten.reshape.default", "aten.select.int", "aten.squeeze.dim", "aten.unsqueeze.default", "aten.view.default"})
 
@@ -222,22 +275,32 @@ CONVERTERS: dict[str, Convert] = {
     "aten._to_copy.default": _to_dtype,
     "aten.add.Tensor": _binary(R.add),
     "aten.cat.default": _cat,
+    "aten.chunk.default": _split,
+    "aten.div.Tensor": _binary(R.divide),
     "aten.embedding.default": _embedding,
+    "aten.flatten.using_ints": _reshape,
+    "aten.gelu.default": _gelu,
     "aten.index.Tensor": _index,
     "aten.index_select.default": _index_select,
+    "aten.layer_norm.default": _layer_norm,
     "aten.mean.dim": _mean,
     "aten.mul.Tensor": _binary(R.multiply),
     "aten.neg.default": _unary(R.negative),
     "aten.pow.Tensor_Scalar": _pow,
+    "aten.relu.default": _unary(R.nn.relu),
     "aten.reshape.default": _reshape,
     "aten.rsqrt.default": _unary(R.rsqrt),
     "aten.select.int": _select,
-    "aten.silu.default": _silu,
+    "aten.sigmoid.default": _wide(R.sigmoid),
+    "aten.silu.default": _wide(_silu_of),
     "aten.slice.Tensor": _slice,
+    "aten.split.Tensor": _split,
     "aten.split_with_sizes.default": _split,
     "aten.squeeze.dim": _reshape,
+    "aten.stack.default": _stack,
     "aten.sub.Tensor": _binary(R.subtract),
     "aten.sym_size.int": _sym_size,
+    "aten.tanh.default": _wide(R.tanh),
     "aten.to.dtype": _to_dtype,
     "aten.transpose.int": _transpose,
     "aten.unsqueeze.default": _reshape,
@@ -245,8 +308,9 @@ CONVERTERS: dict[str, Convert] = {
     "getitem": _getitem,
     "llmc.add_rms_norm.default": _add_rms_norm,
     "llmc.embedding.default": _packed_embedding,
+    "llmc.gelu_mul.default": _gated,
     "llmc.linear.default": _linear,
     "llmc.paged_attention.default": _paged_attention,
     "llmc.rms_norm.default": _rms_norm,
-    "llmc.silu_mul.default": _silu_mul,
+    "llmc.silu_mul.default": _gated,
 }

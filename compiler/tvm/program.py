@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import sys
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from llmc.artifacts.manifest import Entry
 from llmc.artifacts.store import Store
 from llmc.artifacts.writer import ArtifactWriter
 from llmc.compiler.capture import TracedModel
-from llmc.compiler.input_key import BACKENDS
+from llmc.compiler.input_key import BACKENDS, check_backend
 from llmc.compiler.lowered_cache import keep, lowering_key
 from llmc.compiler.program import Program
 from llmc.compiler.stages import StageLog
@@ -78,8 +79,12 @@ def check_convertible(graph: GraphModule) -> None:
     """Refuse a graph with an op that has no converter, before anything is computed.
 
     Raises:
+        ConfigError: TVM is not installed.
         UnsupportedModel: names the ops.
     """
+    check_backend("tvm")
+    hook = sys.excepthook
     from llmc.compiler.tvm.relax_graph import refuse_unknown_ops
 
+    sys.excepthook = hook  # `import tvm` puts one of its own there
     refuse_unknown_ops(graph)

@@ -10,7 +10,7 @@ writes the KV cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch.fx import GraphModule, Node
 from tvm import IRModule, relax, tirx
 
-from llmc.compiler.tvm.ops import CONVERTERS, VIEWS
+from llmc.compiler.tvm.ops import CONVERTERS, VIEWS, convert
 from llmc.errors import InternalError, UnsupportedModel
 
 ENTRY = "step"
@@ -127,8 +127,7 @@ def to_relax(graph: GraphModule) -> RelaxProgram:
                 if node.op == "get_attr":
                     made.values[node] = constants[str(node.target)]
                 elif node.op == "call_function":
-                    convert: Callable[[Conversion, Node], Any] = CONVERTERS[op_name(node)]
-                    made.values[node] = convert(made, node)
+                    made.values[node] = convert(made, node, op_name(node))
                 elif node.op == "output":
                     result = builder.emit_output(made.get(_result(node)))
         builder.emit_func_output(result)

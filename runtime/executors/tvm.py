@@ -64,6 +64,9 @@ class TvmExecutor:
         self._varying: list[tuple[str, str, int, _Tensor]] = []  # name, dtype, place among the arguments, what is handed over
         if len(entry.outputs) != 1:
             raise ArtifactError(f"entry {entry.name}: {len(entry.outputs)} outputs where the logits alone are expected; compile again")
+        unknown = [s.name for s in entry.inputs if s.name not in DeviceBatch.__dataclass_fields__ and cache_input(s.name) is None]
+        if unknown:
+            raise ArtifactError(f"entry {entry.name}: this runtime has no input named {unknown[0]!r}; upgrade llmc or compile again")
         self._output_dtype = entry.outputs[0].dtype
         self._logits = LogitsBuffer(self._output_dtype)
         self._message = self._function("llmc_tvm_message", [], ctypes.c_char_p)

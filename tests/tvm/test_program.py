@@ -106,6 +106,8 @@ def test_an_image_and_a_manifest_that_disagree_are_refused(workshop: Workshop) -
     )
     with pytest.raises(ArtifactError, match="inputs and constants, the manifest names"):
         make(inputs=entry.inputs[:-1])
+    with pytest.raises(ArtifactError, match="no input named 'adapters'"):
+        make(inputs=[*entry.inputs, msgspec.structs.replace(entry.inputs[0], name="adapters")])
     with pytest.raises(ArtifactError, match="not numbered from 0 without gaps"):
         make(constants={"1": entry.constants["0"]})
     with pytest.raises(ArtifactError, match="no weight is bound"):
