@@ -333,6 +333,7 @@ class _Sequence:
                 include_stop=params.include_stop_str_in_output,
                 skip_special_tokens=params.skip_special_tokens,
                 min_tokens=params.min_tokens,
+                prompt=request.prompt_token_ids,
             )
             if tokenizer is not None
             else None

@@ -115,6 +115,7 @@ class Generation:
                 skip_special_tokens=sampling.skip_special_tokens,
                 min_tokens=sampling.min_tokens,
                 shown_special=shown_special,
+                prompt=prompt,
             )
             self._sequences[request_id] = _Sequence(index=index, prompt=prompt, text=text)
             messages.append(

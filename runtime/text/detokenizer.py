@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from llmc.runtime.text.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
+_NUM_PROMPT_TOKENS = 6  # enough for some that are no special tokens
 _MAX_HELD_TOKENS = 32  # a character is at most 4 bytes; longer runs of broken bytes are real and are let go
 
 
 class Detokenizer:
-    """Gives the text that each new token makes certain; the pieces joined are the text of all ids decoded at once.
+    """Gives the text that each new token makes certain; the pieces joined are the text of all ids decoded at once, or behind a prompt
+    what the ids add to its text.
 
     `tokenizers.DecodeStream` does nearly this, but it raises on some byte-fallback sequences and has no way to give out
     what it still holds at the end, so the window is kept here: `_window` holds the ids since the last cut, the first
@@ -17,12 +21,15 @@ class Detokenizer:
     space). Text ending in U+FFFD is held: the next token may complete the character.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, prompt: Sequence[int] = ()) -> None:
+        """`prompt`: tokens that stand before, whose text is none of the pieces: a first token's leading space is text behind them."""
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._window: list[int] = []
-        self._num_context = 0
-        self._given = ""  # text of the window given out so far
+        self._window = list(prompt[-_NUM_PROMPT_TOKENS:])
+        self._given = tokenizer.decode(self._window, skip_special_tokens) if self._window else ""  # text of the window given out so far
+        if self._given.endswith(_REPLACEMENT):  # half a character, perhaps: the pieces are then those of the ids alone
+            self._window, self._given = [], ""
+        self._num_context = len(self._window)
 
     def push(self, ids: list[int]) -> str:
         """Add new token ids; returns the text that is now certain, often empty. Changes the state."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from llmc.runtime.text.detokenizer import Detokenizer
 from llmc.runtime.text.stop import StopMatcher
 from llmc.runtime.text.tokenizer import Tokenizer
@@ -22,9 +24,10 @@ class TextStream:
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
         shown_special: dict[int, str] | None = None,
+        prompt: Sequence[int] = (),
     ) -> None:
-        """`shown_special`: special tokens (id -> text) that are text although the others are skipped."""
-        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens)
+        """`shown_special`: special tokens (id -> text) that are text although the others are skipped. `prompt`: what stands before."""
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens, prompt)
         self._shown_special = (shown_special or {}) if skip_special_tokens else {}
         self._matcher = StopMatcher(stop or [], include_stop)
         self._min_tokens = min_tokens

@@ -50,6 +50,23 @@ def test_any_byte_fallback_text_joins_to_the_whole(text: str) -> None:
     assert "".join(detokenizer.push([i]) for i in ids) + detokenizer.flush() == tokenizer.decode(ids)
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.text(alphabet="helo wrd", min_size=1, max_size=12), st.text(alphabet="helo wrd你é😀", max_size=20))
+def test_a_text_behind_a_prompt_is_what_it_adds_to_it(before: str, text: str) -> None:
+    tokenizer = Tokenizer.from_bytes(byte_fallback_json())
+    prompt, ids = tokenizer.encode(before), tokenizer.encode(text)  # whose first token holds a leading space
+    detokenizer = Detokenizer(tokenizer, prompt=prompt)
+    joined = "".join(detokenizer.push([i]) for i in ids) + detokenizer.flush()
+    assert tokenizer.decode(prompt) + joined == tokenizer.decode(prompt + ids)
+
+
+def test_a_prompt_that_ends_in_half_a_character_adds_nothing() -> None:
+    tokenizer = Tokenizer.from_bytes(byte_level_json())
+    prompt = [tokenizer.token_id(c) or 0 for c in "ðŁĺ"]  # three of the four bytes of an emoji
+    detokenizer = Detokenizer(tokenizer, prompt=prompt)
+    assert "".join(detokenizer.push([i]) for i in tokenizer.encode("hello")) == "hello"
+
+
 def test_half_a_character_is_held_until_it_is_whole() -> None:
     tokenizer = Tokenizer.from_bytes(byte_level_json())
     halves = [tokenizer.token_id(c) for c in "ðŁĺ"]  # three of the four bytes of an emoji
