@@ -87,7 +87,8 @@ def _load(artifact: OpenArtifact, config: EngineConfig, timer: StageTimer) -> Lo
                 begun = _load_draft(manifest, guesses, config)
             undo.callback(begun[1].close)
         with timer.stage("kv"):
-            limits = resolve(config, manifest, available_bytes=free_bytes(), draft=begun[0] if begun is not None else None)
+            free = free_bytes() - (adapters.pool.array.nbytes if adapters is not None else 0)  # its pages are not there yet
+            limits = resolve(config, manifest, available_bytes=free, draft=begun[0] if begun is not None else None)
             executor.allocate_kv(limits.num_blocks)
             builder = make_builder(manifest, limits)
         if config.canary:

@@ -22,8 +22,8 @@ from tests.lora_adapters import draw, merged, write_adapter
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 PROMPTS = draw_prompts([9, 17, 30], 512, 4)
 LORA: dict[str, Any] = {"max_loras": 2, "max_lora_rank": 8}
-CASES = [("llama", 0), ("llama", 2), ("qwen3", 2), ("gemma3_text", 2), pytest.param("qwen3", 0, marks=pytest.mark.slow)]
-CASES += [pytest.param("gemma3_text", 0, marks=pytest.mark.slow), pytest.param("qwen2", 2, marks=pytest.mark.slow)]
+CASES = [("llama", 2), ("qwen3", 0), ("gemma3_text", 0)]
+CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in (("llama", 0), ("qwen3", 2), ("gemma3_text", 2), ("qwen2", 2))]
 
 
 def adapter(workshop: Workshop, name: str, which: str, **drawn: Any) -> LoRARequest:
@@ -61,7 +61,7 @@ def logits_of(artifact: Path, requests: Sequence[LoRARequest | None], prompts: S
     return [np.stack(recorder.logits[f"{index}.0"]) for index in range(len(prompts))]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 def test_company_changes_no_bit(workshop: Workshop, dtype: torch.dtype) -> None:
     artifact = workshop.artifact("llama", dtype=dtype, **LORA)
     requests = [None, adapter(workshop, "llama", "a"), adapter(workshop, "llama", "b")]
@@ -145,6 +145,7 @@ def test_guesses_are_checked_with_the_adapter(workshop: Workshop) -> None:
             assert served(llm, requests, prompts) == expected
 
 
+@pytest.mark.slow
 def test_quantised_weights_keep_their_terms(workshop: Workshop) -> None:
     artifact = workshop.artifact("llama", quantization="int8", **LORA)
     request = adapter(workshop, "llama", "a")
@@ -158,7 +159,7 @@ def test_quantised_weights_keep_their_terms(workshop: Workshop) -> None:
 
 def test_some_targets_alone(workshop: Workshop) -> None:
     targets = ("q_proj", "v_proj", "down_proj")
-    artifact = workshop.artifact("llama", lora_target_modules=targets, lora_dtype="float32", **LORA)
+    artifact = workshop.artifact("llama", level=0, lora_target_modules=targets, lora_dtype="float32", **LORA)
     reference = workshop.reference("llama")
     request = adapter(workshop, "llama", "small", targets=targets, rank=8)
     expected = continuation(merged(reference, draw(reference, seed=ord("s"), targets=targets, rank=8), 1.0), PROMPTS[2], 12).tokens

@@ -128,4 +128,5 @@ def test_one_bad_adapter_at_the_start_is_one_sentence(
     artifact = str(workshop.artifact("demo", level=0, max_loras=1, max_lora_rank=8))
     said = refusal(artifact, "--port", "0", "--enable-lora", "--lora-modules", f"first={models['first'][0]}", f"bad={tmp_path}")
     assert f"adapter bad: {tmp_path}/adapter_config.json: is not there; it is no PEFT adapter" in said
-    assert "--lora-modules is about LoRA adapters; give --enable-lora too" in refusal(artifact, "--port", "0", "--lora-modules", f"first={models['first'][0]}")
+    said = refusal(artifact, "--port", "0", "--lora-modules", f"first={models['first'][0]}")
+    assert "--lora-modules is about LoRA adapters; give --enable-lora too" in said
