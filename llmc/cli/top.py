@@ -22,6 +22,7 @@ _TIMEOUT_S = 5.0
 _MAX_BYTES = 4 << 20
 _HISTORY = 40  # figures of the little curve
 
+_LOAD_METRICS = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 Labels = frozenset[tuple[str, str]]
 
 
@@ -96,9 +97,22 @@ def look(url: str, api_key: str | None) -> Sample:
         for family in text_string_to_metric_families(_get(url + "/metrics", api_key).decode()):
             for one in family.samples:
                 values.setdefault(one.name, {})[frozenset(one.labels.items())] = one.value
+        load = _of_all(load["replicas"], values) if "replicas" in load else {"state": load["state"], **load}
     except (ValueError, KeyError) as error:
         raise ConfigError(f"{url}: /load and /metrics are not those of an llmc server ({type(error).__name__}); check --url") from None
     return Sample(time=time.monotonic(), load=load, values=values)
+
+
+def _of_all(replicas: list[dict[str, Any]], values: dict[str, dict[Labels, float]]) -> dict[str, Any]:
+    """What /load of one server says, of all replicas behind one address."""
+    ready = sum(bool(replica["ready"]) for replica in replicas)
+    running, waiting, usage = (list(values.get(f"llmc:{name}", {}).values()) for name in _LOAD_METRICS)
+    return {
+        "state": "ready" if ready == len(replicas) else f"{ready} of {len(replicas)} replicas ready",
+        "num_requests_running": int(sum(running)),
+        "num_requests_waiting": int(sum(waiting)),
+        "kv_cache_usage": sum(usage) / max(1, len(usage)),
+    }
 
 
 def _get(url: str, api_key: str | None) -> bytes:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from llmc.cli.top import View, draw, look
 from llmc.errors import ConfigError
 from llmc.runtime.replicas.main import replica_settings, serve_replicas
 from llmc.runtime.replicas.process import ReplicaProcess
@@ -218,6 +219,13 @@ def test_a_replica_that_cannot_be_started_now_is_started_later(monkeypatch: pyte
         assert asyncio.run(replica.check()) is False and replica.pid != first
     finally:
         replica.kill()
+
+
+def test_top_watches_all_of_them(served: Replicas) -> None:
+    served.await_load(lambda found: all(replica["ready"] for replica in found["replicas"]))
+    sample = look(served.url, None)
+    assert sample.load == {"state": "ready", "num_requests_running": 0, "num_requests_waiting": 0, "kv_cache_usage": 0.0}
+    assert draw(View(url=served.url, now=sample)) is not None
 
 
 def test_each_replica_gets_its_share_and_no_address() -> None:
