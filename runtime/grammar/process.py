@@ -121,5 +121,8 @@ class WorkerProcess:
                 break
             body = bytes(self._received[LENGTH.size : LENGTH.size + size])
             del self._received[: LENGTH.size + size]
-            messages.append(self._decoder.decode(body))
+            try:
+                messages.append(self._decoder.decode(body))
+            except msgspec.DecodeError as error:  # its memory may be spoilt, if its parsers have a bug
+                raise WorkerDied("the grammar worker sent what is no message") from error
         return messages

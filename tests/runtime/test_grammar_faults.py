@@ -167,7 +167,7 @@ def test_a_killed_checker_is_replaced(engine: Engine) -> None:
         assert one(engine, regex=pattern).finish_reason == "stop"
 
 
-@pytest.mark.parametrize("fault", ["crash when compiled", "hang when compiled", "crash when matched", "hang when matched"])
+@pytest.mark.parametrize("fault", [f"{what} when {when}" for what in ("crash", "hang", "rave") for when in ("compiled", "matched")])
 def test_only_the_request_at_fault_ends(fragile: Engine, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in ((admission, "COMPILE_S"), (matcher, "STEP_S"), (matcher, "REPLAY_S")):
         if fault.startswith("hang"):
