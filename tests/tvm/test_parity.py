@@ -41,6 +41,7 @@ def test_tokens_and_logits_are_those_of_hugging_face(name: str, level: int, work
         torch.testing.assert_close(logits, want.logits, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_near_to_hugging_face_as_inductor_is(workshop: Workshop) -> None:
     reference = workshop.reference("qwen3", torch.bfloat16)
     prompt = draw_prompts([40], VOCAB, 0)[0]
