@@ -119,16 +119,16 @@ def _dequantized(constant: Constant, how: Quantization, checkpoint: Checkpoint, 
             stop = min(start + step, n)
             rows = {"op": "slice", "axis": 0, "start": start, "stop": stop, "input": matrix}
 
-            def made(op: str, rows: dict[str, Any] = rows, **settings: int) -> Any:
-                return evaluate({"op": op, **settings, "input": rows}, checkpoint.fetch, specs, {})
+            def made(op: str, form: Mapping[str, int], rows: dict[str, Any] = rows) -> Any:
+                return evaluate({"op": op, **form, "input": rows}, checkpoint.fetch, specs, {})
 
             if how.group is None:
-                codes = to_torch(made("quantize_fp8"), torch.float8_e4m3fn)
-                values = dequantize_plain(codes, to_torch(made("quantize_fp8_scales"), constant.dtype), k, k)
+                codes = to_torch(made("quantize_fp8", {}), torch.float8_e4m3fn)
+                values = dequantize_plain(codes, to_torch(made("quantize_fp8_scales", {}), constant.dtype), k, k)
             else:
                 form = {"bits": how.bits, "group": how.group}
-                quants = to_torch(made("quantize", **form), torch.int8 if how.bits == 8 else torch.uint8)
-                values = dequantize(quants, to_torch(made("quantize_scales", **form), constant.dtype), stop - start, k, how.group)
+                quants = to_torch(made("quantize", form), torch.int8 if how.bits == 8 else torch.uint8)
+                values = dequantize(quants, to_torch(made("quantize_scales", form), constant.dtype), stop - start, k, how.group)
             out.write(to_numpy(values).tobytes())
     mapped = np.memmap(file, dtype=NUMPY[dtype], mode="r", shape=(n, k))
     tensor = to_torch(np.asarray(mapped), constant.dtype)
