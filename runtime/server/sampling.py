@@ -48,6 +48,11 @@ def sampling_params(
         raise RequestRejected(
             f"n x prompts x max_tokens is {num_sequences * max(limit, longest)}; at most {MAX_REQUEST_TOKENS} are accepted", param="n"
         )
+    num_allowed = num_sequences * len(request.allowed_token_ids or ())
+    if num_allowed > MAX_REQUEST_TOKENS:  # each sequence has a copy
+        raise RequestRejected(
+            f"n x prompts x allowed_token_ids is {num_allowed}; at most {MAX_REQUEST_TOKENS} are accepted", param="allowed_token_ids"
+        )
     defaults = front.model.generation_defaults
     sampling = SamplingParams(
         n=n,
@@ -114,7 +119,6 @@ def for_choice(sampling: SamplingParams, choice: int) -> SamplingParams:
         n=1,
         seed=None if sampling.seed is None else _next_seed(sampling.seed, choice),
         prompt_logprobs=sampling.prompt_logprobs if choice == 0 else None,
-        stop=None,  # matched here, where there is text
     )
 
 

@@ -123,6 +123,7 @@ def test_nasty_values_in_every_field_never_break_the_server(server: RunningServe
 def test_products_are_bounded(server: RunningServer) -> None:
     assert_error(server.complete(["a"] * 3, n=128), 400, param="n")
     assert_error(server.complete(["a"] * 1025), 400, param="prompt")
+    assert "n x prompts x" in assert_error(server.complete(n=128, allowed_token_ids=[7] * 40_000), 400, param="allowed_token_ids")
 
 
 def test_context_length(server: RunningServer) -> None:

@@ -178,6 +178,15 @@ def test_tokens_are_held_until_enough_are_there() -> None:
         assert interval.pass_on([_tokens(token)]) == [_tokens(token)], "stop strings are looked for token by token"
 
 
+def test_a_stop_string_ends_a_sequence_whatever_the_stream_interval() -> None:
+    with RunningServer(settings={"stream_interval": 100}, engine={"step_ms": 10}) as held:
+        answer = held.complete(stop=["wor"], max_tokens=400, ignore_eos=True)
+        assert answer.json()["choices"][0]["stop_reason"] == "wor"
+        held.wait_for_load(0, 0)
+        found = re.search(r"llmc:engine_steps_total\{.*\} (\S+)", held.http.get("/metrics").text)
+        assert found is not None and float(found[1]) < 90
+
+
 def test_the_stream_interval_makes_fewer_chunks_of_the_same_text(server: RunningServer) -> None:
     def chunks(at: RunningServer, **fields: Any) -> list[str]:
         text = at.complete(stream=True, max_tokens=17, ignore_eos=True, **fields).text
