@@ -28,7 +28,7 @@ def catalogue(device: Device = H200, *, tma: bool = True) -> dict[str, list[Laun
     """Case name -> launches for a GPU; tma: it has the tensor memory accelerator."""
     with FakeTensorMode():
         found = {name: launches_of(op, *args, device=device) for name, (op, args) in _cases(torch.empty).items()}
-        return {**found, **(_loaded_by_tma(device) if tma else {})}
+        return {**found, **({**_loaded_by_tma(device), **_other_attention(device)} if tma else {})}
 
 
 def _loaded_by_tma(device: Device) -> dict[str, list[Launch]]:
@@ -42,6 +42,18 @@ def _loaded_by_tma(device: Device) -> dict[str, list[Launch]]:
         x, weight, bias = (torch.empty(*sizes, dtype=BF16) for sizes in ((tokens, 4096), (6144, 4096), (6144,)))
         plain_linear(x, weight, bias, launch=launches.append, device=device, tile=tile)
     return found
+
+
+def _other_attention(device: Device) -> dict[str, list[Launch]]:
+    """Attention whose prefill programs are half as high, as a table of measured ways may want it."""
+    from .paged_attention.triton_impl import paged_attend, work_for
+
+    work = replace(work_for(128, 4, BF16, BF16, device), prefill_rows=64, prefill_warps=4, prefill_stages=1, decode_stages=2)
+    q, cache = torch.empty(64, 32, 128, dtype=BF16), torch.empty(1000, 8, 16, 128, dtype=BF16)
+    tables, lengths, starts = (torch.empty(*sizes, dtype=torch.int32) for sizes in ((1, 8, 256), (8,), (9,)))
+    launches: list[Launch] = []
+    paged_attend(q, cache, cache, tables, lengths, starts, 0, 0, 0.1, 0, 0.0, None, work=work, launch=launches.append, device=device)
+    return {"paged_attention tuned": launches}
 
 
 def _cases(empty: Callable[..., Tensor]) -> dict[str, tuple[str, tuple[Any, ...]]]:

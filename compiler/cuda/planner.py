@@ -295,6 +295,9 @@ def _own_op(builder: _Builder, node: Node, values: Mapping[Node, Any], decode: b
     launches: list[own.Launch] = []
     device = own.Device(num_sms=builder.target.num_sms, shared_bytes=builder.target.shared_memory_per_block_bytes)
     extra: dict[str, Any] = {"decode": decode} if op in ("paged_attention", "paged_attend") else {}
+    if "decode" in extra:
+        q, k_cache = arguments[0], arguments[1 if op == "paged_attend" else 3]
+        extra["work"] = builder.own.tuned.work(q.shape[2], q.shape[1] // k_cache.shape[1], q.dtype, k_cache.dtype)
     if op == "plain_linear":
         x, weight = arguments[:2]
         n, k = weight.shape

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..gpu_bench import DEVICE, Case, main, random
+
+if TYPE_CHECKING:  # triton stands behind it
+    from .triton_impl import Work
 
 BLOCK = 16
 
@@ -40,6 +43,29 @@ def sdpa(batch: int, queries: int, q: Tensor, k: Tensor, v: Tensor, k_cache: Ten
     return F.scaled_dot_product_attention(
         q.unflatten(0, (batch, queries)).transpose(1, 2), keys, values, is_causal=queries > 1, enable_gqa=True
     )
+
+
+def measured_case(heads_per_kv: int, dim: int, fp8: bool, decode: bool) -> Case:
+    """What `llmc tune` takes the time of: 64 sequences of 4096 keys that decode, or one prompt of 2048."""
+    from .triton_impl import paged_attention
+
+    kv_heads = 8
+    batch, context, queries = (64, 4096, 1) if decode else (1, 2048, 2048)
+    made = partial(arguments, batch, context, queries, heads_per_kv * kv_heads, kv_heads, dim, fp8)
+    moved = batch * context * kv_heads * dim * 2 * (1 if fp8 else 2)
+    return Case(name="tuned", make=made, ours=partial(paged_attention, decode=decode), moved_bytes=moved)
+
+
+def check_bits(heads_per_kv: int, dim: int, fp8: bool, decode: bool, work: Work) -> None:
+    """Compare the result with that of the way chosen by rule.
+
+    Raises:
+        RuntimeError: a bit differs.
+    """
+    case = measured_case(heads_per_kv, dim, fp8, decode)
+    made = case.make()
+    if not torch.equal(case.ours(*made, work=work), case.ours(*made)):
+        raise RuntimeError(f"attention of {heads_per_kv} heads of {dim} has other bits with {work}")
 
 
 def cases() -> Iterator[Case]:

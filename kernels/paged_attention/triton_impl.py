@@ -41,6 +41,23 @@ class _Shape:
     stages: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What of a launch changes no bit: how far loads run ahead, and the height of a prefill program with as many warps to a row."""
+
+    decode_stages: int
+    prefill_rows: int
+    prefill_warps: int
+    prefill_stages: int
+
+
+def work_for(head_dim: int, heads_per_kv: int, dtype: torch.dtype, cache: torch.dtype, device: Device = H200) -> Work:
+    """How attention is launched where nothing was measured."""
+    shape = _shape(head_dim, heads_per_kv, dtype, device)
+    stages = 2 if cache == torch.uint8 else shape.stages  # a third leaves too few registers to widen fp8 in
+    return Work(decode_stages=stages, prefill_rows=shape.prefill_rows, prefill_warps=shape.prefill_warps, prefill_stages=stages)
+
+
 def _shape(head_dim: int, heads_per_kv: int, dtype: torch.dtype, device: Device) -> _Shape:
     if dtype == torch.float32:  # no matrix instruction; for checks against other programs, not for speed. Two stages spill (24 bytes)
         return _Shape(tile=32, rows=16, prefill_rows=16, warps=4, prefill_warps=4, stages=1)
@@ -56,24 +73,29 @@ def _shape(head_dim: int, heads_per_kv: int, dtype: torch.dtype, device: Device)
 def paged_attention(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, block_tables: Tensor, seq_lens: Tensor,
     query_start_loc: Tensor, layer: int, group: int, scale: float, window: int, softcap: float, sinks: Tensor | None, *,
-    decode: bool = False, launch: Launcher = run, device: Device = H200,
+    decode: bool = False, work: Work | None = None, launch: Launcher = run, device: Device = H200,
 ) -> Tensor:  # fmt: skip
-    """`paged_attention_reference` on a GPU. decode: every sequence has at most one query, so prefill need not be looked for."""
+    """`paged_attention_reference` on a GPU. decode: every sequence has at most one query, so prefill need not be looked for.
+
+    work: another than `work_for`'s.
+    """
     out = q.new_empty(q.shape)
     launch(_write(k, v, k_cache, v_cache, slot_mapping, query_start_loc, group, out, seq_lens.shape[0]))
-    _attend(out, q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, group, scale, window, softcap, sinks, decode, launch, device)
+    numbers = (group, scale, window, softcap, sinks, decode)
+    _attend(out, q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, *numbers, work, launch, device)
     return out
 
 
 def paged_attend(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, seq_lens: Tensor, query_start_loc: Tensor, layer: int, group: int,
     scale: float, window: int, softcap: float, sinks: Tensor | None, *,
-    decode: bool = False, launch: Launcher = run, device: Device = H200,
+    decode: bool = False, work: Work | None = None, launch: Launcher = run, device: Device = H200,
 ) -> Tensor:  # fmt: skip
     """`paged_attend_reference` on a GPU: paged_attention of which the keys and values have been written already."""
     out = q.new_empty(q.shape)
     launch(_write(q, q, k_cache, v_cache, query_start_loc, query_start_loc, group, out, seq_lens.shape[0], kv=False))
-    _attend(out, q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, group, scale, window, softcap, sinks, decode, launch, device)
+    numbers = (group, scale, window, softcap, sinks, decode)
+    _attend(out, q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, *numbers, work, launch, device)
     return out
 
 
@@ -107,7 +129,7 @@ def _write(
 
 def _attend(
     out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, seq_lens: Tensor, query_start_loc: Tensor, group: int,
-    scale: float, window: int, softcap: float, sinks: Tensor | None, decode: bool, launch: Launcher, device: Device,
+    scale: float, window: int, softcap: float, sinks: Tensor | None, decode: bool, work: Work | None, launch: Launcher, device: Device,
 ) -> None:  # fmt: skip
     num_tokens, num_heads, head_dim = q.shape
     kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
@@ -117,7 +139,7 @@ def _attend(
     num_segments = cdiv(max_keys, segment)
     block_d = max(16, next_power_of_2(head_dim))
     shape = _shape(head_dim, heads_per_kv, q.dtype, device)
-    stages = 2 if k_cache.dtype == torch.uint8 else shape.stages  # a third leaves too few registers to widen fp8 in; no bit depends on it
+    work = work or work_for(head_dim, heads_per_kv, q.dtype, k_cache.dtype, device)
     common: dict[str, Any] = {
         "query_start_loc": query_start_loc, "seq_lens": seq_lens, "k_cache": k_cache, "v_cache": v_cache, "block_tables": block_tables,
         "table_offset": group * block_tables.stride(0), "table_stride": block_tables.stride(1),
@@ -138,7 +160,7 @@ def _attend(
             args={"q": q, "partial": partial, "peaks": peaks, "totals_offset": peaks.stride(0), **common},
             constants={**constants, "ROWS": shape.rows},
             num_warps=shape.warps,
-            num_stages=stages,
+            num_stages=work.decode_stages,
         )
     )
     launch(
@@ -159,15 +181,15 @@ def _attend(
     )  # fmt: skip
     if decode or not num_sequences:
         return
-    queries = shape.prefill_rows // heads_per_kv
+    queries = work.prefill_rows // heads_per_kv
     launch(
         Launch(
             kernel=prefill_kernel,
             grid=((cdiv(num_tokens, queries) + num_sequences) if num_tokens else 0, kv_heads, 1),
             args={"q": q, "sinks": sink_logits, "out": out, "num_sequences": num_sequences, "num_heads": num_heads, **common},
-            constants={**constants, "ROWS": shape.prefill_rows, "QUERIES": queries, "HAS_SINKS": sinks is not None},
-            num_warps=shape.prefill_warps,
-            num_stages=stages,
+            constants={**constants, "ROWS": work.prefill_rows, "QUERIES": queries, "HAS_SINKS": sinks is not None},
+            num_warps=work.prefill_warps,
+            num_stages=work.prefill_stages,
         )
     )
 

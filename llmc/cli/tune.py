@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,16 +12,17 @@ from llmc.errors import ConfigError
 
 if TYPE_CHECKING:
     from llmc.kernels.cuda_targets import CudaTarget
-    from llmc.kernels.tuned import Timer
+    from llmc.kernels.tuned import AttentionTimer, Timer
 
 
 @click.command("tune")
 @click.option("--target", required=True, help="The GPU of this machine, as `llmc compile --target list` names it.")
 @click.option("--matrix", "matrices", multiple=True, metavar="NxK", help="A weight's rows and columns; may be repeated.")
+@click.option("--attention", "heads", multiple=True, metavar="QxKxD", help="Query heads, key heads and head_dim; may be repeated.")
 @click.option("--artifact", type=click.Path(path_type=Path), default=None, help="Take the matrices that this GPU artifact multiplies.")
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="Table to add to; default: the one that `llmc compile` reads.")
-def tune_command(target: str, matrices: tuple[str, ...], artifact: Path | None, out: Path | None) -> None:
-    """Measure tiles of the matrix products on this machine's GPU, for compiles anywhere.
+def tune_command(target: str, matrices: tuple[str, ...], heads: tuple[str, ...], artifact: Path | None, out: Path | None) -> None:
+    """Measure tiles of the matrix products and ways to launch attention on this machine's GPU, for compiles anywhere.
 
     What is measured changes no bit of a result. Needs the GPU of --target and a CUDA build of torch.
     """
@@ -28,20 +30,32 @@ def tune_command(target: str, matrices: tuple[str, ...], artifact: Path | None, 
 
     described = cuda_target(target)
     wanted = [_matrix(text) for text in matrices] + (_of_artifact(artifact) if artifact is not None else [])
-    if not wanted:
-        raise ConfigError("name what to measure: --matrix NxK, or --artifact with one that was compiled for a GPU")
+    if not wanted and not heads:
+        raise ConfigError("name what to measure: --matrix NxK, --attention QxKxD, or --artifact with one that was compiled for a GPU")
+    shapes = [(pair, cache) for text in heads for pair in [_heads(text)] for cache in ("bfloat16", "uint8")]
     check_gpu(described)
 
     import torch
 
     from llmc.kernels.gpu_bench import machine
-    from llmc.kernels.tuned import TABLE, has_tma, tune, write_tuned
+    from llmc.kernels.tuned import TABLE, AttentionShape, has_tma, tune, tune_attention, write_tuned
 
-    table = out or TABLE
+    table, asked = out or TABLE, [AttentionShape(*pair, cache) for pair, cache in shapes]
+    if asked and not has_tma(described.name):
+        raise ConfigError(f"--attention: before Hopper there is one way to launch it, so nothing can be chosen on {described.device_name}")
+
+    def say(line: str) -> None:
+        click.echo(line, err=True)
+
     torch.manual_seed(0)
-    entries = tune(wanted, _timer(), tma=has_tma(described.name), progress=lambda line: click.echo(line, err=True))
-    write_tuned(described.name, entries, {**machine(), "matrices": [list(pair) for pair in dict.fromkeys(wanted)]}, table)
-    click.echo(f"{table}: {len(entries)} tiles for {described.name} are faster than those chosen by rule; compile again to use them")
+    entries = tune(wanted, _timer(), tma=has_tma(described.name), progress=say)
+    launched = tune_attention(asked, _attention_timer(), progress=say)
+    measured = {"matrices": [list(pair) for pair in dict.fromkeys(wanted)], "attention": [list(astuple(shape)) for shape in asked]}
+    write_tuned(described.name, entries, {**machine(), **measured}, table, attention=launched)
+    click.echo(
+        f"{table}: {len(entries)} tiles and {len(launched)} ways to attend for {described.name} are faster than those chosen by rule; "
+        "compile again to use them"
+    )
 
 
 def check_gpu(target: CudaTarget) -> None:
@@ -80,6 +94,31 @@ def _timer() -> Timer:
         return float(run_case(case, 10)["llmc"]["us"]["median"]) / 1e6
 
     return seconds
+
+
+def _attention_timer() -> AttentionTimer:
+    from functools import partial
+
+    from llmc.kernels.gpu_bench import run_case
+    from llmc.kernels.paged_attention.bench_cuda import check_bits, measured_case
+    from llmc.kernels.paged_attention.triton_impl import Work
+    from llmc.kernels.tuned import AttentionShape
+
+    def seconds(shape: AttentionShape, decode: bool, work: Work) -> float:
+        size = (shape.heads_per_kv, shape.head_dim, shape.cache == "uint8", decode)
+        check_bits(*size, work)
+        case = measured_case(*size)
+        return float(run_case(replace(case, ours=partial(case.ours, work=work)), 10)["llmc"]["us"]["median"]) / 1e6
+
+    return seconds
+
+
+def _heads(text: str) -> tuple[int, int]:
+    """(head_dim, query heads to a key head)."""
+    numbers = [int(part) if part.isdecimal() else 0 for part in text.split("x")]
+    if len(numbers) != 3 or 0 in numbers or numbers[0] % numbers[1] or numbers[0] // numbers[1] > 64 or numbers[2] > 256:
+        raise ConfigError(f"--attention {text!r}: expected query heads, key heads and head_dim as in 32x8x128")
+    return numbers[2], numbers[0] // numbers[1]
 
 
 def _matrix(text: str) -> tuple[int, int]:

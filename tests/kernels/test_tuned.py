@@ -20,9 +20,10 @@ from llmc.compiler.cuda.own_kernels import KernelCache
 from llmc.errors import ConfigError
 from llmc.kernels.cuda_targets import cuda_target
 from llmc.kernels.launch import Launch
+from llmc.kernels.paged_attention.triton_impl import Work
 from llmc.kernels.plain_linear.triton_impl import Tile, plain_linear, tile_for
 from llmc.kernels.plain_linear.tuning import candidates
-from llmc.kernels.tuned import ROWS, TABLE, TunedTiles, read_tuned, row_class, tune, write_tuned
+from llmc.kernels.tuned import ROWS, TABLE, AttentionShape, TunedTiles, read_tuned, row_class, tune, tune_attention, write_tuned
 
 N, K = 512, 256
 TARGET = "cuda:h200"
@@ -125,6 +126,69 @@ def test_a_plan_gives_tma_the_memory_it_takes() -> None:
     assert kernel.read == {"x", "weight"} and kernel.written == {"out"}
 
 
+HEADS = AttentionShape(128, 4)
+
+
+def likes_low_prefill(shape: AttentionShape, decode: bool, work: Work) -> float:
+    """One stage decodes fastest and does not work with fp8; 64 rows prefill fastest."""
+    if decode and work.decode_stages == 1 and shape.cache == "uint8":
+        raise RuntimeError("out of resource: shared memory")
+    return 1e-6 * (work.decode_stages if decode else work.prefill_rows + work.prefill_stages)
+
+
+def test_attention_is_searched_by_decode_and_prefill_apart() -> None:
+    fp8 = AttentionShape(128, 4, "uint8")
+    entries = tune_attention([HEADS, fp8, HEADS], likes_low_prefill)
+    assert [(e["cache"], e["decode_stages"], e["prefill_rows"], e["prefill_warps"], e["prefill_stages"]) for e in entries] == [
+        ("bfloat16", 1, 64, 4, 1), ("uint8", 2, 64, 4, 1)
+    ]  # fmt: skip
+    assert entries[0]["decode_us"] < entries[0]["default_decode_us"] == 3
+    assert tune_attention([HEADS], lambda shape, decode, work: 1e-5) == []
+
+
+def test_ways_to_attend_come_back_as_written(tmp_path: Path) -> None:
+    path, measured = tmp_path / "tiles.json", {"device": "planted", "matrices": [], "attention": [[128, 4, "bfloat16"]]}
+    entries = tune_attention([HEADS], likes_low_prefill)
+    for _ in range(2):
+        write_tuned(TARGET, [], measured, path, attention=entries)
+    write_tuned(TARGET, tune([(N, K)], likes_few_stages), MEASURED, path)
+    table = read_tuned(TARGET, path)
+    assert table.work(128, 4, torch.bfloat16, torch.bfloat16) == Work(decode_stages=1, prefill_rows=64, prefill_warps=4, prefill_stages=1)
+    assert table.work(128, 4, torch.bfloat16, torch.uint8) is table.work(128, 4, torch.float32, torch.float32) is None
+    assert table.facts()["entries"] == 1 + len(ROWS)
+    write_tuned("cuda:sm_86", [], measured, path, attention=entries)
+    with pytest.raises(ConfigError, match="none that keeps a row's bits"):
+        read_tuned("cuda:sm_86", path)
+    for change, says in (({"prefill_warps": 8}, "none that keeps a row's bits"), ({"cache": "int8"}, "is damaged")):
+        write_tuned(TARGET, [], measured | {"attention": [[128, 4, "bfloat16"], [128, 4, "int8"]]}, path, attention=[])
+        held = json.loads(path.read_text())
+        held["targets"][TARGET]["attention"] = [entries[0] | change]
+        path.write_text(json.dumps(held))
+        with pytest.raises(ConfigError, match=says):
+            read_tuned(TARGET, path)
+        path.unlink()
+
+
+def test_a_plan_attends_as_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = KernelCache(cuda_target(TARGET))
+    work = Work(decode_stages=4, prefill_rows=64, prefill_warps=4, prefill_stages=2)
+    own.__dict__["tuned"] = TunedTiles(attention={HEADS: work})
+    launched: list[Launch] = []
+    monkeypatch.setattr(planner, "_own_launch", lambda builder, launch: launched.append(launch))
+    graph = torch.fx.Graph()
+    names = ("q", "k_cache", "v_cache", "block_tables", "seq_lens", "query_start_loc")
+    given = [graph.placeholder(name) for name in names]
+    call = graph.call_function(torch.ops.llmc.paged_attend.default, (*given, 0, 0, 0.1, 0, 0.0, None))
+    builder = planner._Builder(target=own.target, own=own)
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        for heads in (8, 16):
+            cache, ints = torch.empty(4, 2, 16, 128, dtype=torch.bfloat16), torch.empty(3, dtype=torch.int32)
+            values = [torch.empty(9, heads, 128, dtype=torch.bfloat16), cache, cache, torch.empty(1, 3, 8, dtype=torch.int32), ints]
+            planner._own_op(builder, call, dict(zip(given, [*values, torch.empty(4, dtype=torch.int32)], strict=True)), False)
+    found = [(launch.num_warps, launch.num_stages) for launch in launched if "TILE" in launch.constants]
+    assert found == [(4, 4), (4, 2), (4, 3), (8, 3)]  # decode and prefill: 4 heads to a key head, then 8, of which nothing is known
+
+
 @pytest.mark.parametrize("text", ["{", '{"format": 2, "targets": {}}', '{"format": 1}', "[]"])
 def test_a_file_that_is_no_table_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "tiles.json"
@@ -165,7 +229,13 @@ def test_without_a_gpu_the_command_says_where_to_run(tmp_path: Path, capsys: pyt
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [([], "name what to measure"), (["--matrix", "4096"], "expected rows and columns"), (["--matrix", "0x4"], "expected rows and columns")],
+    [
+        ([], "name what to measure"),
+        (["--matrix", "4096"], "expected rows and columns"),
+        (["--matrix", "0x4"], "expected rows and columns"),
+        (["--attention", "32x8"], "expected query heads, key heads and head_dim"),
+        (["--attention", "30x8x128"], "expected query heads, key heads and head_dim"),
+    ],
 )
 def test_the_command_names_what_it_lacks(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", "--target", TARGET, *arguments]) == ConfigError.exit_code

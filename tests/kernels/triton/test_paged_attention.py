@@ -16,10 +16,12 @@ from llmc.kernels.paged_attention.triton_impl import (
     paged_attention,
     paged_attention_reason,
     segment_length,
+    work_for,
 )
+from llmc.kernels.paged_attention.tuning import decode_candidates, prefill_candidates
 from tests.kernels.paged_attention_world import Batch, Shape, World
 
-from .world import DEVICE, assert_close, poisoned, same_bits
+from .world import DEVICE, INTERPRETED, assert_close, poisoned, same_bits
 
 A100 = Device(num_sms=108, shared_bytes=166912)  # its tiles are smaller than the H200's
 PLAIN = Shape(num_heads=4, num_kv_heads=2, head_dim=32, dtype=torch.float32)
@@ -119,6 +121,22 @@ def test_a_row_has_the_same_bits_however_it_is_computed(change: dict[str, object
     assert same_bits(alone, last_row([{"a": length - 1, "b": 5}, {"b": 3, "a": 1}], decode=False))
     assert same_bits(alone, last_row([{"a": length - 40, "b": 5}, {"b": 3, "a": 40}], decode=False))
     assert same_bits(alone, last_row([{"a": length - 2}, {"a": 2}], decode=False))
+
+
+def test_every_way_to_launch_gives_the_same_bits() -> None:
+    """What a table of measured ways may hold, over a prompt and over tokens that follow it; on a GPU every one of them."""
+    shape = dataclasses.replace(PLAIN, dtype=torch.bfloat16, num_heads=4, num_kv_heads=1)
+    world = World(shape, 1)
+    caches = [c.to(DEVICE) for c in world.caches()]
+    default = work_for(shape.head_dim, 4, shape.dtype, shape.dtype)
+    for step in ({"a": 70, "b": 3}, {"a": 1, "b": 1}):
+        batch = on_device(world.batch(step, 0))
+        expected = batch.call(paged_attention, caches)
+        ways = [*decode_candidates(default), *prefill_candidates(default, shape.head_dim)]
+        for work in [w for w in ways if w.prefill_stages == w.decode_stages or w.prefill_rows == 64] if INTERPRETED else ways:
+            with poisoned():
+                found = batch.call(lambda *a, w=work: paged_attention(*a, work=w), caches)
+            assert same_bits(found, expected), work
 
 
 def test_segments_depend_on_the_longest_length_alone() -> None:
