@@ -175,7 +175,10 @@ class _Answer:
         if self._body.echo and not choice.opened:
             text = self._prompt_text(choice) + text
             if self._body.logprobs is not None:
-                ids, entries = choice.prompt + ids, (choice.prompt_entries or [None] * len(choice.prompt)) + entries
+                # Asked of the first of n samples. The others wait for its prompt in the cache, unless that was there before: theirs are
+                # then null, as nothing is held back for them.
+                known = self._choices[delta.index - delta.index % self._n].prompt_entries or [None] * len(choice.prompt)
+                ids, entries = choice.prompt + ids, known + entries
         choice.opened = True
         logprobs = None
         if self._body.logprobs is not None and ids:

@@ -95,6 +95,10 @@ def test_logprobs_and_echo_of_completions(server: RunningServer) -> None:
     streamed = events(server.complete("hello world", echo=True, logprobs=1, max_tokens=2, stream=True).text)
     assert "".join(c["choices"][0]["text"] for c in streamed) == choice["text"]
     assert [t for c in streamed for t in (c["choices"][0]["logprobs"] or {"tokens": []})["tokens"]] == shown["tokens"]
+    for sample in (0, 1):
+        of_two = events(server.complete("hello world", echo=True, logprobs=1, max_tokens=2, n=2, stream=True).text)
+        mine = [c["choices"][0]["logprobs"] for c in of_two if c["choices"][0]["index"] == sample]
+        assert [v for one in mine if one for v in one["token_logprobs"]] == shown["token_logprobs"]
 
 
 def test_prompt_logprobs(server: RunningServer) -> None:
