@@ -3,7 +3,8 @@
     python benchmarks/lora.py [--models S] [--batch 4] [--rank 16] [--threads 2] [--json]
 
 Rows are measured in turns in one process each, so that a machine that slows down slows all of them. `ratio` is to the artifact
-without `--enable-lora`. Adapters are random and change every linear of the layers.
+without `--enable-lora`, of wall-clock time; `cpu_ratio` of processor time a token, which other work on the machine disturbs less (with
+`--threads 1`: waiting threads count too). Adapters are random and change every linear of the layers.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def write_adapter(folder: Path, artifact: Path, rank: int, seed: int) -> Path:
 
 
 def worker(artifact: str, adapters: list[str], batch: int, threads: int, vocab_size: int) -> None:
-    """Tokens per second of decoding a batch, repeatedly; one line of JSON for each line on stdin."""
+    """Tokens per second of decoding a batch, and milliseconds of processor time a token; one line of JSON for each line on stdin."""
     from llmc import LLM, LoRARequest, SamplingParams
 
     requests = [LoRARequest(f"a{i}", i + 1, folder) for i, folder in enumerate(adapters)]
@@ -66,15 +67,16 @@ def worker(artifact: str, adapters: list[str], batch: int, threads: int, vocab_s
         **options,
     ) as llm:
 
-        def seconds(new_tokens: int) -> float:
+        def seconds(new_tokens: int) -> np.ndarray:
             params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
-            started = time.perf_counter()
+            started = np.array([time.perf_counter(), time.process_time()])
             llm.generate(prompts, params, lora_request=chosen)
-            return time.perf_counter() - started
+            return np.array([time.perf_counter(), time.process_time()]) - started
 
         seconds(2)
         for _line in sys.stdin:
-            print(batch * NEW / (seconds(1 + NEW) - seconds(1)), flush=True)
+            wall, cpu = seconds(1 + NEW) - seconds(1)
+            print(json.dumps([batch * NEW / wall, cpu * 1000 / (batch * NEW)]), flush=True)
 
 
 def measure(name: str, batch: int, rank: int, threads: int) -> dict[str, Any]:
@@ -85,7 +87,7 @@ def measure(name: str, batch: int, rank: int, threads: int) -> dict[str, Any]:
             harness.compiled(model, artifact, *flags)
     adapters = [str(write_adapter(harness.WORK / f"{name}-adapter{seed}-r{rank}", roomy, rank, seed)) for seed in range(2)]
     cases = {"without": (plain, []), "unused": (roomy, []), "one adapter": (roomy, adapters[:1]), "two adapters": (roomy, adapters)}
-    found: dict[str, list[float]] = {row: [] for row in ROWS}
+    found: dict[str, list[list[float]]] = {row: [] for row in ROWS}
     vocab_size = SHAPES[name].vocab_size
     processes = {
         row: subprocess.Popen(
@@ -102,13 +104,21 @@ def measure(name: str, batch: int, rank: int, threads: int) -> dict[str, Any]:
                 assert process.stdin is not None and process.stdout is not None
                 process.stdin.write("\n")
                 process.stdin.flush()
-                found[row].append(float(process.stdout.readline()))
+                found[row].append(json.loads(process.stdout.readline()))
     finally:
         for process in processes.values():
             process.kill()
             process.wait()
-    base = statistics.median(found["without"])
-    return {row: {"tok_s": harness.summary(values), "ratio": round(statistics.median(values) / base, 3)} for row, values in found.items()}
+    medians = {row: [statistics.median(column) for column in zip(*values, strict=True)] for row, values in found.items()}
+    return {
+        row: {
+            "tok_s": harness.summary([speed for speed, _ in values]),
+            "cpu_ms_token": harness.summary([cpu for _, cpu in values]),
+            "ratio": round(medians[row][0] / medians["without"][0], 3),
+            "cpu_ratio": round(medians["without"][1] / medians[row][1], 3),
+        }
+        for row, values in found.items()
+    }
 
 
 def main() -> None:
@@ -124,9 +134,13 @@ def main() -> None:
         worker(*json.loads(args.worker))
         return
     results = {name: measure(name, args.batch, args.rank, args.threads) for name in args.models}
-    lines = [f"{'model':<6}{'':<14}{'tok/s':>10}{'ratio':>8}"]
+    lines = [f"{'model':<6}{'':<14}{'tok/s':>10}{'ratio':>8}{'CPU ms':>9}{'ratio':>8}"]
     for name, rows in results.items():
-        lines += [f"{name:<6}{row:<14}{rows[row]['tok_s']['median']:>10.1f}{rows[row]['ratio']:>8.3f}" for row in ROWS]
+        for row, facts in rows.items():
+            lines.append(
+                f"{name:<6}{row:<14}{facts['tok_s']['median']:>10.1f}{facts['ratio']:>8.3f}"
+                f"{facts['cpu_ms_token']['median']:>9.3f}{facts['cpu_ratio']:>8.3f}"
+            )
     settings = {"batch": args.batch, "rank": args.rank, "threads": args.threads, "prompt_tokens": PROMPT, "new_tokens": NEW}
     harness.finish("lora", {"models": results, **settings}, as_json=args.json, table="\n".join(lines))
 
