@@ -42,9 +42,13 @@ class QuantizeFp8(Node):
             last = min(first + per_run, stop)
             wide = cast(self.input.rows(data, first, last), self.input.dtype, "float32").astype(np.float32, copy=False)
             near, scales = group_scales(wide[:, np.newaxis], float8.TOP, self.input.dtype)
-            held = near if self.scales else float8.encode(wide / np.where(scales == 0, np.float32(1), scales))
-            result[first - start : last - start] = held
+            result[first - start : last - start] = near if self.scales else float8.encode(_divided(wide, scales))
         return result
+
+
+def _divided(wide: float8.Wide, scales: float8.Wide) -> float8.Wide:
+    """Rows [N, K] by their scales [N, 1], in float32; those whose scale is 0 are 0 themselves."""
+    return np.divide(wide, np.where(scales == 0, np.float32(1), scales), dtype=np.float32)
 
 
 def fp8_node(op: str, child: Node) -> QuantizeFp8:

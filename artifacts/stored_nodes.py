@@ -70,7 +70,7 @@ class Dequantize(Node):
         Raises:
             ArtifactError: there is a NaN among them.
         """
-        rows = self.quants.whole(data)[start:stop]
+        rows = np.asarray(self.quants.whole(data)[start:stop], dtype=np.uint8)
         if ((rows & 0x7F) == 0x7F).any():
             raise ArtifactError(f"a quantised weight of {list(self.shape)}, stored as fp8, holds a NaN; the checkpoint is damaged")
         return rows

@@ -165,7 +165,8 @@ def tune_attention(
     """
     entries = []
     for shape in dict.fromkeys(shapes):
-        chosen, times = shape.default, {}
+        chosen = shape.default
+        times: dict[str, float] = {}
         for decode in (True, False):
             label = "decode" if decode else "prefill"
             first, *others = decode_candidates(chosen) if decode else prefill_candidates(chosen, shape.head_dim)

@@ -42,8 +42,9 @@ def check_bits(tokens: int, n: int, k: int, tile: Tile) -> None:
     """
     from .triton_impl import plain_linear
 
-    made = arguments(tokens, n, k)
-    if not torch.equal(plain_linear(*made, tile=tile), plain_linear(*made)):
+    x, weight, _ = arguments(tokens, n, k)
+    assert x is not None and weight is not None
+    if not torch.equal(plain_linear(x, weight, None, tile=tile), plain_linear(x, weight, None)):
         raise RuntimeError(f"plain_linear {tokens}x{n}x{k} has other bits with {tile}")
 
 
