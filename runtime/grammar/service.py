@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from llmc.errors import RequestRejected
+from llmc.errors import ArtifactError, RequestRejected
 from llmc.runtime.grammar.admission import Admission
 from llmc.runtime.grammar.matcher import Matcher
-from llmc.runtime.grammar.process import COMMAND, WorkerProcess
+from llmc.runtime.grammar.process import COMMAND, WorkerDied, WorkerProcess
 from llmc.runtime.grammar.protocol import Configure, MaskRow
 from llmc.runtime.messages import GenerateRequest
 from llmc.runtime.sampler import Sampler
@@ -43,7 +43,11 @@ class GrammarService:
 
         def spawn() -> WorkerProcess:
             if not configure:
-                configure.append(Configure(tokenizer_json=read_tokenizer(), vocab_size=vocab_size, eos_token_ids=eos_token_ids))
+                try:
+                    tokenizer_json = read_tokenizer()
+                except ArtifactError as error:  # changed on disk since the start: what needs no grammar goes on
+                    raise WorkerDied(str(error)) from error
+                configure.append(Configure(tokenizer_json=tokenizer_json, vocab_size=vocab_size, eos_token_ids=eos_token_ids))
             return WorkerProcess(configure[0], command=command)
 
         self.matcher = Matcher(spawn, max_sequence_tokens=max_sequence_tokens)

@@ -14,6 +14,7 @@ import pytest
 from llmc.runtime.engine import Engine
 from llmc.runtime.grammar import admission, matcher
 from llmc.runtime.grammar.service import GrammarService
+from llmc.runtime.kept_file import KeptFile
 from tests.runtime.grammar_world import END, TOKENIZER_PATH, VOCAB, Output, asking, go_on, noise_engine, one, run
 
 FRAGILE = (sys.executable, "-m", "tests.runtime.fragile_grammar_worker")
@@ -215,6 +216,17 @@ def test_too_many_waiting_requests_are_refused(fragile: Engine) -> None:
     assert caught.value.status == 429
     outputs = go_on(fragile, {str(index): Output(token_ids=[]) for index in range(20)})
     assert all(output.finish_reason == "stop" for output in outputs.values())
+
+
+def test_a_tokenizer_that_changed_on_disk_ends_the_request_alone() -> None:
+    engine = noise_engine()
+    with TOKENIZER_PATH.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        engine._tokenizer = KeptFile(file.fileno(), size_bytes=size, sha256="0" * 64, name="tokenizer.json")
+    outputs = run(engine, [asking("a", json=PERSON), asking("plain", max_tokens=5)])
+    assert outputs["a"].finish_reason == "error" and "tokenizer.json" in (outputs["a"].error or "")
+    assert outputs["plain"].finish_reason == "length"
+    engine.close()
 
 
 def test_no_worker_outlives_its_engine() -> None:
