@@ -381,7 +381,7 @@ SETTINGS: tuple[Setting, ...] = (
             help="Public key (PEM) that must have signed the artifact."),
     Setting(name="checkpoint", parse=text, default=None, commands=ENGINE, group="Engine", metavar="DIR",
             help="Checkpoint to bind, for an artifact compiled with --weights external."),
-    # --- front ------------------------------------------------------------------------------------------------------------
+    # --- LoRA -------------------------------------------------------------------------------------------------------------
     _flag("enable_lora", frozenset({COMPILE, SERVE}), "LoRA",
           "Compile with room for LoRA adapters; serve them. CPUs; docs/lora.md."),
     Setting(name="max_loras", parse=integer(1, 256), default=None, commands=frozenset({COMPILE, SERVE}), group="LoRA", metavar="N",
@@ -398,7 +398,7 @@ SETTINGS: tuple[Setting, ...] = (
             help="Adapters kept in memory, the others are read again when needed; default: all."),
     Setting(name="allow_runtime_lora_updating", parse=text, default=None, commands=_SERVE, group="LoRA", metavar="DIR", many=True,
             help="Folders from which POST /v1/load_lora_adapter may take adapters; default: the path does not exist."),
-    # --- server
+    # --- front ------------------------------------------------------------------------------------------------------------
     Setting(name="host", parse=text, default=None, commands=_SERVE, group="Server", metavar="NAME",
             help="Address to listen on; default 127.0.0.1, loopback only."),
     Setting(name="port", parse=integer(0, 65535), default=8000, commands=_SERVE, group="Server", metavar="N",
