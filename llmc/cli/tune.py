@@ -12,6 +12,8 @@ from llmc.errors import ConfigError
 
 if TYPE_CHECKING:
     from llmc.kernels.cuda_targets import CudaTarget
+    from llmc.kernels.gpu_bench import Case
+    from llmc.kernels.launch import Launch
     from llmc.kernels.tuned import AttentionTimer, Timer
 
 
@@ -48,8 +50,8 @@ def tune_command(target: str, matrices: tuple[str, ...], heads: tuple[str, ...],
         click.echo(line, err=True)
 
     torch.manual_seed(0)
-    entries = tune(wanted, _timer(), tma=has_tma(described.name), progress=say)
-    launched = tune_attention(asked, _attention_timer(), progress=say)
+    entries = tune(wanted, _timer(described), tma=has_tma(described.name), progress=say)
+    launched = tune_attention(asked, _attention_timer(described), progress=say)
     measured = {"matrices": [list(pair) for pair in dict.fromkeys(wanted)], "attention": [list(astuple(shape)) for shape in asked]}
     write_tuned(described.name, entries, {**machine(), **measured}, table, attention=launched)
     click.echo(
@@ -79,10 +81,33 @@ def check_gpu(target: CudaTarget) -> None:
         )
 
 
-def _timer() -> Timer:
+def _seconds(case: Case, target: CudaTarget) -> float:
+    """Time of a case.
+
+    Raises:
+        RuntimeError: a kernel spills more than a compile takes.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from triton.backends.compiler import GPUTarget
+
+    from llmc.compiler.cuda.schedule import SPILL_BUDGET_BYTES
+    from llmc.kernels.aot import compile_launch
+    from llmc.kernels.gpu_bench import run_case
+
+    launches: list[Launch] = []
+    with FakeTensorMode():
+        case.ours(*case.make(), launch=launches.append)
+    for launch in launches:
+        stack = compile_launch(launch, GPUTarget("cuda", target.capability_number, 32)).stack_bytes
+        if stack > SPILL_BUDGET_BYTES:
+            raise RuntimeError(f"{launch.kernel.__name__} spills {stack} bytes a thread")
+    return float(run_case(case, 10)["llmc"]["us"]["median"]) / 1e6
+
+
+def _timer(target: CudaTarget) -> Timer:
     from functools import partial
 
-    from llmc.kernels.gpu_bench import Case, run_case
+    from llmc.kernels.gpu_bench import Case
     from llmc.kernels.plain_linear.bench import arguments, check_bits
     from llmc.kernels.plain_linear.triton_impl import Tile, plain_linear
 
@@ -91,15 +116,14 @@ def _timer() -> Timer:
         moved = (rows * k + n * k + rows * n) * 2
         made = partial(arguments, rows, n, k)
         case = Case(name=f"{rows}x{n}x{k}", make=made, ours=partial(plain_linear, tile=tile), moved_bytes=moved, flop=2 * rows * n * k)
-        return float(run_case(case, 10)["llmc"]["us"]["median"]) / 1e6
+        return _seconds(case, target)
 
     return seconds
 
 
-def _attention_timer() -> AttentionTimer:
+def _attention_timer(target: CudaTarget) -> AttentionTimer:
     from functools import partial
 
-    from llmc.kernels.gpu_bench import run_case
     from llmc.kernels.paged_attention.bench_cuda import check_bits, measured_case
     from llmc.kernels.paged_attention.triton_impl import Work
     from llmc.kernels.tuned import AttentionShape
@@ -108,7 +132,7 @@ def _attention_timer() -> AttentionTimer:
         size = (shape.heads_per_kv, shape.head_dim, shape.cache == "uint8", decode)
         check_bits(*size, work)
         case = measured_case(*size)
-        return float(run_case(replace(case, ours=partial(case.ours, work=work)), 10)["llmc"]["us"]["median"]) / 1e6
+        return _seconds(replace(case, ours=partial(case.ours, work=work)), target)
 
     return seconds
 
