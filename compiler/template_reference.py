@@ -51,8 +51,9 @@ def reference_texts(template: str, special: Mapping[str, str], probes: Sequence[
 def _render(template: str, special: Mapping[str, str], messages: list[dict[str, Any]], prompt: bool) -> str | None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    values: dict[str, Any] = dict(special)
     try:
-        result: Any = render_jinja_template(conversations=[messages], chat_template=template, add_generation_prompt=prompt, **special)
+        result: Any = render_jinja_template(conversations=[messages], chat_template=template, add_generation_prompt=prompt, **values)
     except Exception:  # a template's expressions fail as Python's do: TypeError, OverflowError, MemoryError
         return None
     return str(result[0][0])  # (texts, generation spans)
