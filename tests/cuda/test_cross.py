@@ -77,6 +77,8 @@ def no_user_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", cross.PATCHES)
 def test_each_patch_cures_its_symptom(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "raw_stream" and torch.version.cuda is not None:
+        pytest.skip("a CUDA build of torch has the function; the patch is for a CPU build")
     probe, error, words = SYMPTOMS[name]
     monkeypatch.delitem(cross.PATCHES, name)
     with pytest.raises(error, match=words):
