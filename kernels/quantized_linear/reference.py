@@ -22,21 +22,27 @@ def unpack_quants(weight: Tensor, n: int, k: int) -> Tensor:
     return weight.to(torch.int32).transpose(1, 2).reshape(weight.shape[0] * 16, -1)[:n, :k]
 
 
-def dequantize(weight: Tensor, scales: Tensor, n: int, k: int, group: int) -> Tensor:
-    """The matrix [n, k] that a quantised packed weight stands for, in the dtype of `scales`: integer times scale, rounded once."""
+def weight_values(weight: Tensor, scales: Tensor, n: int, k: int, group: int) -> Tensor:
+    """The matrix [n, k] that a quantised packed weight stands for, fp32: integer times scale, exact for scales of fp16 and bf16."""
     per_row = scales.transpose(1, 2).reshape(scales.shape[0] * 16, -1)[:n].float()
     spread = per_row.repeat_interleave(group, dim=1)[:, :k]
-    return (unpack_quants(weight, n, k).float() * spread).to(scales.dtype)
+    return unpack_quants(weight, n, k).float() * spread
+
+
+def dequantize(weight: Tensor, scales: Tensor, n: int, k: int, group: int) -> Tensor:
+    """weight_values(...), rounded once to the dtype of `scales`."""
+    return weight_values(weight, scales, n, k, group).to(scales.dtype)
 
 
 def quantized_linear_reference(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, out_features: int, group: int) -> Tensor:
-    """x @ W^T + bias with W = dequantize(weight, scales), the meaning every faster version is held to.
+    """x @ W^T + bias with W = weight_values(weight, scales), the meaning every faster version is held to.
 
     x: [..., K]; weight, scales: the quantised packed form of [out_features, K]; bias: [out_features] or None; x, scales and bias of one
     dtype of fp32, fp16, bf16. Products, sum and bias in fp32, rounded once to x's dtype. Returns [..., out_features], contiguous.
+    The weights are not rounded to x's dtype: kernels sum integers times x by group, and scale the sum.
     """
     check_quantized_linear(x, weight, scales, bias, out_features, group)
-    y = x.float() @ dequantize(weight, scales, out_features, x.shape[-1], group).float().t()
+    y = x.float() @ weight_values(weight, scales, out_features, x.shape[-1], group).t()
     if bias is not None:
         y = y + bias.float()
     return y.to(x.dtype).contiguous()

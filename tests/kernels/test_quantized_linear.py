@@ -1,6 +1,8 @@
-"""quantized_linear and quantized_embedding: the bits of linear on the dequantised matrix, at every level, in every batch."""
+"""quantized_linear and quantized_embedding: the stated order of summation at every level, in every batch, to the bit."""
 
 from __future__ import annotations
+
+import functools
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from llmc.kernels import ops
 from llmc.kernels.build import build_kernels
 from llmc.kernels.isa import runnable_levels
 from llmc.kernels.native import NativeKernels
-from llmc.kernels.quantized_linear.reference import dequantize
+from llmc.kernels.quantized_linear.reference import dequantize, unpack_quants
 
 from .matmul_world import DTYPES, assert_close, packed, random
 from .paged_attention_world import kernel_cache
@@ -23,8 +25,18 @@ BITS = (8, 4)
 
 
 @pytest.fixture(scope="module", params=[level.name for level in runnable_levels()])
-def native(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> NativeKernels:
-    return NativeKernels(build_kernels(request.param, kernel_cache(tmp_path_factory), ops=ops.COMPILED).kernels_so, num_threads=1)
+def level(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def native(level: str, tmp_path_factory: pytest.TempPathFactory) -> NativeKernels:
+    return NativeKernels(build_kernels(level, kernel_cache(tmp_path_factory), ops=ops.COMPILED).kernels_so, num_threads=1)
+
+
+def rounds_weights(level: str, dtype: torch.dtype, bits: int) -> bool:
+    """Whether this build multiplies with the weights rounded to bf16, as `linear` does, instead of scaling sums of integers."""
+    return level.endswith("+amx") and dtype == torch.bfloat16 and bits == 8
 
 
 def quantized(w: Tensor, bits: int, group: int = 32) -> tuple[Tensor, Tensor]:
@@ -41,23 +53,71 @@ def quantized(w: Tensor, bits: int, group: int = 32) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_the_same_bits_as_linear_on_the_dequantised_matrix(native: NativeKernels, n: int, k: int, dtype: torch.dtype, bits: int) -> None:
-    bias = random(n, dtype=dtype, seed=1)
-    weight, scales = quantized(random(n, k, dtype=dtype) / 7, bits)
-    plain = packed(dequantize(weight, scales, n, k, 32))
-    for m in (0, 1, 2, 5, 16, 17, 33, 70):
-        x = random(m, k, dtype=dtype, seed=m)
-        assert torch.equal(native.quantized_linear(x, weight, scales, None, n, 32), native.linear(x, plain, None, n)), m
-        assert torch.equal(native.quantized_linear(x, weight, scales, bias, n, 32), native.linear(x, plain, bias, n)), m
+def test_the_order_of_summation_is_the_stated_one(native: NativeKernels, level: str, n: int, k: int, dtype: torch.dtype, bits: int) -> None:
+    if rounds_weights(level, dtype, bits):
+        pytest.skip("these have the bits of linear, which the next test compares")
+    for group in (32, 96, 1024):
+        x, weight, scales, bias, sums = sums_in_order(n, k, dtype, bits, group)
+        for m in (0, 1, 2, 3, 5, 16, 17, 33, 70):
+            assert torch.equal(native.quantized_linear(x[:m], weight, scales, None, n, group), sums[:m].to(dtype)), (m, group)
+            with_bias = native.quantized_linear(x[:m], weight, scales, bias, n, group)
+            assert torch.equal(with_bias, (sums[:m] + bias.float()).to(dtype)), (m, group)
+
+
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_eight_bits_on_amx_have_the_bits_of_linear(native: NativeKernels, level: str, n: int, k: int) -> None:
+    if not rounds_weights(level, torch.bfloat16, 8):
+        pytest.skip("AMX alone rounds the weights to bf16")
+    for group in (32, 96, 1024):
+        weight, scales = quantized(random(n, k, dtype=torch.bfloat16) / 7, 8, group)
+        plain = packed(dequantize(weight, scales, n, k, group))
+        for bias in (None, random(n, dtype=torch.bfloat16, seed=1)):
+            for m in (0, 1, 2, 5, 16, 17, 33, 70):
+                x = random(m, k, dtype=torch.bfloat16, seed=m)
+                assert torch.equal(native.quantized_linear(x, weight, scales, bias, n, group), native.linear(x, plain, bias, n)), (m, group)
+
+
+@functools.cache  # the levels share it
+def sums_in_order(n: int, k: int, dtype: torch.dtype, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x [70, K], weight, scales, bias, and the fp32 sums [70, N]."""
+    x, bias = random(70, k, dtype=dtype, seed=2), random(n, dtype=dtype, seed=1)
+    weight, scales = quantized(random(n, k, dtype=dtype) / 7, bits, group)
+    return x, weight, scales, bias, in_order(x, weight, scales, n, group)
+
+
+def in_order(x: Tensor, weight: Tensor, scales: Tensor, n: int, group: int) -> Tensor:
+    """The fp32 sums [M, n] in the order that every kernel keeps: even and odd depths of a step of 32 apart, steps, groups.
+
+    A product of fp32 numbers is exact in fp64, and adding one to another fp32 number there errs far below half a unit of fp32's last
+    place, so that rounding to fp32 after each step is a fused multiply-add but for the rarest of ties.
+    """
+    m, k = x.shape
+    steps = -(-k // 32)
+    wide = torch.nn.functional.pad(x.double(), (0, steps * 32 - k)).view(m, 1, steps, 32)
+    quants = torch.nn.functional.pad(unpack_quants(weight, n, k).double(), (0, steps * 32 - k)).view(1, n, steps, 32)
+    factors = scales.transpose(1, 2).reshape(scales.shape[0] * 16, -1)[:n].double()
+    total = torch.zeros(m, n, dtype=torch.float32)
+    for first in range(0, steps, group // 32):
+        in_group = torch.zeros(m, n, dtype=torch.float32)
+        for step in range(first, min(first + group // 32, steps)):
+            even, odd = torch.zeros(2, m, n, dtype=torch.float32)
+            for j in range(0, 32, 2):
+                even = (even + wide[..., step, j] * quants[..., step, j]).float()
+                odd = (odd + wide[..., step, j + 1] * quants[..., step, j + 1]).float()
+            in_group = in_group + (even + odd)
+        total = (factors[:, first * 32 // group] * in_group + total).float()
+    return total
 
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_agrees_with_the_reference(native: NativeKernels, dtype: torch.dtype, bits: int) -> None:
+def test_agrees_with_the_reference(native: NativeKernels, level: str, dtype: torch.dtype, bits: int) -> None:
     w, x, bias = random(48, 200, dtype=dtype), random(3, 4, 200, dtype=dtype, seed=1), random(48, dtype=dtype, seed=2)
     weight, scales = quantized(w, bits, 64)
     reference = torch.ops.llmc.quantized_linear(x, weight, scales, bias, 48, 64)
     assert reference.shape == (3, 4, 48)
+    if rounds_weights(level, dtype, bits):
+        reference = torch.ops.llmc.linear(x, packed(dequantize(weight, scales, 48, 200, 64)), bias, 48)
     assert_close(native.quantized_linear(x, weight, scales, bias, 48, 64), reference.double(), 200)
 
 

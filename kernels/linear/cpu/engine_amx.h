@@ -20,7 +20,7 @@ struct AmxEngine {
   static constexpr bool kTakesRawRows = true;
 
   // Tiles 0..3 accumulate, 4..5 hold rows of x, 6..7 panels (small: 4 rows of x, 5..7 panels).
-  static void enter(int64_t num_rows) {
+  static unsigned enter(int64_t num_rows) {
     struct alignas(64) Config {
       uint8_t palette, start_row, reserved[14];
       uint16_t row_bytes[16];
@@ -35,8 +35,9 @@ struct AmxEngine {
     }
     asm volatile("" ::"r"(&config) : "memory");  // the intrinsic declares eight bytes of it as read
     _tile_loadconfig(&config);
+    return 0;
   }
-  static void leave() { _tile_release(); }
+  static void leave(unsigned) { _tile_release(); }
   static void prepare(X* out, const uint16_t* row, int64_t k, int64_t depth) {
     memcpy(out, row, k * sizeof(X));
     memset(out + k, 0, (depth - k) * sizeof(X));
@@ -44,6 +45,7 @@ struct AmxEngine {
 };
 
 struct AmxDriver {
+  static constexpr bool kQuantized = false;
   using X = uint16_t;
   static constexpr int64_t kTileElements = 16 * 32;  // 1 KiB of a panel, depth 32
 

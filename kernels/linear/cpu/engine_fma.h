@@ -32,8 +32,8 @@ struct FmaEngine {
   static constexpr int kMaxRows = 2;
   static constexpr int kPanels[kMaxRows + 1] = {0, 2, 1};
 #endif
-  static void enter(int64_t) {}
-  static void leave() {}
+  static unsigned enter(int64_t) { return 0; }
+  static void leave(unsigned) {}
   static void prepare(X* out, const typename D::Element* row, int64_t k, int64_t depth) {
     int64_t i = 0;
     for (; i + 16 <= k; i += 16) lanes_store(out + i, D::load16(row + i));
@@ -81,8 +81,8 @@ struct PairEngine {
   static constexpr bool kTakesRawRows = true;
   static constexpr int kMaxRows = 12;
   static constexpr int kPanels[kMaxRows + 1] = {0, 8, 8, 6, 6, 4, 4, 3, 3, 2, 2, 2, 2};
-  static void enter(int64_t) {}
-  static void leave() {}
+  static unsigned enter(int64_t) { return 0; }
+  static void leave(unsigned) {}
   static void prepare(X* out, const uint16_t* row, int64_t k, int64_t depth) {
     memcpy(out, row, k * sizeof(X));
     for (int64_t i = k; i < depth; i++) out[i] = 0;
@@ -113,6 +113,7 @@ struct PairEngine {
 // Runs `E::micro` over rows [0, num_rows) and panels [panel, panel_end), and writes the finished rows.
 template <class D, class E>
 struct VectorDriver {
+  static constexpr bool kQuantized = false;
   using X = typename E::X;
   using Element = typename D::Element;
 

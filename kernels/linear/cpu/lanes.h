@@ -19,6 +19,7 @@ static inline Lanes lanes_load(const float* p) { return {_mm512_loadu_ps(p)}; }
 static inline void lanes_store(float* p, Lanes a) { _mm512_storeu_ps(p, a.v); }
 static inline Lanes lanes_add(Lanes a, Lanes b) { return {_mm512_add_ps(a.v, b.v)}; }
 static inline Lanes lanes_fma(Lanes w, float x, Lanes acc) { return {_mm512_fmadd_ps(w.v, _mm512_set1_ps(x), acc.v)}; }
+static inline Lanes lanes_scaled(Lanes scale, Lanes a, Lanes acc) { return {_mm512_fmadd_ps(scale.v, a.v, acc.v)}; }
 #else
 struct Lanes {
   __m256 lo, hi;
@@ -33,6 +34,9 @@ static inline Lanes lanes_add(Lanes a, Lanes b) { return {_mm256_add_ps(a.lo, b.
 static inline Lanes lanes_fma(Lanes w, float x, Lanes acc) {
   __m256 b = _mm256_set1_ps(x);
   return {_mm256_fmadd_ps(w.lo, b, acc.lo), _mm256_fmadd_ps(w.hi, b, acc.hi)};
+}
+static inline Lanes lanes_scaled(Lanes scale, Lanes a, Lanes acc) {
+  return {_mm256_fmadd_ps(scale.lo, a.lo, acc.lo), _mm256_fmadd_ps(scale.hi, a.hi, acc.hi)};
 }
 #endif
 

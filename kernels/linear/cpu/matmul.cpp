@@ -10,10 +10,11 @@
 #include <cstdlib>
 #include <type_traits>
 
-#include "dequantize.h"
 #include "engine_amx.h"
+#include "engine_amx_dequantized.h"
 #include "engine_amx_quantized.h"
 #include "engine_fma.h"
+#include "engine_quantized.h"
 
 namespace llmc {
 
@@ -27,7 +28,6 @@ bool amx_permission() {
 namespace {
 
 constexpr int64_t kPage = 4096;
-constexpr int64_t kDequantizedBytes = 256 << 10;  // of panels held at once; with their rows they stay in L2
 
 // The calling thread's buffer for prepared rows; grows, and goes with the thread.
 struct Scratch {
@@ -56,36 +56,6 @@ Range share(int64_t total, int64_t index, int64_t parts, int64_t grain) {
   return {std::min(total, grains * index / parts * grain), std::min(total, grains * (index + 1) / parts * grain)};
 }
 
-// Panels [panel, panel_end) of a quantised weight, a few at a time made into the panels that the engine reads: the same engine, the
-// same order of summation, hence the bits that `linear` gives on the dequantised matrix.
-template <class D, class X, class Driver, class Out>
-void run_dequantized(const MatmulCall& call, const MatmulJob& job, Tile<D, X> tile, typename D::Element* scratch, int64_t held,
-                     int64_t panel, int64_t panel_end, Out&& row_out) {
-  const int64_t bytes = quantized_bytes(16, call.k, call.bits), groups = (call.k + call.group - 1) / call.group;
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<Driver, AmxDriver>) {
-    if (tile.num_rows <= 16) {
-      const uint16_t* scales = static_cast<const uint16_t*>(job.scales);
-      const QuantizedPanels q = {static_cast<const uint8_t*>(job.weight), scales, bytes, groups, call.group};
-      return call.bits == 8 ? AmxQuantizedDriver<8>::run(tile, q, panel, panel_end, row_out)
-                            : AmxQuantizedDriver<4>::run(tile, q, panel, panel_end, row_out);
-    }
-  }
-#endif
-  for (; panel < panel_end; panel += held) {
-    const int64_t end = std::min(panel + held, panel_end);
-    for (int64_t p = panel; p < end; p++) {
-      const uint8_t* weight = static_cast<const uint8_t*>(job.weight) + p * bytes;
-      const typename D::Element* scales = static_cast<const typename D::Element*>(job.scales) + p * groups * 16;
-      typename D::Element* out = scratch + (p - panel) * tile.panel_elements;
-      call.bits == 8 ? dequantize_panel<D, 8>(weight, scales, call.k, call.group, out)
-                     : dequantize_panel<D, 4>(weight, scales, call.k, call.group, out);
-    }
-    tile.weight = scratch - panel * tile.panel_elements;  // drivers count panels from the weight's first
-    Driver::run(tile, panel, end, row_out);
-  }
-}
-
 template <class D, class E, class Driver>
 int32_t run(const MatmulCall& call) {
   using X = typename E::X;
@@ -108,7 +78,6 @@ int32_t run(const MatmulCall& call) {
     prepared = static_cast<X*>(scratch.reserve((std::min(num_rows, block_rows) + 31) * prepared_stride * sizeof(X)));
     if (!prepared) return LLMC_NO_MEMORY;
   }
-  const int64_t held = std::max<int64_t>(4, kDequantizedBytes / (panel_elements * (int64_t)sizeof(Element)) / 4 * 4);
   std::atomic<bool> out_of_memory = false;
   const auto x_row = [&](int64_t i) { return x + (call.rows ? call.rows[i] : i) * call.x_stride; };
   const auto prepare = [&](int64_t block, int64_t i) { E::prepare(prepared + i * prepared_stride, x_row(block + i), call.k, depth); };
@@ -140,21 +109,28 @@ int32_t run(const MatmulCall& call) {
       tile.k = call.k;
       tile.panel_elements = panel_elements;
       const auto row_out = [&](int64_t i) { return y + (call.rows ? call.rows[first + i] : first + i) * call.y_stride; };
-      Element* panels_of_mine = nullptr;
-      if (call.bits) {
-        static thread_local Scratch dequantized;
-        panels_of_mine = static_cast<Element*>(dequantized.reserve(held * panel_elements * sizeof(Element)));
-        if (!panels_of_mine) {
+      void* scratch = nullptr;
+      QuantizedPanels<D> quantized = {};
+      if constexpr (Driver::kQuantized) {
+        quantized.weight = static_cast<const uint8_t*>(job.weight);
+        quantized.scales = static_cast<const Element*>(job.scales);
+        quantized.panel_bytes = quantized_bytes(LLMC_PACK_N, call.k, call.bits);
+        quantized.groups = (call.k + call.group - 1) / call.group;
+        quantized.group_steps = std::min(call.group, round_up(call.k, kStepDepths)) / kStepDepths;
+        static thread_local Scratch held;
+        const int64_t wanted = Driver::scratch_bytes(tile, quantized);
+        scratch = held.reserve(wanted);
+        if (wanted && !scratch) {
           out_of_memory = true;
           return;
         }
       }
-      E::enter(tile.num_rows);
-      if (call.bits)
-        run_dequantized<D, X, Driver>(call, job, tile, panels_of_mine, held, columns.begin, columns.end, row_out);
+      const unsigned mode = E::enter(tile.num_rows);
+      if constexpr (Driver::kQuantized)
+        Driver::run(tile, quantized, scratch, columns.begin, columns.end, row_out);
       else
         Driver::run(tile, columns.begin, columns.end, row_out);
-      E::leave();
+      E::leave(mode);
     }
   };
 
@@ -187,6 +163,22 @@ int32_t run(const MatmulCall& call) {
   return out_of_memory ? LLMC_NO_MEMORY : LLMC_OK;
 }
 
+template <class D>
+int32_t run_quantized(const MatmulCall& call) {
+  return call.bits == 8 ? run<D, QuantizedEngine<D>, QuantizedDriver<D, 8>>(call) : run<D, QuantizedEngine<D>, QuantizedDriver<D, 4>>(call);
+}
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+template <>
+int32_t run_quantized<BF16>(const MatmulCall& call) {
+  // One or two rows of 4 bits go through vector registers faster than through tiles, in the same order.
+  if (call.bits == 4 && call.jobs[call.num_jobs - 1].end <= QuantizedEngine<BF16>::kMaxRows)
+    return run<BF16, QuantizedEngine<BF16>, QuantizedDriver<BF16, 4>>(call);
+  if (!amx_permission()) return LLMC_NO_HARDWARE;
+  return call.bits == 8 ? run<BF16, AmxEngine, AmxDequantizedDriver>(call) : run<BF16, AmxQuantizedEngine, AmxQuantizedDriver>(call);
+}
+#endif
+
 }  // namespace
 
 int64_t packed_bytes(int64_t n, int64_t k, int32_t dtype) {
@@ -210,10 +202,13 @@ int32_t matmul(const MatmulCall& call) {
   if (call.num_jobs == 0 || call.n == 0 || call.jobs[call.num_jobs - 1].end == 0) return LLMC_OK;
   switch (call.dtype) {
     case LLMC_FLOAT32:
+      if (call.bits) return run_quantized<F32>(call);
       return run<F32, FmaEngine<F32>, VectorDriver<F32, FmaEngine<F32>>>(call);
     case LLMC_FLOAT16:
+      if (call.bits) return run_quantized<F16>(call);
       return run<F16, FmaEngine<F16>, VectorDriver<F16, FmaEngine<F16>>>(call);
     case LLMC_BFLOAT16:
+      if (call.bits) return run_quantized<BF16>(call);
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
       if (!amx_permission()) return LLMC_NO_HARDWARE;
       return run<BF16, AmxEngine, AmxDriver>(call);

@@ -4,12 +4,12 @@
 
 #include <algorithm>
 
-#include "linear/cpu/dequantize.h"
+#include "linear/cpu/quants.h"
 #include "linear/cpu/matmul.h"
 
 namespace {
 
-// The signed integer of one column and depth in a panel; the layout is that of dequantize.h.
+// The signed integer of one column and depth in a panel; the layout is that of quants.h.
 int32_t quant_at(const uint8_t* panel, int64_t lane, int64_t depth, int32_t bits) {
   const int64_t pair = depth / 2 * 16 + lane;
   if (bits == 8) return static_cast<const int8_t*>(static_cast<const void*>(panel))[pair * 2 + depth % 2];

@@ -19,7 +19,7 @@ typedef struct {
   int32_t num_threads; /* 0: as many as OpenMP would take */
 } LlmcQuantizedLinearArgs;
 
-/* The same bits as llmc_linear gives on the packed matrix of weight * scale, each product rounded to dtype. */
+/* The bits of row i depend on x[i], the column's integers and scales, k and group; never on m, n, i or the number of threads. */
 LLMC_API int32_t llmc_quantized_linear(const LlmcQuantizedLinearArgs* args);
 
 #endif
