@@ -199,9 +199,7 @@ def compile_config(
                     f"--{name.replace('_', '-')}: a {settings['target']} artifact has one program for all sizes and captures nothing; "
                     "leave it out, or compile for a CUDA target"
                 )
-    check_executor(
-        settings["executor"], target=str(settings["target"]), level=settings["optimization_level"], backend=settings["backend"]
-    )
+    check_executor(settings["executor"], target=str(settings["target"]), level=settings["optimization_level"], backend=settings["backend"])
     max_model_len, mode = settings["max_model_len"], MODES[settings["performance_mode"]]
     captured, largest = _sizes(settings["cudagraph_capture_sizes"]), settings["max_cudagraph_capture_size"]
     if captured is None and largest is None and str(settings["target"]).startswith("cuda"):
