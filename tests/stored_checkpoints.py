@@ -25,6 +25,7 @@ class Scheme:
     bits: int = 4
     group: int | None = 32
     symmetric: bool = True
+    exact: bool = False  # scales of 4 bits, so that 4-bit integers times a scale are floats of 16 bits without rounding
 
     @property
     def config(self) -> dict[str, Any]:
@@ -71,6 +72,9 @@ def store(weight: Tensor, scheme: Scheme, seed: int) -> tuple[dict[str, Tensor],
     group, top = scheme.group or k, 1 << scheme.bits
     parts = torch.nn.functional.pad(weight.float(), (0, -k % group)).unflatten(1, (-1, group))
     scales = (parts.abs().amax(dim=2) / (top // 2 - 1)).to(weight.dtype)
+    if scheme.exact:
+        mantissa, exponent = torch.frexp(scales.float())
+        scales = torch.ldexp((mantissa * 16).ceil() / 16, exponent).to(weight.dtype)
     zeros = torch.full(scales.shape, top // 2)
     if not scheme.symmetric:
         zeros = torch.randint(1, top - 1, scales.shape, generator=torch.Generator().manual_seed(seed))
