@@ -181,7 +181,7 @@ def _fake_mode() -> FakeTensorMode:
 def probe_layers(model: nn.Module) -> list[LayerFacts]:
     """Run the model once on the meta device, where nothing is computed, to see how each layer attends."""
     probe = LayerProbe()
-    with torch.no_grad(), torch.device("meta"):
+    with torch.no_grad(), torch.device("meta"), skeleton.rope_held(model):
         ids = torch.zeros(2, dtype=torch.int64)
         _logits(model, ids, ids, ids, probe)
     if [facts.layer for facts in probe.layers] != list(range(len(probe.layers))) or not probe.layers:

@@ -19,6 +19,7 @@ from llmc.errors import UnsupportedModel
 
 # How mixture-of-experts layers are written down: gathered weights and batched products, plain aten, no data-dependent shape.
 EXPERTS = "batched_mm"
+_FIXED = "llmc_fixed"  # a rope_type; read by transformers' dynamic_rope_update alone, which then updates nothing
 
 
 def build_on_meta(config: Any, dtype: torch.dtype, experts: str = EXPERTS) -> nn.Module:
@@ -92,6 +93,20 @@ def fix_rope(model: nn.Module, max_model_len: int) -> None:
             _fix_longrope(module, max_model_len)
 
 
+@contextlib.contextmanager
+def rope_held(model: nn.Module) -> Iterator[None]:
+    """Leave rope frequencies alone for a while. On the meta device positions have no values, and transformers 5.17 asks
+    in Python whether one has passed longrope's original length."""
+    changed = [(module, module.rope_type) for module in model.modules() if "longrope" in _rope_types(module)]
+    for module, _ in changed:
+        module.rope_type = _FIXED  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, rope_type in changed:
+            module.rope_type = rope_type
+
+
 def _rope_types(module: nn.Module) -> set[str]:
     rope_type = getattr(module, "rope_type", None)
     types = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
@@ -104,7 +119,7 @@ def _fix_longrope(module: Any, max_model_len: int) -> None:
     original = module.config.rope_parameters["original_max_position_embeddings"]
     frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](module.config, torch.device("cpu"), seq_len=max_model_len)
     module._buffers["inv_freq"] = frequencies if max_model_len > original else module._buffers["original_inv_freq"]
-    module.rope_type = "llmc_fixed"  # read by transformers' dynamic_rope_update alone, which then updates nothing
+    module.rope_type = _FIXED
 
 
 def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
