@@ -15,7 +15,6 @@ from llmc.kernels.packing import pack
 
 from .paged_attention_world import kernel_cache
 
-OPS = ("linear", "embedding", "grouped_linear")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Against the same sum in fp64: half a unit of the result's last place, and for fp32 what K roundings of a running sum may add.
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 6e-4, torch.bfloat16: 4.5e-3}
@@ -26,7 +25,7 @@ def native_fixture() -> Any:
 
     @pytest.fixture(scope="session", params=[level.name for level in runnable_levels()])
     def native(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> NativeKernels:
-        return NativeKernels(build_kernels(request.param, kernel_cache(tmp_path_factory), ops=OPS).kernels_so, num_threads=1)
+        return NativeKernels(build_kernels(request.param, kernel_cache(tmp_path_factory)).kernels_so, num_threads=1)
 
     return native
 

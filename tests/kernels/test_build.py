@@ -18,7 +18,6 @@ from llmc.kernels import build
 from llmc.kernels.build import build_kernels, dlopen_order
 from llmc.kernels.isa import LEVELS, runnable_levels
 
-from .matmul_world import OPS
 from .paged_attention_world import kernel_cache
 
 SMALL = ("embedding",)  # the op that compiles fastest
@@ -83,7 +82,7 @@ def test_v3_holds_no_avx512(tmp_path_factory: pytest.TempPathFactory) -> None:
 def test_each_level_has_its_own_instructions_and_none_above(tmp_path_factory: pytest.TempPathFactory) -> None:
     uses = {"%zmm": "avx512f", "vdpbf16ps": "avx512_bf16", "tdpbf16ps": "amx_bf16"}
     for level in LEVELS.values():
-        text = disassembly(build_kernels(level.name, kernel_cache(tmp_path_factory), ops=OPS).kernels_so)
+        text = disassembly(build_kernels(level.name, kernel_cache(tmp_path_factory)).kernels_so)
         for instruction, feature in uses.items():
             # The AMX level multiplies by tiles alone, but may still convert with AVX512-BF16.
             if (instruction, level.name) != ("vdpbf16ps", "x86-64-v4+bf16+amx"):

@@ -18,14 +18,13 @@ from llmc.kernels.silu_mul import reference as silu_mul
 from llmc.passes import TOLERANCES
 from tests.kernels.paged_attention_world import kernel_cache
 
-OPS = ("linear", "rms_norm", "silu_mul", "gelu_mul")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(1, 64), (3, 17), (2, 5, 40), (9, 1), (20, 1000), (33, 512)]
 
 
 @pytest.fixture(scope="module", params=[level.name for level in runnable_levels()[:1] + runnable_levels()[-1:]])
 def native(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> NativeKernels:
-    return NativeKernels(build_kernels(request.param, kernel_cache(tmp_path_factory), ops=OPS).kernels_so, num_threads=2)
+    return NativeKernels(build_kernels(request.param, kernel_cache(tmp_path_factory)).kernels_so, num_threads=2)
 
 
 def numbers(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

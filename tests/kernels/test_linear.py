@@ -10,7 +10,7 @@ from llmc.kernels.build import build_kernels
 from llmc.kernels.isa import runnable_levels
 from llmc.kernels.native import NativeKernels
 
-from .matmul_world import DTYPES, OPS, assert_close, native_fixture, packed, random
+from .matmul_world import DTYPES, assert_close, native_fixture, packed, random
 from .paged_attention_world import kernel_cache
 
 native = native_fixture()
@@ -117,7 +117,7 @@ def test_refuses_a_foreign_struct_and_dtype(native: NativeKernels) -> None:
 
 
 def test_compiled_kernels_replace_the_references_while_asked(tmp_path_factory: pytest.TempPathFactory) -> None:
-    built = build_kernels(runnable_levels()[-1].name, kernel_cache(tmp_path_factory), ops=OPS)
+    built = build_kernels(runnable_levels()[-1].name, kernel_cache(tmp_path_factory))
     x, w = random(3, 1001, dtype=torch.float32), packed(random(100, 1001, dtype=torch.float32, seed=1))
     reference = torch.ops.llmc.linear(x, w, None, 100)
     with ops.use_compiled(built.kernels_so, num_threads=1) as native:

@@ -20,7 +20,7 @@ RANK, SLOTS = 6, 3  # a rank that is no multiple of the kernel's tile
 
 @pytest.fixture(scope="module", params=[level.name for level in runnable_levels()[:1] + runnable_levels()[-1:]])
 def native(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> NativeKernels:
-    return NativeKernels(build_kernels(request.param, kernel_cache(tmp_path_factory), ops=("linear", "lora_add")).kernels_so, num_threads=2)
+    return NativeKernels(build_kernels(request.param, kernel_cache(tmp_path_factory)).kernels_so, num_threads=2)
 
 
 def numbers(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

@@ -11,7 +11,6 @@ from torch import Tensor
 from llmc.artifacts import recipes
 from llmc.compiler.packing import dtype_name, to_numpy, to_torch
 from llmc.errors import InternalError
-from llmc.kernels import ops
 from llmc.kernels.build import build_kernels
 from llmc.kernels.isa import runnable_levels
 from llmc.kernels.native import NativeKernels
@@ -31,7 +30,7 @@ def level(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def native(level: str, tmp_path_factory: pytest.TempPathFactory) -> NativeKernels:
-    return NativeKernels(build_kernels(level, kernel_cache(tmp_path_factory), ops=ops.COMPILED).kernels_so, num_threads=1)
+    return NativeKernels(build_kernels(level, kernel_cache(tmp_path_factory)).kernels_so, num_threads=1)
 
 
 def rounds_weights(level: str, dtype: torch.dtype, bits: int) -> bool:
