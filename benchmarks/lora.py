@@ -83,8 +83,7 @@ def measure(name: str, batch: int, rank: int, threads: int) -> dict[str, Any]:
     model = make_model(name, harness.WORK)
     plain, roomy = harness.WORK / f"{name}-O2", harness.WORK / f"{name}-O2-lora{rank}"
     for artifact, flags in ((plain, ["-O2"]), (roomy, ["-O2", "--enable-lora", "--max-loras", "2", "--max-lora-rank", str(rank)])):
-        if not (artifact / "manifest.json").is_file():
-            harness.compiled(model, artifact, *flags)
+        harness.compiled(model, artifact, *flags)
     adapters = [str(write_adapter(harness.WORK / f"{name}-adapter{seed}-r{rank}", roomy, rank, seed)) for seed in range(2)]
     cases = {"without": (plain, []), "unused": (roomy, []), "one adapter": (roomy, adapters[:1]), "two adapters": (roomy, adapters)}
     found: dict[str, list[list[float]]] = {row: [] for row in ROWS}
