@@ -44,6 +44,46 @@ struct AmxEngine {
   }
 };
 
+// The first P accumulators (1, 2 or 4) set to zero, and stored.
+template <int P>
+inline void zero_tiles() {
+  _tile_zero(0);
+  if constexpr (P > 1) _tile_zero(1);
+  if constexpr (P > 2) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+}
+
+template <int P>
+inline void store_tiles(float (*c)[16][16]) {
+  _tile_stored(0, c[0], 64);
+  if constexpr (P > 1) _tile_stored(1, c[1], 64);
+  if constexpr (P > 2) {
+    _tile_stored(2, c[2], 64);
+    _tile_stored(3, c[3], 64);
+  }
+}
+
+// At most 16 rows of x by P tiles of weights that were stored just before, added to the accumulators: one step of depth 32.
+template <int P>
+inline void multiply_tiles(const uint16_t* x, int64_t row_bytes, const uint16_t (*w)[16 * 32]) {
+  asm volatile("" ::: "memory");  // the stores before come before the loads below
+  _tile_loadd(4, x, row_bytes);
+  _tile_loadd(5, w[0], 64);
+  _tile_dpbf16ps(0, 4, 5);
+  if constexpr (P > 1) {
+    _tile_loadd(6, w[1], 64);
+    _tile_dpbf16ps(1, 4, 6);
+  }
+  if constexpr (P > 2) {
+    _tile_loadd(7, w[2], 64);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_loadd(5, w[3], 64);
+    _tile_dpbf16ps(3, 4, 5);
+  }
+}
+
 struct AmxDriver {
   static constexpr bool kQuantized = false;
   using X = uint16_t;
@@ -104,12 +144,7 @@ struct AmxDriver {
     const int64_t steps = t.panel_elements / kTileElements, a_bytes = t.x_stride * sizeof(X);
     const uint16_t* w = t.weight + panel * t.panel_elements;
     const X* x = t.x;
-    _tile_zero(0);
-    if constexpr (P > 1) _tile_zero(1);
-    if constexpr (P > 2) {
-      _tile_zero(2);
-      _tile_zero(3);
-    }
+    zero_tiles<P>();
     // 4 KiB ahead over all streams; past the end of a panel it goes on in the panel that its stream visits next.
     constexpr int64_t kAhead = 4 / P;
     const bool more = panel + 2 * P <= panel_end;
@@ -136,12 +171,7 @@ struct AmxDriver {
       }
     }
     alignas(64) float c[P][16][16];
-    _tile_stored(0, c[0], 64);
-    if constexpr (P > 1) _tile_stored(1, c[1], 64);
-    if constexpr (P > 2) {
-      _tile_stored(2, c[2], 64);
-      _tile_stored(3, c[3], 64);
-    }
+    store_tiles<P>(c);
     for (int p = 0; p < P; p++)
       for (int64_t r = 0; r < t.num_rows; r++) write_row(t, c[p][r], panel + p, row_out(r));
   }

@@ -84,12 +84,7 @@ struct AmxDequantizedDriver {
   template <int P, class Out>
   static void few_rows(const Tile<BF16, uint16_t>& t, const QuantizedPanels<BF16>& q, int64_t panel, int64_t panel_end, Out& row_out) {
     const int64_t steps = t.panel_elements / AmxDriver::kTileElements, a_bytes = t.x_stride * sizeof(uint16_t);
-    _tile_zero(0);
-    if constexpr (P > 1) _tile_zero(1);
-    if constexpr (P > 2) {
-      _tile_zero(2);
-      _tile_zero(3);
-    }
+    zero_tiles<P>();
     // 2 KiB ahead in each stream; past the end of a panel it goes on in the panel that its stream visits next.
     constexpr int64_t kAhead = 2048 / kTileBytes;
     const bool more = panel + 2 * P <= panel_end;
@@ -98,29 +93,10 @@ struct AmxDequantizedDriver {
     dequantize_step<P>(q, panel, 0, ahead(0), tiles[0]);
     for (int64_t s = 0; s < steps; s++) {
       if (s + 1 < steps) dequantize_step<P>(q, panel, s + 1, ahead(s + 1), tiles[(s + 1) & 1]);
-      const TileValues* w = tiles[s & 1];
-      asm volatile("" ::: "memory");  // the stores above come before the loads below
-      _tile_loadd(4, t.x + s * 32, a_bytes);
-      _tile_loadd(5, w[0], 64);
-      _tile_dpbf16ps(0, 4, 5);
-      if constexpr (P > 1) {
-        _tile_loadd(6, w[1], 64);
-        _tile_dpbf16ps(1, 4, 6);
-      }
-      if constexpr (P > 2) {
-        _tile_loadd(7, w[2], 64);
-        _tile_dpbf16ps(2, 4, 7);
-        _tile_loadd(5, w[3], 64);
-        _tile_dpbf16ps(3, 4, 5);
-      }
+      multiply_tiles<P>(t.x + s * 32, a_bytes, tiles[s & 1]);
     }
     alignas(64) float c[P][16][16];
-    _tile_stored(0, c[0], 64);
-    if constexpr (P > 1) _tile_stored(1, c[1], 64);
-    if constexpr (P > 2) {
-      _tile_stored(2, c[2], 64);
-      _tile_stored(3, c[3], 64);
-    }
+    store_tiles<P>(c);
     for (int p = 0; p < P; p++)
       for (int64_t r = 0; r < t.num_rows; r++) AmxDriver::write_row(t, c[p][r], panel + p, row_out(r));
   }

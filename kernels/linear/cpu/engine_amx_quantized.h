@@ -73,26 +73,6 @@ struct AmxQuantizedDriver {
     }
   }
 
-  template <int P>
-  static void zero() {
-    _tile_zero(0);
-    if constexpr (P > 1) _tile_zero(1);
-    if constexpr (P > 2) {
-      _tile_zero(2);
-      _tile_zero(3);
-    }
-  }
-
-  template <int P>
-  static void store(float (*c)[16][16]) {
-    _tile_stored(0, c[0], 64);
-    if constexpr (P > 1) _tile_stored(1, c[1], 64);
-    if constexpr (P > 2) {
-      _tile_stored(2, c[2], 64);
-      _tile_stored(3, c[3], 64);
-    }
-  }
-
   // At most 16 rows: the panels stream past once, four at a time to hide the instruction's latency.
   template <int P, class Out>
   static void few_rows(const Tile<BF16, uint16_t>& t, const QuantizedPanels<BF16>& q, int64_t panel, int64_t panel_end, Out& row_out) {
@@ -107,26 +87,12 @@ struct AmxQuantizedDriver {
       for (int64_t r = 0; r < t.num_rows; r++) lanes_store(sums[p][r], lanes_zero());
     widen_step<P>(q, panel, 0, ahead(0), tiles[0]);
     for (int64_t s = 0, g = 0; s < steps; g++) {
-      zero<P>();
+      zero_tiles<P>();
       for (const int64_t end = std::min(s + q.group_steps, steps); s < end; s++) {
         if (s + 1 < steps) widen_step<P>(q, panel, s + 1, ahead(s + 1), tiles[(s + 1) & 1]);
-        const TileValues* w = tiles[s & 1];
-        asm volatile("" ::: "memory");  // the stores above come before the loads below
-        _tile_loadd(4, t.x + s * 32, a_bytes);
-        _tile_loadd(5, w[0], 64);
-        _tile_dpbf16ps(0, 4, 5);
-        if constexpr (P > 1) {
-          _tile_loadd(6, w[1], 64);
-          _tile_dpbf16ps(1, 4, 6);
-        }
-        if constexpr (P > 2) {
-          _tile_loadd(7, w[2], 64);
-          _tile_dpbf16ps(2, 4, 7);
-          _tile_loadd(5, w[3], 64);
-          _tile_dpbf16ps(3, 4, 5);
-        }
+        multiply_tiles<P>(t.x + s * 32, a_bytes, tiles[s & 1]);
       }
-      store<P>(c[g & 1]);
+      store_tiles<P>(c[g & 1]);
       asm volatile("" ::: "memory");
       for (int p = 0; p < P; p++) {
         const Lanes scale = BF16::load16(q.scales_at(panel + p, s - 1));
@@ -204,7 +170,7 @@ struct AmxQuantizedDriver {
       int64_t s = 0;
       const int64_t whole = (end - begin) / 4 * 4;
       for (; s < whole; s += 4) {
-        zero<4>();
+        zero_tiles<4>();
         _tile_loadd(4, x + s * 32, a_bytes);
         _tile_loadd(6, w[s], 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -226,16 +192,16 @@ struct AmxQuantizedDriver {
           add(scale + 32, stored[2]);
           add(scale + 48, stored[3]);
         }
-        store<4>(c[s / 4 % 2]);
+        store_tiles<4>(c[s / 4 % 2]);
         asm volatile("" ::: "memory");
       }
       for (int i = 0; s && i < 4; i++) add(scales + (s - 4 + i) * 16, c[(s / 4 + 1) % 2][i]);
       for (; s < end - begin; s++) {
-        zero<1>();
+        zero_tiles<1>();
         _tile_loadd(4, x + s * 32, a_bytes);
         _tile_loadd(6, w[s], 64);
         _tile_dpbf16ps(0, 4, 6);
-        store<1>(c[0]);
+        store_tiles<1>(c[0]);
         asm volatile("" ::: "memory");
         add(scales + s * 16, c[0][0]);
       }
@@ -250,7 +216,7 @@ struct AmxQuantizedDriver {
       const uint16_t *x0 = t.x + row * t.x_stride, *x1 = x0 + 16 * t.x_stride;
       alignas(64) Block c[2];
       for (int64_t s = begin, g = 0; s < end; g++) {
-        zero<2 * P>();
+        zero_tiles<2 * P>();
         for (const int64_t group_end = std::min(s + q.group_steps, end); s < group_end; s++) {
           _tile_loadd(4, x0 + s * 32, a_bytes);
           _tile_loadd(6, tiles[s - begin], 64);
@@ -263,7 +229,7 @@ struct AmxQuantizedDriver {
             _tile_dpbf16ps(3, 5, 7);
           }
         }
-        store<2 * P>(c[g % 2]);
+        store_tiles<2 * P>(c[g % 2]);
         asm volatile("" ::: "memory");
         for (int p = 0; p < P; p++) {
           const Lanes scale = BF16::load16(q.scales_at(panel + p, s - 1));
