@@ -13,13 +13,15 @@ import argparse
 import os
 import statistics
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import harness
 from benchmarks.decode_peers import lines as peer_lines
-from benchmarks.decode_peers import llmc_tok_s, measure_peers, peer_tok_s, peers, tok_s
+from benchmarks.decode_peers import llmc_tok_s, measure_peers, peer_tok_s, peers, tok_s, turns
 from benchmarks.models import make_model
 from llmc.bench.contenders import hf_rows
 from llmc.bench.workload import Mode
@@ -33,9 +35,10 @@ BARS = {"S": {"decode": 3.0, "prefill": 1.5, "concurrent": 4.0}, "M": {"decode":
 PEERS = Path(os.environ.get("LLMC_PEERS_DIR", Path.home() / ".cache" / "llmc-peers"))
 
 
-def hf_tok_s(model: Path, mode: Mode, threads: int) -> list[float]:
-    found = hf_rows(model, "bfloat16", [mode], threads=threads, warmup=1, repeats=3, seed=0)
-    return [tok_s(row, mode) for row in found["modes"][mode.name]]
+def hf_tok_s(model: Path, modes: Sequence[Mode], threads: int) -> dict[str, list[float]]:
+    """As llmc_tok_s."""
+    found = hf_rows(model, "bfloat16", modes, threads=threads, warmup=1, repeats=3, seed=0)
+    return {mode.name: [tok_s(row, mode) for row in found["modes"][mode.name]] for mode in modes}
 
 
 def measure(name: str, rounds: int, threads: int, folder: Path | None, quantization: str | None, *, plain_llama: bool) -> dict[str, object]:
@@ -50,18 +53,17 @@ def measure(name: str, rounds: int, threads: int, folder: Path | None, quantizat
     if quantization is not None:
         result["quantized_compile_s"] = harness.compiled(model, smaller, "-O2", "--quantization", quantization)
         harness.warm(smaller)
+    contenders = {"llmc": partial(llmc_tok_s, artifact, MODES), "hf": partial(hf_tok_s, model, MODES)}
+    if quantization is not None:
+        contenders["quantized"] = partial(llmc_tok_s, smaller, MODES)
+    if llama is not None:
+        contenders["llama"] = partial(peer_tok_s, llama, MODES[:1])
+    rows, failed = turns(contenders, threads, rounds)
+    if failed:
+        result["not_measured"] = failed
     for mode in MODES:
-        ours: list[float] = []
-        theirs: list[float] = []
-        other: list[float] = []
-        quantized: list[float] = []
-        for _ in range(rounds):
-            ours += llmc_tok_s(artifact, mode, threads)
-            if quantization is not None:
-                quantized += llmc_tok_s(smaller, mode, threads)
-            theirs += hf_tok_s(model, mode, threads)
-            if llama is not None and mode.name == "decode":
-                other += peer_tok_s(llama, mode, threads)
+        ours, theirs = rows["llmc"][mode.name], rows["hf"][mode.name]
+        quantized, other = (rows.get(who, {}).get(mode.name) for who in ("quantized", "llama"))
         row: dict[str, object] = {
             "llmc_tok_s": harness.summary(ours),
             "hf_tok_s": harness.summary(theirs),

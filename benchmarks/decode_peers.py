@@ -13,12 +13,14 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
+from benchmarks.peer_worker import Size
 from llmc.bench.contenders import cold_start, engine_rows
 from llmc.bench.workload import Mode
 
@@ -68,19 +70,31 @@ def tok_s(row: Mapping[str, Any], mode: Mode) -> float:
     return mode.prompt_tokens / row["prefill_s"] if mode.name == "prefill" else float(row["decode_tok_s"])
 
 
-def llmc_tok_s(artifact: Path, mode: Mode, threads: int) -> list[float]:
-    found = engine_rows(artifact, [mode], threads=threads, warmup=1, repeats=3, seed=0)
-    return [tok_s(row, mode) for row in found["modes"][mode.name]]
+def llmc_tok_s(artifact: Path, modes: Sequence[Mode], threads: int) -> dict[str, list[float]]:
+    """Of each mode, by name, measured in one process."""
+    found = engine_rows(artifact, modes, threads=threads, warmup=1, repeats=3, seed=0)
+    return {mode.name: [tok_s(row, mode) for row in found["modes"][mode.name]] for mode in modes}
 
 
-def peer_tok_s(peer: Peer, mode: Mode, threads: int) -> list[float]:
-    sizes = ["--batch", str(mode.batch), "--prompt", str(mode.prompt_tokens), "--new", str(mode.new_tokens)]
-    return [tok_s(row, mode) for row in _worker(peer, threads, *sizes)["rows"]]
+def peer_tok_s(peer: Peer, modes: Sequence[Mode], threads: int) -> dict[str, list[float]]:
+    """As llmc_tok_s."""
+    sizes = {mode.name: str(Size(mode.batch, mode.prompt_tokens, mode.new_tokens)) for mode in modes}
+    found = _worker(peer, threads, "--sizes", *sizes.values())["sizes"]
+    return {mode.name: [tok_s(row, mode) for row in found[sizes[mode.name]]] for mode in modes}
+
+
+class PeerFailed(Exception):
+    """Another engine's process ended with an error. str() is one line."""
 
 
 def _worker(peer: Peer, threads: int, *arguments: str) -> dict[str, Any]:
     command = [str(peer.python), f"benchmarks/{peer.script}", str(peer.model), *arguments, *peer.flags, "--threads", str(threads)]
-    return harness.json_of(command, {"PYTHONPATH": str(harness.ROOT), "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"})
+    environ = {"PYTHONPATH": str(harness.ROOT), "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    try:
+        return harness.json_of(command, environ)
+    except RuntimeError as error:
+        first, *rest = str(error).strip().splitlines()
+        raise PeerFailed(f"its process ended with {first.rpartition(' ended with ')[2]} {rest[-1] if rest else ''}".strip()) from error
 
 
 def measure_peers(
@@ -93,8 +107,7 @@ def measure_peers(
         plain, int8: llmc's artifacts of it.
         folder: of the other engines.
 
-    Raises:
-        RuntimeError: a contender's process failed.
+    A peer whose process fails at some number of threads is named under "not_measured" with what it said, and has no row there.
     """
     known = peers(folder, name, model, plain_llama=plain_llama)
     here = [peer for peer in known if peer.missing is None]
@@ -102,18 +115,16 @@ def measure_peers(
         "llama_cpp_plain_buffers": plain_llama,
         "not_measured": {peer.name: f"there is no {peer.missing}" for peer in known if peer.missing is not None},
     }
-    contenders: dict[str, Callable[[Mode, int], list[float]]] = {
-        "llmc": lambda mode, threads: llmc_tok_s(plain, mode, threads),
-        "llmc int8": lambda mode, threads: llmc_tok_s(int8, mode, threads),
+    contenders: dict[str, Callable[[int], dict[str, list[float]]]] = {
+        "llmc": partial(llmc_tok_s, plain, modes),
+        "llmc int8": partial(llmc_tok_s, int8, modes),
+        **{peer.name: partial(peer_tok_s, peer, modes) for peer in here},
     }
-    for peer in here:
-        contenders[peer.name] = lambda mode, threads, peer=peer: peer_tok_s(peer, mode, threads)  # type: ignore[misc]
     for threads in THREADS:
+        rows, failed = turns(contenders, threads, rounds)
+        result["not_measured"] |= {f"{who}, threads {threads}": why for who, why in failed.items()}
         for mode in modes:
-            seen: dict[str, list[float]] = {contender: [] for contender in contenders}
-            for _ in range(rounds):
-                for contender, run in contenders.items():
-                    seen[contender] += run(mode, threads)
+            seen = {who: values[mode.name] for who, values in rows.items()}
             medians = {who: statistics.median(values) for who, values in seen.items()}
             result[f"{mode.name}, threads {threads}"] = {
                 "tok_s": {who: harness.summary(values) for who, values in seen.items()},
@@ -121,6 +132,27 @@ def measure_peers(
             }
     result["start"] = _starts(name, plain, int8, here, rounds)
     return result
+
+
+def turns(
+    contenders: Mapping[str, Callable[[int], dict[str, list[float]]]], threads: int, rounds: int
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, str]]:
+    """What each measured of each mode, over `rounds` rounds in which each has its turn, and why those that failed have none."""
+    rows: dict[str, dict[str, list[float]]] = {who: {} for who in contenders}
+    failed: dict[str, str] = {}
+    for _ in range(rounds):
+        for who, run in contenders.items():
+            if who in failed:
+                continue
+            try:
+                measured = run(threads)
+            except PeerFailed as error:
+                failed[who] = str(error)
+                del rows[who]
+                continue
+            for mode, values in measured.items():
+                rows[who].setdefault(mode, []).extend(values)
+    return rows, failed
 
 
 def ratios(mode: str, medians: Mapping[str, float]) -> list[dict[str, Any]]:

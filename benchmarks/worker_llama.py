@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import time
 
 import llama_cpp as llama
@@ -27,21 +28,26 @@ def main() -> None:
     model = llama.llama_model_load_from_file(args.model.encode(), options)
     if not model:
         raise RuntimeError(f"llama.cpp does not load {args.model}")
-    context = llama.llama_context_default_params()
-    context.n_ctx = -(-(args.prompt + args.new) // 256) * 256 * args.batch
-    context.n_batch = max(2048, args.batch * args.prompt)
-    context.n_ubatch = 512
-    context.n_seq_max = args.batch
-    context.n_threads = context.n_threads_batch = args.threads
-    state = llama.llama_init_from_model(model, context)
-    if not state:
-        raise RuntimeError("llama.cpp makes no context")
     vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
 
-    def best(row: int) -> int:
+    @functools.cache
+    def context_of(sequences: int, length: int) -> llama.llama_context_p:
+        """Sized for what runs in it."""
+        context = llama.llama_context_default_params()
+        context.n_ctx = -(-length // 256) * 256 * sequences
+        context.n_batch = max(2048, sequences * length)
+        context.n_ubatch = 512
+        context.n_seq_max = sequences
+        context.n_threads = context.n_threads_batch = args.threads
+        state = llama.llama_init_from_model(model, context)
+        if not state:
+            raise RuntimeError("llama.cpp makes no context")
+        return state
+
+    def best(state: llama.llama_context_p, row: int) -> int:
         return int(np.ctypeslib.as_array(llama.llama_get_logits_ith(state, row), shape=(vocab,)).argmax())
 
-    def decode(batch: llama.llama_batch, tokens: list[tuple[int, int, int, bool]]) -> None:
+    def decode(state: llama.llama_context_p, batch: llama.llama_batch, tokens: list[tuple[int, int, int, bool]]) -> None:
         """tokens: (id, position, sequence, whether its logits are wanted)."""
         batch.n_tokens = len(tokens)
         for index, (token, position, sequence, wanted) in enumerate(tokens):
@@ -52,15 +58,16 @@ def main() -> None:
 
     def generate(prompts: list[list[int]], new_tokens: int) -> tuple[float, float]:
         length = len(prompts[0])
+        state = context_of(len(prompts), length + new_tokens)
         llama.llama_memory_clear(llama.llama_get_memory(state), True)
         batch = llama.llama_batch_init(len(prompts) * length, 0, 1)
         started = time.perf_counter()
-        decode(batch, [(token, at, row, at == length - 1) for row, prompt in enumerate(prompts) for at, token in enumerate(prompt)])
-        tokens = [best(row * length + length - 1) for row in range(len(prompts))]
+        decode(state, batch, [(token, at, row, at == length - 1) for row, prompt in enumerate(prompts) for at, token in enumerate(prompt)])
+        tokens = [best(state, row * length + length - 1) for row in range(len(prompts))]
         first = time.perf_counter()
         for step in range(new_tokens - 1):
-            decode(batch, [(token, length + step, row, True) for row, token in enumerate(tokens)])
-            tokens = [best(row) for row in range(len(prompts))]
+            decode(state, batch, [(token, length + step, row, True) for row, token in enumerate(tokens)])
+            tokens = [best(state, row) for row in range(len(prompts))]
         ended = time.perf_counter()
         llama.llama_batch_free(batch)
         return first - started, ended - started

@@ -20,7 +20,7 @@ def main() -> None:
     args = arguments()
     scheduler = genai.SchedulerConfig()
     scheduler.cache_size = 1  # GB
-    scheduler.max_num_batched_tokens = max(256, args.batch * args.prompt)
+    scheduler.max_num_batched_tokens = max(256, *(size.batch * size.prompt for size in args.sizes))
     scheduler.enable_prefix_caching = False
     properties = {"INFERENCE_NUM_THREADS": args.threads, "INFERENCE_PRECISION_HINT": "bf16"}
     pipeline = genai.ContinuousBatchingPipeline(args.model, scheduler, "CPU", properties, {})

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from benchmarks.decode_peers import BARS, lines, peers, ratios
+from benchmarks.decode_peers import BARS, PeerFailed, lines, peers, ratios, turns
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,7 +42,10 @@ import sys
 from benchmarks.peer_worker import arguments, report
 args = arguments("--odd")
 def generate(prompts, new):
-    assert (len(prompts), {len(p) for p in prompts}) == ((1, {9}) if args.startup else (args.batch, {args.prompt}))
+    if args.startup:
+        assert (len(prompts), len(prompts[0]), new) == (1, 9, 1)
+    else:
+        assert (len(prompts), len(prompts[0]), new) in [(2, 4, 6), (1, 9, 11)]
     return 0.5, 0.5 + 0.1 * (new - 1)
 report(generate, args, 1000)
 """
@@ -49,11 +53,29 @@ report(generate, args, 1000)
 
 @pytest.mark.parametrize("startup", [False, True])
 def test_a_worker_says_what_it_measured_without_llmc_or_torch(startup: bool) -> None:
-    sizes = ["--startup"] if startup else ["--batch", "2", "--prompt", "4", "--new", "6", "--repeat", "2"]
+    sizes = ["--startup"] if startup else ["--sizes", "2x4x6", "1x9x11", "--repeat", "2"]
     command = [sys.executable, "-S", "-c", WORKER, "model", "--odd", *sizes]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     answer = json.loads(done.stdout)
     if startup:
         assert answer["first_token_at"] > 0 and answer["pss_bytes"] > 1 << 20
     else:
-        assert answer["rows"] == [{"prefill_s": 0.5, "decode_tok_s": pytest.approx(20), "total_tok_s": pytest.approx(12)}] * 2
+        assert list(answer["sizes"]) == ["2x4x6", "1x9x11"]
+        assert answer["sizes"]["2x4x6"] == [{"prefill_s": 0.5, "decode_tok_s": pytest.approx(20), "total_tok_s": pytest.approx(12)}] * 2
+
+
+def test_contenders_take_turns_and_keep_what_each_measured() -> None:
+    order = []
+
+    def contender(name: str, value: float) -> Callable[[int], dict[str, list[float]]]:
+        return lambda threads: order.append(name) or {"decode": [value, threads]}  # type: ignore[func-returns-value]
+
+    def broken(threads: int) -> dict[str, list[float]]:
+        raise PeerFailed("its process ended with status -8:")
+
+    contenders = {"ours": contender("ours", 1.0), "broken": broken, "theirs": contender("theirs", 2.0)}
+    assert turns(contenders, 2, 2) == (
+        {"ours": {"decode": [1.0, 2, 1.0, 2]}, "theirs": {"decode": [2.0, 2, 2.0, 2]}},
+        {"broken": "its process ended with status -8:"},
+    )
+    assert order == ["ours", "theirs"] * 2
