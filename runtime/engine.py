@@ -61,6 +61,7 @@ class Engine:
         self._tokenizer = model.tokenizer
         self._grammars: GrammarService | None = None
         self._removed_adapters: set[int] = set()  # that accepted requests may still use
+        self._adapters_awaited: dict[str, int] = {}  # of requests whose grammars are being compiled
         self._closed = False
         self.ready = EngineReady(
             num_blocks=limits.num_blocks,
@@ -88,11 +89,13 @@ class Engine:
             raise RequestRejected(f"n is {sampling.n} in one engine request; n sequences are n requests", param="n")
         check(sampling, vocab_size=vocab_size, max_logprobs=self._config.max_logprobs, max_model_len=self.ready.max_model_len)
         check_token_ids(request.prompt_token_ids, vocab_size=vocab_size, param="prompt")
+        adapter = self._adapter_of(request)
         if sampling.structured_outputs is not None:
-            self._adapter_of(request)
             self._grammar_service().add(request)
+            if adapter:  # its name may be gone, or another's, when the grammar is ready
+                self._adapters_awaited[request.request_id] = adapter
         else:
-            self._scheduler.add(request, self._adapter_of(request))
+            self._scheduler.add(request, adapter)
 
     def add_adapter(self, adapter: AdapterPath) -> None:
         """Read a LoRA adapter; requests may name it from now on.
@@ -121,7 +124,8 @@ class Engine:
     def abort(self, request_id: str, reason: FinishReason = "abort") -> list[TokenEvent]:
         """End a sequence now and free its blocks. An unknown id gives no event: it may just have finished."""
         if self._grammars is not None and self._grammars.discard(request_id):
-            return [TokenEvent(request_id=request_id, token_ids=[], finish_reason=reason)]
+            self._adapters_awaited.pop(request_id, None)
+            return self._forget_finished([TokenEvent(request_id=request_id, token_ids=[], finish_reason=reason)])
         return self._forget_finished(self._scheduler.abort(request_id, reason))
 
     def step(self) -> list[TokenEvent]:
@@ -218,7 +222,7 @@ class Engine:
     def _forget_adapters(self) -> None:
         """Free what removed adapters kept, once no accepted request uses them."""
         assert self._adapters is not None
-        for number in self._removed_adapters.difference(*self._scheduler.adapters()):
+        for number in self._removed_adapters.difference(*self._scheduler.adapters(), self._adapters_awaited.values()):
             self._adapters.forget(number)
             self._removed_adapters.remove(number)
 
@@ -256,16 +260,17 @@ class Engine:
         assert self._grammars is not None
         events: list[TokenEvent] = []
         for request, problem in self._grammars.poll(0.0 if self._scheduler.has_work() else _GRAMMAR_WAIT_S):
+            adapter = self._adapters_awaited.pop(request.request_id, 0)
             try:
                 if problem is not None:
                     raise problem
-                self._scheduler.add(request, self._adapter_of(request))
+                self._scheduler.add(request, adapter)
             except RequestRejected as error:
                 failure = TokenEvent(
                     request_id=request.request_id, token_ids=[], finish_reason="error", error=str(error), error_status=error.status
                 )
                 events.append(failure)
-        return events
+        return self._forget_finished(events)
 
     def _forget_finished(self, events: list[TokenEvent]) -> list[TokenEvent]:
         if self._removed_adapters:

@@ -31,6 +31,7 @@ def models(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> dict
     for seed, name in enumerate(("first", "second", "late")):
         tensors = draw(reference, seed=seed, size=0.2)
         made[name] = (write_adapter(root / ("loadable" if name == "late" else ".") / name, tensors), merged(reference, tensors))
+    write_adapter(root / "loadable" / "other", draw(reference, seed=7, size=0.2))
     return made
 
 
@@ -112,6 +113,27 @@ def test_adapters_come_and_go(client: httpx.Client, models: dict[str, tuple[Path
     assert client.post("/v1/unload_lora_adapter", json={"lora_name": "late"}).status_code == 200
     refused(client.post("/v1/completions", json={"model": "late", "prompt": "x"}), 404)
     refused(client.post("/v1/unload_lora_adapter", json={"lora_name": "late"}), 404, "there is no adapter")
+
+
+def test_a_request_keeps_the_adapter_it_named(client: httpx.Client, models: dict[str, tuple[Path, nn.Module]]) -> None:
+    """Also where the adapter goes, and another takes its name, while the request waits for its grammar."""
+    body = {"lora_name": "late", "lora_path": str(models["late"][0])}
+    assert client.post("/v1/load_lora_adapter", json=body).status_code == 200
+    request = {"model": "late", "prompt": PROMPT, "max_tokens": COUNT, "temperature": 0, "structured_outputs": {"regex": "[a-z ]{30,40}"}}
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(client.post, "/v1/completions", json=request)  # the first with a grammar, so its workers have to start
+        while not client.get("/load").json()["server_load"]:
+            assert not answer.done()
+        assert client.post("/v1/unload_lora_adapter", json={"lora_name": "late"}).status_code == 200
+        other = {"lora_name": "late", "lora_path": str(models["late"][0].parent / "other")}
+        assert client.post("/v1/load_lora_adapter", json=other).status_code == 200
+        early = answer.result()
+    assert early.status_code == 200, early.text
+    assert client.post("/v1/completions", json=request).json()["choices"] != early.json()["choices"]
+    assert client.post("/v1/unload_lora_adapter", json={"lora_name": "late"}).status_code == 200
+    assert client.post("/v1/load_lora_adapter", json=body).status_code == 200
+    assert client.post("/v1/completions", json=request).json()["choices"] == early.json()["choices"]
+    assert client.post("/v1/unload_lora_adapter", json={"lora_name": "late"}).status_code == 200
 
 
 def refusal(*arguments: str) -> str:
