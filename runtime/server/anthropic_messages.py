@@ -7,19 +7,19 @@ from typing import Any
 
 import orjson
 from starlette.requests import Request
-from starlette.responses import Response
 
 from llmc.errors import RequestRejected
 from llmc.runtime.server import sse
 from llmc.runtime.server.answers import json_answer
 from llmc.runtime.server.chat_prompt import chat_prompt
 from llmc.runtime.server.chat_run import ChatRun, start_chat
-from llmc.runtime.server.errors import error_object, error_response
+from llmc.runtime.server.errors import error_object
 from llmc.runtime.server.front import Front
 from llmc.runtime.server.generation import Delta
 from llmc.runtime.server.message_blocks import MessageBlocks
+from llmc.runtime.server.messages_frame import framed
 from llmc.runtime.server.parse import parse_body, validated
-from llmc.runtime.server.routes import Handler, Router
+from llmc.runtime.server.routes import Router
 from llmc.runtime.server.schemas import ChatCompletionRequest
 from llmc.runtime.server.schemas_messages import (
     CountTokensRequest,
@@ -34,12 +34,11 @@ from llmc.runtime.server.tool_choice import check_tools
 
 _STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
-_ERROR_TYPES = {500: "api_error", 503: "overloaded_error"}
 
 
 def messages_router(front: Front) -> Router:
     """The routes, bound to this server's parts."""
-    router = Router(around=_in_their_frame)
+    router = Router()
 
     @router.post("/v1/messages")
     async def messages(request: Request) -> Any:
@@ -74,28 +73,8 @@ def messages_router(front: Front) -> Router:
     return router
 
 
-def _in_their_frame(handle: Handler) -> Handler:
-    """Refusals in the frame Anthropic's clients read; the error within is as everywhere."""
-
-    async def handled(request: Request) -> Response:
-        try:
-            return await handle(request)
-        except RequestRejected as error:
-            answer = error_response(str(error), status=error.status, param=error.param, code=error.code)
-            answer.body = orjson.dumps(_framed(orjson.loads(answer.body), error.status))
-            answer.headers["content-length"] = str(len(answer.body))
-            return answer
-
-    return handled
-
-
-def _framed(error: dict[str, Any], status: int) -> dict[str, Any]:
-    inner = error["error"]
-    return {"type": "error", "error": {**inner, "type": _ERROR_TYPES.get(status, inner["type"])}}
-
-
 def _failure_event(message: str, status: int, param: str | None, code: str | None) -> bytes:
-    return sse.named_event(_framed(error_object(message, status=status, param=param, code=code), status))
+    return sse.named_event(framed(error_object(message, status=status, param=param, code=code), status))
 
 
 def _as_chat(front: Front, body: CountTokensRequest) -> dict[str, Any]:

@@ -28,12 +28,10 @@ class Router:
     """Collects routes.
 
     Args:
-        around: makes a handler into another, for each route; None: handlers stay as they are.
         described: whether /openapi.json names the routes.
     """
 
-    def __init__(self, *, around: Callable[[Handler], Handler] | None = None, described: bool = True) -> None:
-        self._around = around
+    def __init__(self, *, described: bool = True) -> None:
         self._described = described
         self.routes: list[Route] = []
 
@@ -47,8 +45,7 @@ class Router:
 
     def _at(self, path: str, method: str) -> Callable[[Handler], Handler]:
         def add(handler: Handler) -> Handler:
-            shown = handler if self._around is None else self._around(handler)
-            route = DescribedRoute(path, shown, methods=[method], name=handler.__name__, include_in_schema=self._described)
+            route = DescribedRoute(path, handler, methods=[method], name=handler.__name__, include_in_schema=self._described)
             route.about = (handler.__doc__ or "").strip()
             self.routes.append(route)
             return handler

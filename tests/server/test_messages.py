@@ -174,7 +174,8 @@ def test_errors(client: Any, keyed: RunningServer) -> None:
     bearer = anthropic.Anthropic(base_url=keyed.url, auth_token="secret-key", api_key=None, max_retries=0)
     assert ask(bearer, "Yes").content[0].text == "Yes"
     two_keys = [("x-api-key", "secret-key"), ("x-api-key", "secret-key")]
-    assert_error(keyed.http.post("/v1/messages", json={}, headers=two_keys), 401)
+    refused = keyed.http.post("/v1/messages", json={}, headers=two_keys).json()
+    assert (refused["type"], refused["error"]["type"]) == ("error", "authentication_error")
     with pytest.raises(anthropic.APIError, match="failed alone"):
         list(ask(client, "Yes yes" + WORDS["token_error"], stream=True))
 
@@ -201,6 +202,30 @@ def test_bad_bodies(server: RunningServer, fields: dict[str, Any], param: str) -
     assert answer.status_code == 400 and len(answer.content) < 4096, answer.text
     body = answer.json()
     assert (body["type"], body["error"]["type"], body["error"]["param"]) == ("error", "invalid_request_error", param)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "sent", "status", "kind"),
+    [
+        ("GET", "/v1/messages", {}, 405, "invalid_request_error"),
+        ("POST", "/v1/messages/batches", {"json": {}}, 404, "not_found_error"),
+        ("POST", "/v1/messages", {"data": {"a": "b"}}, 415, "invalid_request_error"),
+        ("POST", "/v1/messages", {"content": b" " * 200_001}, 413, "request_too_large"),
+        (
+            "POST",
+            "/v1/messages/count_tokens",
+            {"content": b"{", "headers": {"content-type": "application/json"}},
+            400,
+            "invalid_request_error",
+        ),
+    ],
+)
+def test_whoever_refuses_does_it_in_their_frame(
+    server: RunningServer, method: str, path: str, sent: dict[str, Any], status: int, kind: str
+) -> None:
+    answer = server.http.request(method, path, **sent)
+    assert (answer.status_code, answer.json()["type"], answer.json()["error"]["type"]) == (status, "error", kind)
+    assert_error(server.http.request(method, path.replace("messages", "no_messages"), **sent), 404 if status in (400, 405) else status)
 
 
 def test_a_full_server_says_when_to_come_back() -> None:
