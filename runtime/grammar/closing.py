@@ -8,12 +8,14 @@ is far, or well hidden), nothing is replaced.
 
 from __future__ import annotations
 
+import heapq
 from typing import Any
 
 LONGEST_WAY = 512  # tokens
 _LONGEST_LOOK = 48  # tokens of a way on which each character is tried
 _PREFERRED = '}],:0123456789"ntf{['
 _LETTERS = "qzWk"  # where all of these may follow beside a quote, a string is open
+_MOST_CHOICES = 64  # looked at to find a near one
 
 
 class WayOut:
@@ -82,6 +84,26 @@ class WayOut:
                 return token
         allowed = [byte * 8 + bit for byte, bits in enumerate(mask) if bits for bit in range(8) if bits >> bit & 1]
         return allowed[num_before % len(allowed)] if allowed else -1  # not always the first: it may lead in a circle
+
+
+class NearestChoice:
+    """Finds ways to the end where the output is one of a list of texts: the rest of the one with the least to say.
+
+    Args:
+        choices: the texts.
+    """
+
+    def __init__(self, tokenizer: Any, choices: list[str]) -> None:
+        self._tokenizer = tokenizer
+        self._choices = [choice.encode() for choice in choices]
+
+    def find(self, matcher: Any, said: list[int], most: int) -> list[int] | None:
+        """A way to the end, as `WayOut.find` gives it. `said`: the tokens that `matcher` has taken."""
+        before = self._tokenizer.decode_bytes(said)
+        rests = [choice[len(before) :] for choice in self._choices if choice.startswith(before)]
+        ways = [self._tokenizer.tokenize_bytes(rest) for rest in heapq.nsmallest(_MOST_CHOICES, rests, key=len)]
+        ways = [way for way in ways if len(way) <= most and matcher.validate_tokens(way) == len(way)]
+        return min(ways, key=len, default=None)
 
 
 def _has(mask: bytes, token: int) -> bool:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import llguidance
 from llguidance.gbnf_to_lark import any_to_lark
 
-from llmc.runtime.grammar.closing import LONGEST_WAY, WayOut
+from llmc.runtime.grammar.closing import LONGEST_WAY, NearestChoice, WayOut
 from llmc.runtime.grammar.spec import GrammarSpec
 
 _MAX_KEPT = 64  # compiled grammars
@@ -18,6 +20,9 @@ _MAX_REASON_CHARS = 200
 # A model that has lost its way writes spaces without end; indentation of 16 levels fits.
 _JSON_OPTIONS: Any = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}"}
 _LONG_QUOTE = re.compile(r'"[^"]{40,}"?')
+
+
+FindWay = Callable[[llguidance.LLMatcher, list[int], int], list[int] | None]  # (matcher, tokens it has taken, most) -> way to the end
 
 
 class GrammarError(Exception):
@@ -29,7 +34,7 @@ class Compiled(NamedTuple):
 
     matcher: llguidance.LLMatcher  # at the start, the sequence's own
     way: list[int] | None  # to the end, as `closing` finds it
-    look: bool  # whether it had to look for it
+    find: FindWay
 
 
 class Compiler:
@@ -61,7 +66,7 @@ class Compiler:
             max_grammar_size=200_000,
             verbose_errors=False,
         )
-        self.way_out = WayOut(self.tokenizer)
+        self._ways_out = WayOut(self.tokenizer)
         self._kept: OrderedDict[bytes, Compiled] = OrderedDict()
         self._lock = threading.Lock()  # of _kept
 
@@ -85,14 +90,27 @@ class Compiler:
         if found is not None:
             return found
         matcher = self._compile(spec)
-        by_habit = self.way_out.find(matcher, LONGEST_WAY, look=False)
-        way = by_habit if by_habit is not None else self.way_out.find(matcher, LONGEST_WAY, look=True)
-        made = Compiled(matcher=matcher, way=way, look=by_habit is None and way is not None)
+        way, find = self._finder(matcher, spec)
+        made = Compiled(matcher=matcher, way=way, find=find)
         with self._lock:
             self._kept[spec.key] = made
             if len(self._kept) > _MAX_KEPT:
                 self._kept.popitem(last=False)
         return made._replace(matcher=matcher.deep_copy())
+
+    def _finder(self, matcher: llguidance.LLMatcher, spec: GrammarSpec) -> tuple[list[int] | None, FindWay]:
+        """A way to the end from the start, and what finds it from elsewhere."""
+        if spec.kind == "choice":
+            nearest = NearestChoice(self.tokenizer, json.loads(spec.text))
+            return nearest.find(matcher, [], LONGEST_WAY), nearest.find
+        by_habit = self._ways_out.find(matcher, LONGEST_WAY, look=False)
+        way = by_habit if by_habit is not None else self._ways_out.find(matcher, LONGEST_WAY, look=True)
+        look = by_habit is None and way is not None
+
+        def find(matcher: llguidance.LLMatcher, _said: list[int], most: int) -> list[int] | None:
+            return self._ways_out.find(matcher, most, look=look)
+
+        return way, find
 
     def _compile(self, spec: GrammarSpec) -> llguidance.LLMatcher:
         try:

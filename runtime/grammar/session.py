@@ -6,8 +6,6 @@ would have gone on in the first.
 
 from __future__ import annotations
 
-from functools import partial
-
 from llmc.runtime.grammar.closing import LONGEST_WAY
 from llmc.runtime.grammar.compiler import Compiled, Compiler, GrammarError
 
@@ -19,13 +17,14 @@ class Session:
 
     Args:
         grammar: its matcher is this session's own from here on.
-        compiler: for the end tokens, and to find ways to the end.
+        compiler: for the end tokens.
     """
 
     def __init__(self, grammar: Compiled, compiler: Compiler) -> None:
         self._matcher = grammar.matcher
         self._eos_token_ids = compiler.eos_token_ids
-        self._find = partial(compiler.way_out.find, look=grammar.look)
+        self._find = grammar.find
+        self._said: list[int] = []
         self._way = grammar.way  # tokens that complete the document from here; None: not known
         self._usual = len(self._way or [])  # how long such a way was when last looked at
         self._trial: tuple[int, list[int]] | None = None  # a token confirmed, and the way behind it
@@ -51,6 +50,7 @@ class Session:
         """
         if not self._matcher.consume_token(token):
             raise GrammarError(self._matcher.get_error() or "a token does not fit")
+        self._said.append(token)
         trial, self._trial = self._trial, None
         if trial is not None and trial[0] == token:
             self._way = trial[1]
@@ -79,7 +79,7 @@ class Session:
         if not close and remaining % _LOOK_EVERY:
             return -1
         if self._way is None:
-            self._way = self._find(self._matcher, min(remaining, LONGEST_WAY))
+            self._way = self._find(self._matcher, self._said, min(remaining, LONGEST_WAY))
         if self._way is None:
             return -1
         self._usual = len(self._way)
@@ -106,4 +106,4 @@ class Session:
             if self._matcher.validate_tokens(tried) == len(tried):
                 return way  # still the way, as inside a string
         after = self._matcher.deep_copy()
-        return self._find(after, min(room, LONGEST_WAY)) if room >= 0 and after.consume_token(token) else None
+        return self._find(after, [*self._said, token], min(room, LONGEST_WAY)) if room >= 0 and after.consume_token(token) else None

@@ -31,6 +31,7 @@ class Sequence:
     num_prompt_tokens: int
     stop_token_ids: frozenset[int]  # eos included, unless ignored
     earliest_stop: int  # length from which a stop token counts (min_tokens)
+    always_stop: frozenset[int]  # end tokens that count before it: they come where a grammar allows nothing more
     max_length: int  # length at which it ends with "length"
     blocks: SequenceBlocks
     prompt_logprobs: list[TokenLogprobs | None] | None  # collected so far; None: not asked for, or sent already
@@ -44,7 +45,7 @@ class Sequence:
 
     def end_after(self, token: int) -> FinishReason | None:
         """Why the sequence ends with `token`, its newest, if it does."""
-        if token in self.stop_token_ids and len(self.token_ids) >= self.earliest_stop:
+        if token in self.stop_token_ids and (len(self.token_ids) >= self.earliest_stop or token in self.always_stop):
             return "stop"
         return "length" if len(self.token_ids) >= self.max_length else None
 
@@ -103,6 +104,7 @@ def make_sequence(request: GenerateRequest, config: SchedulerConfig, kv: KVManag
         num_prompt_tokens=num_prompt,
         stop_token_ids=stop_ids if sampling.ignore_eos else stop_ids | config.eos_token_ids,
         earliest_stop=num_prompt + sampling.min_tokens,
+        always_stop=config.eos_token_ids if sampling.structured_outputs is not None else frozenset(),
         max_length=longest if sampling.max_tokens is None else min(longest, wanted),
         blocks=kv.new_sequence(prompt, request.cache_salt, adapter),
         prompt_logprobs=None if sampling.prompt_logprobs is None else [None],

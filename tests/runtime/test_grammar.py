@@ -13,7 +13,7 @@ import pytest
 
 from llmc.errors import RequestRejected
 from llmc.runtime.engine import Engine
-from tests.runtime.grammar_world import END, asking, noise_engine, one, run
+from tests.runtime.grammar_world import END, TOKENIZER, asking, noise_engine, one, run
 
 NODE = {
     "type": "object",
@@ -148,13 +148,25 @@ def test_a_document_that_fits_is_never_broken(engine: Engine, name: str) -> None
                 assert found[str(n)].finish_reason == "length"
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_choice_that_fits_is_made(engine: Engine, temperature: float) -> None:
+    choices = ["positive and more", "possible", "pox", "negative", "no", "beta gamma"]
+    shortest = min(len(TOKENIZER.encode(choice)) for choice in choices)
+    for most in range(shortest, 9):
+        for seed in range(3):
+            output = one(engine, choice=choices, max_tokens=most, temperature=temperature, seed=seed)
+            assert output.text in choices and len(output.token_ids) <= most, (most, output)
+            assert most == shortest or output.finish_reason == "stop"
+
+
 def test_without_max_tokens_the_context_is_the_limit(engine: Engine) -> None:
     output = one(engine, json={"type": "array", "items": {"type": "string"}, "minItems": 3}, max_tokens=None, logit_bias={END: -100.0})
     assert output.finish_reason == "stop" and len(json.loads(output.text)) >= 3
 
 
 def test_other_parameters_stand_beside_a_grammar(engine: Engine) -> None:
-    assert one(engine, choice=["a"], min_tokens=20).text == "a"  # complete: min_tokens cannot make it longer
+    ended = one(engine, choice=["a"], min_tokens=20)
+    assert (ended.text, ended.finish_reason, len(ended.token_ids)) == ("a", "stop", 2)  # complete: min_tokens cannot make it longer
     long = one(engine, regex="[a-z]{1,50}", min_tokens=12)
     assert len(long.token_ids) > 12 and re.fullmatch("[a-z]{1,50}", long.text)
     stuck = one(engine, choice=["a"], allowed_token_ids=[5])
