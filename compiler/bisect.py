@@ -122,7 +122,11 @@ def bisect_artifact(manifest: Manifest, model: ModelSource, prompt: list[int], *
         raise ConfigError("the artifact was compiled with --enable-lora, which bisect does not run; compile it without and bisect that")
     quantization, chosen = settings.get("quantization"), settings.get("passes") or ""
     passes = pipeline(
-        manifest.level, str(quantization) if quantization is not None else None, kind=manifest.target.kind, passes=str(chosen)
+        manifest.level,
+        str(quantization) if quantization is not None else None,
+        group=settings.get("quantization_group_size"),  # type: ignore[arg-type]  # an integer or null, as compiling wrote it
+        kind=manifest.target.kind,
+        passes=str(chosen),
     )
     ours, theirs = [p.name for p in passes], [record.name for record in manifest.passes]
     if ours != theirs:

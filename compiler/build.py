@@ -135,7 +135,8 @@ def build_artifact(
                 context = PassContext(weights=weights, max_positions=limits.max_model_len)
                 quantized = applied_quantization(config, given, target.kind)
                 lora = lora_pass(config, traced, source.dtype)
-                passes = pipeline(config.level, quantized, kind=target.kind, passes=config.passes, ranks=ranks, lora=lora)
+                group = config.quantization_group_size
+                passes = pipeline(config.level, quantized, group=group, kind=target.kind, passes=config.passes, ranks=ranks, lora=lora)
                 reports = run_passes(graph, passes, context, dump_dir=dump_directory())
                 if config.backend == "tvm":
                     check_convertible(graph)

@@ -19,7 +19,7 @@ from typing import Any
 
 from llmc.compiler.calibration_data import LIBRARY, fitting_sequences, fitting_text, installed_version
 from llmc.compiler.model import ModelSource, read_json, read_model
-from llmc.compiler.pipeline import QUANTIZATIONS
+from llmc.compiler.pipeline import group_of
 from llmc.compiler.stages import StageLog
 from llmc.config.compile import CompileConfig
 from llmc.errors import ConfigError, InternalError, UnsupportedModel
@@ -44,7 +44,7 @@ def fitted(
     if config.calibration == "rtn":
         return None
     with log.stage("calibrate") as note:
-        group = QUANTIZATIONS["cpu"]["int4"].group
+        group = group_of("int4", config.quantization_group_size)
         found = calibrate(config, source, group, encode, max_model_len, scratch)
         note.detail = f"{config.calibration} by {LIBRARY} {found.version} on {found.tokens} tokens"
     return found

@@ -5,6 +5,8 @@ Choices are made here, when the list is built, not inside the runner.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from llmc.compiler.pass_choice import parse_choice
 from llmc.errors import ConfigError
 from llmc.passes.add_lora import AddLora
@@ -37,14 +39,25 @@ LEVELS = (0, 1, 2, 3)
 KINDS = ("cpu", "cuda")
 # The schemes of each kind of target. What a scheme's numbers mean does not depend on the kind; where they lie does.
 QUANTIZATIONS: dict[str, dict[str, QuantizeLinear | QuantizePlainLinear]] = {
-    "cpu": {"int8": QuantizeLinear(bits=8), "int4": QuantizeLinear(bits=4)},
-    "cuda": {"int8": QuantizePlainLinear(bits=8), "int4": QuantizePlainLinear(bits=4), "fp8": QuantizePlainLinear(fp8=True)},
+    "cpu": {"int8": QuantizeLinear(bits=8, group=128), "int4": QuantizeLinear(bits=4)},
+    "cuda": {
+        "int8": QuantizePlainLinear(bits=8, group=128),
+        "int4": QuantizePlainLinear(bits=4),
+        "fp8": QuantizePlainLinear(fp8=True),
+    },
 }
 STORED = "stored"  # in place of one of these: as the checkpoint is quantised already
 
 
 def pipeline(
-    level: int, quantization: str | None = None, *, kind: str = "cpu", passes: str = "", ranks: int = 1, lora: AddLora | None = None
+    level: int,
+    quantization: str | None = None,
+    *,
+    group: int | None = None,
+    kind: str = "cpu",
+    passes: str = "",
+    ranks: int = 1,
+    lora: AddLora | None = None,
 ) -> list[Pass]:
     """The passes of an optimisation level, in order.
 
@@ -52,6 +65,7 @@ def pipeline(
         level: 0 gives no pass at all: the captured graph is the oracle the other levels are held to. 3 is 2 with the fusions left out
             that did not pay, which `compiler/search.py` measures and hands over in `passes`.
         quantization: a scheme of the kind in QUANTIZATIONS, STORED, or None.
+        group: inputs that share a scale, in place of the scheme's own.
         kind: of the target, one of KINDS.
         passes: the value of --passes, "+name,-name".
         ranks: how many share a layer; of a CPU alone.
@@ -63,15 +77,16 @@ def pipeline(
     assert kind in KINDS
     if lora is not None:
         assert ranks == 1
-        listed = pipeline(level, quantization, kind=kind, passes=passes)
+        listed = pipeline(level, quantization, group=group, kind=kind, passes=passes)
         return [*listed[:1], lora, *listed[1:]]  # behind no-op-elimination, before the merges; at -O0 alone
     if ranks > 1:
-        listed = pipeline(level, quantization, kind=kind, passes=passes)
+        listed = pipeline(level, quantization, group=group, kind=kind, passes=passes)
         return [*listed[:1], ShardTensorParallel(ranks), *listed[1:]]  # behind no-op-elimination, before the merges
     if passes:
         if level == 0:
             raise ConfigError(f"--passes {passes}: -O0 runs none, it is the oracle; use -O1 or -O2")
-        return parse_choice(passes).apply(pipeline(level, quantization, kind=kind), pipeline(LEVELS[-1], quantization, kind=kind))
+        known = [pipeline(each, quantization, group=group, kind=kind) for each in (level, LEVELS[-1])]
+        return parse_choice(passes).apply(*known)
     if level not in LEVELS:
         raise ConfigError(f"optimisation level {level}: expected one of {', '.join(map(str, LEVELS))}; choose -O2 if in doubt")
     if level == 0:
@@ -79,16 +94,22 @@ def pipeline(
             raise ConfigError(f"--quantization {quantization} is a pass, and -O0 runs none: it is the oracle; use -O1 or -O2")
         return []
     if kind == "cuda":
-        return _exact() + (_gpu_fusions() if level >= 2 else []) + _gpu_lowering() + _quantizing(quantization, kind)
-    return _exact() + (_cpu_fusions() if level >= 2 else []) + _lowering() + _quantizing(quantization, kind)
+        return _exact() + (_gpu_fusions() if level >= 2 else []) + _gpu_lowering() + _quantizing(quantization, group, kind)
+    return _exact() + (_cpu_fusions() if level >= 2 else []) + _lowering() + _quantizing(quantization, group, kind)
 
 
-def _quantizing(quantization: str | None, kind: str) -> list[Pass]:
+def group_of(scheme: str, asked: int | None) -> int:
+    """Inputs that share a scale; 0: a row has one scale however long it is."""
+    return 0 if scheme == "fp8" else asked or QUANTIZATIONS["cpu"][scheme].group
+
+
+def _quantizing(quantization: str | None, group: int | None, kind: str) -> list[Pass]:
     if quantization is None:
         return []
     if quantization == STORED:
         return [KeepQuantized() if kind == "cpu" else KeepPlainFp8()]  # a GPU dequantises the integers of a checkpoint
-    return [QUANTIZATIONS[kind][quantization]]
+    known = QUANTIZATIONS[kind][quantization]
+    return [replace(known, group=group) if group is not None else known]
 
 
 def _exact() -> list[Pass]:

@@ -49,6 +49,7 @@ def preview(config: CompileConfig) -> Preview:
     passes = pipeline(
         config.level,
         applied_quantization(config, source, kind),
+        group=config.quantization_group_size,
         kind=kind,
         passes=config.passes,
         lora=lora_pass(config, traced, source.dtype),

@@ -23,7 +23,7 @@ from llmc.compiler.canary import FetchConstant
 from llmc.compiler.capture import TracedModel, capture
 from llmc.compiler.dequantized import dequantized_fetcher, dequantizing_fetcher, quantized_bits, quantized_constants
 from llmc.compiler.model import ModelSource, open_checkpoint
-from llmc.compiler.pipeline import QUANTIZATIONS
+from llmc.compiler.pipeline import group_of
 from llmc.compiler.stages import StageLog
 from llmc.compiler.tokenizer_files import TokenizerBundle
 from llmc.config.compile import CompileConfig
@@ -111,7 +111,7 @@ def _facts(config: CompileConfig, weights: WeightTable) -> tuple[QuantizationFac
     nothing: dict[str, Any] = {"calibration_tokens": 0, "reference_perplexity": None, "perplexity": None, "mean_kl": None}
     facts = kv_facts = None
     if config.quantization is not None:
-        group = 0 if config.quantization == "fp8" else QUANTIZATIONS["cpu"][config.quantization].group
+        group = group_of(config.quantization, config.quantization_group_size)
         facts = QuantizationFacts(scheme=config.quantization, group=group, tensors=quantized_bits(weights), **nothing)  # type: ignore[arg-type]
     if config.quantized_kv is not None:
         kv_facts = KVQuantizationFacts(scheme=config.quantized_kv, **nothing)  # type: ignore[arg-type]

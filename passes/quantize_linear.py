@@ -25,7 +25,10 @@ LINEAR, EMBEDDING, EXPERTS = "llmc.linear.default", "llmc.embedding.default", "l
 
 @dataclass(frozen=True)
 class QuantizeLinear(Pass):
-    """bits: 8 or 4. group: inputs that share a scale. head_bits: of the last linear, whose error no later layer evens out."""
+    """bits: 8 or 4. group: inputs that share a scale, or all of a row that has fewer.
+
+    head_bits: of the last linear, whose error no later layer evens out.
+    """
 
     name: ClassVar[str] = "quantize-linear"
     # Against the graph on the dequantised weights, which is what a compile's canaries run on. What the integers themselves cost is no
@@ -64,6 +67,7 @@ def rewrite(gm: GraphModule, ctx: PassContext, node: Node, shape: tuple[int, int
     """Replace a linear or embedding over a packed weight of `shape` [N, K] by the one over its integers and scales."""
     first, weight, *rest = G.args_of(node)
     packed = ctx.weights[str(weight.target)]
+    group = min(group, whole_row(shape[1]))
     names = tuple(quantized_name(str(weight.target), part) for part in ("quantized", "scales"))
     for name, make in zip(names, (quantize, quantize_scales), strict=True):
         if name not in ctx.weights:
@@ -73,6 +77,11 @@ def rewrite(gm: GraphModule, ctx: PassContext, node: Node, shape: tuple[int, int
         reads = [G.constant(gm, ctx.weights, name) for name in names]
         new = G.call(gm, overload(op), (first, *reads, *rest, group))
     G.substitute(gm, node, new)
+
+
+def whole_row(columns: int) -> int:
+    """The smallest group that holds a row of so many inputs: groups are multiples of 32."""
+    return -(-columns // 32) * 32
 
 
 def quantized_name(packed: str, part: str) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from math import ceil
 from typing import Any, ClassVar
 
 import torch
@@ -20,12 +19,11 @@ from torch.fx import GraphModule, Node
 from llmc.kernels.ops import overload
 from llmc.passes import graph as G
 from llmc.passes.base import Numerics, Pass, PassContext, PassResult
-from llmc.passes.quantize_linear import quantized_name
+from llmc.passes.quantize_linear import quantized_name, whole_row
 from llmc.passes.weights import Constant, fp8_row_scales, fp8_rows, quantize_row_scales, quantize_rows
 
 aten = torch.ops.aten
 LINEAR, _EXPERTS = "llmc.plain_linear.default", "llmc.plain_grouped_linear.default"
-_GROUPS_OF = 32  # a group's inputs are a multiple of these
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,9 +45,10 @@ FP8 = Form(bits=8, group=None)
 
 @dataclass(frozen=True)
 class QuantizePlainLinear(Pass):
-    """bits: 8 or 4. group: inputs that share a scale. head_bits: of the last linear, whose error no later layer evens out.
+    """bits: 8 or 4. group: inputs that share a scale, or all of a row that has fewer.
 
-    fp8: linears other than the last are e4m3 with a scale per row, in place of integers.
+    head_bits: of the last linear, whose error no later layer evens out. fp8: linears other than the last are e4m3 with a scale per row, in
+    place of integers.
     """
 
     name: ClassVar[str] = "quantize-plain-linear"
@@ -70,7 +69,7 @@ class QuantizePlainLinear(Pass):
         refusals["experts have no quantised kernel"] += sum(G.is_op(n, _EXPERTS) for n in gm.graph.nodes)
         readers = readers_of_constants(gm)
         for name in dict.fromkeys(str(G.args_of(n)[1].target) for n in linears):
-            form = self._form(is_head=name == head)
+            form = self._form(ctx.weights[name], is_head=name == head)
             reason = self._reason(ctx, name, readers[name], form)
             if reason is not None:
                 refusals[reason] += 1
@@ -82,10 +81,10 @@ class QuantizePlainLinear(Pass):
             G.erase_dead(gm)
         return PassResult(changed=matches > 0, matches=matches, refusals=+refusals)
 
-    def _form(self, *, is_head: bool) -> Form:
+    def _form(self, matrix: Constant, *, is_head: bool) -> Form:
         if self.fp8 and not is_head:
             return FP8
-        return Form(bits=self.head_bits if is_head else self.bits, group=self.group)
+        return Form(bits=self.head_bits if is_head else self.bits, group=min(self.group, whole_row(matrix.shape[1])))
 
     def _reason(self, ctx: PassContext, name: str, readers: list[Node], form: Form) -> str | None:
         """Why a weight is kept as it is, or None."""
@@ -115,7 +114,7 @@ def rewrite(gm: GraphModule, ctx: PassContext, node: Node, name: str, form: Form
     if names[0] not in ctx.weights:
         for made, constant in zip(names, form.constants(matrix), strict=True):
             ctx.weights.add(made, constant)
-    group = form.group or ceil(matrix.shape[1] / _GROUPS_OF) * _GROUPS_OF
+    group = form.group or whole_row(matrix.shape[1])
     with gm.graph.inserting_before(node):
         held, scales = (G.constant(gm, ctx.weights, made) for made in names)
         if G.is_op(node, LINEAR):

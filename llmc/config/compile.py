@@ -34,6 +34,7 @@ class CompileConfig:
     block_size: int = 16
     kv_cache_dtype: str = "auto"
     quantization: str | None = None  # "int8", "int4", "fp8"
+    quantization_group_size: int | None = None  # inputs that share a scale, a multiple of 32; None: the scheme's own
     calibration: str = "rtn"  # how integers are chosen: "rtn", "awq", "signround"
     calibration_data: Path | None = None  # None: the built-in text
     passes: str = ""  # "+name,-name": added to the level's list, left out of it
@@ -67,6 +68,12 @@ class CompileConfig:
             raise ConfigError(f"--quantization {self.quantization}: -O0 is the oracle and holds the weights as they are; use -O1 or -O2")
         if self.quantization == "fp8" and self.target.startswith("cpu"):
             raise ConfigError(f"--quantization fp8: only GPUs have kernels over fp8 weights, not {self.target}; int8 has as many bits")
+        if self.quantization_group_size is not None and self.quantization not in ("int8", "int4"):
+            found = f"--quantization {self.quantization}, with a scale per row" if self.quantization else "no quantisation"
+            raise ConfigError(
+                f"--quantization-group-size {self.quantization_group_size}: is for --quantization int8 and int4, and this is {found}; "
+                "give one of these, or leave it out"
+            )
         self._check_calibration()
         if self.max_kl is not None and ((self.quantization is None and self.quantized_kv is None) or self.weights == "external"):
             raise ConfigError(
@@ -220,6 +227,7 @@ def compile_config(
         block_size=settings["block_size"],
         kv_cache_dtype=settings["kv_cache_dtype"],
         quantization=settings["quantization"],
+        quantization_group_size=settings["quantization_group_size"],
         calibration=settings["calibration"],
         calibration_data=Path(settings["calibration_data"]) if settings["calibration_data"] else None,
         passes=settings["passes"],

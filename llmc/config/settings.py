@@ -67,6 +67,14 @@ def integer(low: int, high: int | None = None) -> Callable[[str], int]:
     return parse
 
 
+def group_size(value: str) -> int:
+    """A parser of multiples of 32."""
+    number = integer(32)(value)
+    if number % 32:
+        raise ConfigError(f"{value!r} is no multiple of 32; {number - number % 32} and {number - number % 32 + 32} are the nearest")
+    return number
+
+
 def length(value: str) -> int:
     """A positive human-readable integer, or -1 / auto."""
     number = human_int_or_auto(value)
@@ -283,8 +291,11 @@ SETTINGS: tuple[Setting, ...] = (
             aliases=("-tp",), help="Processes of one machine that share every layer: each holds its part of weights and KV cache. CPUs."),
     Setting(name="quantization", aliases=("-q",), parse=choice("int8", "int4", "fp8", refused=_OTHER_QUANTIZATIONS), default=None,
             commands=_COMPILE, group="Compilation", choices=("int8", "int4", "fp8"), refused=_OTHER_QUANTIZATIONS,
-            help="Hold the weights of linears as integers with a scale per 32 inputs, rounded to nearest; int4 keeps 8 bits in the head. "
-                 "fp8: e4m3 with a scale per row, int8 in the head; GPUs alone."),
+            help="Hold the weights of linears as integers with a scale per group of inputs, rounded to nearest; int4 keeps 8 bits in the "
+                 "head. fp8: e4m3 with a scale per row, int8 in the head; GPUs alone."),
+    Setting(name="quantization_group_size", parse=group_size, default=None, commands=_COMPILE, group="Compilation", metavar="N",
+            help="Inputs that share a scale under --quantization int8 and int4, a multiple of 32; as many as a weight has or more: one "
+                 "scale per output. Default 128 for int8, 32 for int4."),
     Setting(name="calibration", parse=choice("rtn", "awq", "signround", refused=_OTHER_CALIBRATIONS), default="rtn", commands=_COMPILE,
             group="Compilation", choices=("rtn", "awq", "signround"), refused=_OTHER_CALIBRATIONS,
             help="How --quantization int4 chooses its integers. rtn: rounded to nearest. awq, signround: fitted to a text by auto-round "

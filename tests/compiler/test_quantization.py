@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,16 +12,25 @@ from llmc.artifacts.safetensors import Checkpoint
 from llmc.compiler import accuracy
 from llmc.compiler.capture import TracedModel, capture
 from llmc.compiler.dequantized import dequantized_fetcher, quantized_bits
+from llmc.compiler.input_key import input_key
 from llmc.compiler.model import read_model
 from llmc.compiler.packing import fetcher
-from llmc.compiler.pipeline import pipeline
+from llmc.compiler.pipeline import group_of, pipeline
+from llmc.compiler.targets import find_target
+from llmc.config.compile import CompileConfig
+from llmc.config.resolve import resolve
 from llmc.errors import ConfigError, InternalError
 from llmc.passes.base import PassContext
 from llmc.passes.runner import run_passes
 from llmc.passes.weights import Constant, WeightTable
 from tests.architectures import save_tiny_model
 
+DEMO_MODEL = Path(__file__).parents[2] / "examples" / "demo_model"
 TEXTS = [[5, 9, 21, 300, 7, 44], [45, 46, 8]]
+
+
+def config(**settings: Any) -> CompileConfig:
+    return CompileConfig(model=DEMO_MODEL, out=Path("out"), **settings)
 
 
 def quantized(name: str, folder: Path, scheme: str) -> tuple[TracedModel, WeightTable, Checkpoint]:
@@ -51,6 +61,29 @@ def test_every_quantised_matrix_is_found_and_stays_near(name: str, tmp_path: Pat
         assert cost.perplexity == pytest.approx(cost.reference_perplexity, rel=0.02)
         same = accuracy.measure(captured, plain, plain, TEXTS)
         assert same.mean_kl == 0 and same.perplexity == same.reference_perplexity == cost.reference_perplexity
+
+
+def test_the_group_is_the_schemes_own_or_the_one_asked_for() -> None:
+    for kind in ("cpu", "cuda"):
+        for scheme, own in (("int8", 128), ("int4", 32)):
+            groups = [pipeline(2, scheme, group=asked, kind=kind)[-1].group for asked in (None, 64)]  # type: ignore[attr-defined]
+            assert groups == [own, 64] == [group_of(scheme, None), group_of(scheme, 64)]
+    assert group_of("fp8", None) == 0
+    key = {group: input_key(config(quantization="int8", quantization_group_size=group), find_target("cpu:x86-64-v3")).digest
+           for group in (None, 32)}  # fmt: skip
+    assert key[None] != key[32]
+
+
+@pytest.mark.parametrize(("scheme", "found"), [(None, "this is no quantisation"), ("fp8", "--quantization fp8, with a scale per row")])
+def test_a_group_of_nothing_is_refused(scheme: str | None, found: str) -> None:
+    with pytest.raises(ConfigError, match=f"is for --quantization int8 and int4, and .*{found}"):
+        config(quantization=scheme, quantization_group_size=64, target="cuda:sm_90")
+
+
+@pytest.mark.parametrize("value", ["100", "0", "x"])
+def test_a_group_is_a_multiple_of_32(value: str) -> None:
+    with pytest.raises(ConfigError, match="96 and 128 are the nearest" if value == "100" else "--quantization-group-size"):
+        resolve("compile", {"quantization_group_size": value}, environ={})
 
 
 def test_a_matrix_of_other_parts_is_our_own_fault(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from llmc.kernels.isa import runnable_levels
 from llmc.kernels.native import NativeKernels
 from llmc.kernels.quantized_linear.reference import dequantize, unpack_quants
 
-from .matmul_world import DTYPES, assert_close, packed, random
+from .matmul_world import DTYPES, assert_close, random
 from .paged_attention_world import kernel_cache
 
 SHAPES = [(1, 1), (7, 2), (37, 45), (100, 64), (130, 257)]  # (N, K)
@@ -33,11 +33,6 @@ def native(level: str, tmp_path_factory: pytest.TempPathFactory) -> NativeKernel
     return NativeKernels(build_kernels(level, kernel_cache(tmp_path_factory)).kernels_so, num_threads=1)
 
 
-def rounds_weights(level: str, dtype: torch.dtype, bits: int) -> bool:
-    """Whether this build multiplies with the weights rounded to bf16, as `linear` does, instead of scaling sums of integers."""
-    return level.endswith("+amx") and dtype == torch.bfloat16 and bits == 8
-
-
 def quantized(w: Tensor, bits: int, group: int = 32) -> tuple[Tensor, Tensor]:
     """Packed integers and scales of W [N, K], by the recipes that an artifact is packed with."""
     specs = {"w": (dtype_name(w.dtype), tuple(w.shape))}
@@ -52,28 +47,13 @@ def quantized(w: Tensor, bits: int, group: int = 32) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_the_order_of_summation_is_the_stated_one(native: NativeKernels, level: str, n: int, k: int, dtype: torch.dtype, bits: int) -> None:
-    if rounds_weights(level, dtype, bits):
-        pytest.skip("these have the bits of linear, which the next test compares")
+def test_the_order_of_summation_is_the_stated_one(native: NativeKernels, n: int, k: int, dtype: torch.dtype, bits: int) -> None:
     for group in (32, 96, 1024):
         x, weight, scales, bias, sums = sums_in_order(n, k, dtype, bits, group)
         for m in (0, 1, 2, 3, 5, 16, 17, 33, 70):
             assert torch.equal(native.quantized_linear(x[:m], weight, scales, None, n, group), sums[:m].to(dtype)), (m, group)
             with_bias = native.quantized_linear(x[:m], weight, scales, bias, n, group)
             assert torch.equal(with_bias, (sums[:m] + bias.float()).to(dtype)), (m, group)
-
-
-@pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_eight_bits_on_amx_have_the_bits_of_linear(native: NativeKernels, level: str, n: int, k: int) -> None:
-    if not rounds_weights(level, torch.bfloat16, 8):
-        pytest.skip("AMX alone rounds the weights to bf16")
-    for group in (32, 96, 1024):
-        weight, scales = quantized(random(n, k, dtype=torch.bfloat16) / 7, 8, group)
-        plain = packed(dequantize(weight, scales, n, k, group))
-        for bias in (None, random(n, dtype=torch.bfloat16, seed=1)):
-            for m in (0, 1, 2, 5, 16, 17, 33, 70):
-                x = random(m, k, dtype=torch.bfloat16, seed=m)
-                assert torch.equal(native.quantized_linear(x, weight, scales, bias, n, group), native.linear(x, plain, bias, n)), (m, group)
 
 
 @functools.cache  # the levels share it
@@ -110,13 +90,11 @@ def in_order(x: Tensor, weight: Tensor, scales: Tensor, n: int, group: int) -> T
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_agrees_with_the_reference(native: NativeKernels, level: str, dtype: torch.dtype, bits: int) -> None:
+def test_agrees_with_the_reference(native: NativeKernels, dtype: torch.dtype, bits: int) -> None:
     w, x, bias = random(48, 200, dtype=dtype), random(3, 4, 200, dtype=dtype, seed=1), random(48, dtype=dtype, seed=2)
     weight, scales = quantized(w, bits, 64)
     reference = torch.ops.llmc.quantized_linear(x, weight, scales, bias, 48, 64)
     assert reference.shape == (3, 4, 48)
-    if rounds_weights(level, dtype, bits):
-        reference = torch.ops.llmc.linear(x, packed(dequantize(weight, scales, 48, 200, 64)), bias, 48)
     assert_close(native.quantized_linear(x, weight, scales, bias, 48, 64), reference.double(), 200)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from llmc.errors import PassError
 from llmc.kernels.quantized_linear.reference import dequantize
+from llmc.passes import graph as G
 from llmc.passes.graph import is_op
 from llmc.passes.lower_experts import LowerExperts
 from llmc.passes.lower_linear import LowerLinear
@@ -53,6 +54,17 @@ def test_answers_are_those_of_the_dequantised_weights(dtype: torch.dtype, bits: 
     assert report.result.matches == 4
     plain = dequantized(case, {"proj.weight": bits, "conv_weight": bits, "wte.weight": 8})  # the head keeps 8 bits, and is the embedding
     assert_close(plain.run(), after.run(), QuantizeLinear())
+
+
+@pytest.mark.parametrize("group", [32, 64, 4096])
+def test_a_group_ends_with_the_row(group: int) -> None:
+    after, _ = lowered(tied()).apply(QuantizeLinear(group=group))
+    calls = [G.args_of(n) for n in after.gm.graph.nodes if G.is_op(n, "llmc.quantized_linear.default")]
+    found = {str(args[1].target): (after.ctx.weights[str(args[2].target)].shape[1], args[5]) for args in calls}
+    width = {name: int(G.val(args[0]).shape[-1]) for args in calls for name in [str(args[1].target)]}
+    assert len(found) > 1
+    for name, (scales, used) in found.items():
+        assert used == min(group, -(-width[name] // 32) * 32) and scales == -(-width[name] // used)
 
 
 def test_eight_bits_lie_near_the_plain_answer() -> None:

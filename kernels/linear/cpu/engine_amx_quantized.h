@@ -1,6 +1,6 @@
-// Weights of 4 bits on AMX tiles: the integers of a tile, exact in bf16, are put into L1 just before their product, so that memory is
-// read at the size of the integers. A tile product from zero is a step of quants.h; its sums leave the tile once per group, which takes
-// as long as the product itself: for many rows half of what engine_amx_dequantized.h reaches, for one row twice.
+// Weights of 8 and 4 bits on AMX tiles: the integers of a tile, exact in bf16, are put into L1 just before their product, so that memory
+// is read at the size of the integers. A tile product from zero is a step of quants.h; its sums leave the tile once per group. For many
+// rows that takes as long as the product itself where a group is one step (32 depths), a quarter of it in groups of four.
 #pragma once
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
@@ -21,9 +21,10 @@ struct AmxQuantizedEngine : AmxEngine {
   }
 };
 
+template <int Bits>
 struct AmxQuantizedDriver {
   static constexpr bool kQuantized = true;
-  static constexpr int64_t kTileBytes = 16 * 32 / 2;
+  static constexpr int64_t kTileBytes = 16 * 32 * Bits / 8;
 
   // Two panels' tiles of a chunk, and the sums of all rows for them and for the two panels before.
   static int64_t scratch_bytes(const Tile<BF16, uint16_t>& t, const QuantizedPanels<BF16>& q) {
@@ -69,7 +70,7 @@ struct AmxQuantizedDriver {
       _mm_prefetch((const char*)q.scales_at(panel + p, ahead), _MM_HINT_T0);  // without it a fifth of the time is lost
 #pragma GCC unroll 8
       for (int64_t i = 0; i < kTileBytes; i += 64) _mm_prefetch((const char*)weight + ahead * kTileBytes + i, _MM_HINT_T0);
-      widen_tile(weight + step * kTileBytes, out[p]);
+      widen_tile<Bits>(weight + step * kTileBytes, out[p]);
     }
   }
 
@@ -134,7 +135,7 @@ struct AmxQuantizedDriver {
             const uint8_t* tile = q.weight + (panel + p) * q.panel_bytes + s * kTileBytes;
 #pragma GCC unroll 8
             for (int64_t i = 0; i < kTileBytes; i += 64) _mm_prefetch((const char*)tile + P * chunk * kTileBytes + i, _MM_HINT_T0);
-            widen_tile(tile, tiles[p * chunk + s - begin]);
+            widen_tile<Bits>(tile, tiles[p * chunk + s - begin]);
           }
         asm volatile("" ::: "memory");
         for (int64_t b = 0; b < num_blocks; b++) {

@@ -11,7 +11,6 @@
 #include <type_traits>
 
 #include "engine_amx.h"
-#include "engine_amx_dequantized.h"
 #include "engine_amx_quantized.h"
 #include "engine_fma.h"
 #include "engine_quantized.h"
@@ -163,21 +162,22 @@ int32_t run(const MatmulCall& call) {
   return out_of_memory ? LLMC_NO_MEMORY : LLMC_OK;
 }
 
-template <class D>
+template <class D, int Bits>
 int32_t run_quantized(const MatmulCall& call) {
-  return call.bits == 8 ? run<D, QuantizedEngine<D>, QuantizedDriver<D, 8>>(call) : run<D, QuantizedEngine<D>, QuantizedDriver<D, 4>>(call);
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<D, BF16>) {
+    // One or two rows go through vector registers faster than through tiles, in the same order.
+    if (call.jobs[call.num_jobs - 1].end > QuantizedEngine<BF16>::kMaxRows)
+      return amx_permission() ? run<BF16, AmxQuantizedEngine, AmxQuantizedDriver<Bits>>(call) : LLMC_NO_HARDWARE;
+  }
+#endif
+  return run<D, QuantizedEngine<D>, QuantizedDriver<D, Bits>>(call);
 }
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
-template <>
-int32_t run_quantized<BF16>(const MatmulCall& call) {
-  // One or two rows of 4 bits go through vector registers faster than through tiles, in the same order.
-  if (call.bits == 4 && call.jobs[call.num_jobs - 1].end <= QuantizedEngine<BF16>::kMaxRows)
-    return run<BF16, QuantizedEngine<BF16>, QuantizedDriver<BF16, 4>>(call);
-  if (!amx_permission()) return LLMC_NO_HARDWARE;
-  return call.bits == 8 ? run<BF16, AmxEngine, AmxDequantizedDriver>(call) : run<BF16, AmxQuantizedEngine, AmxQuantizedDriver>(call);
+template <class D>
+int32_t run_quantized(const MatmulCall& call) {
+  return call.bits == 8 ? run_quantized<D, 8>(call) : run_quantized<D, 4>(call);
 }
-#endif
 
 }  // namespace
 

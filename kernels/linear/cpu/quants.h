@@ -4,9 +4,8 @@
 // byte, the even depth in the low half, 8 added. A scale is [panel][group][16 columns], in the element type. Every integer is exact in
 // fp32 and in bf16.
 //
-// Order of one output, at every level but for 8 bits against bf16 on AMX (engine_amx_dequantized.h): per step of 32 depths the even
-// depths in order and the odd depths in order, each from zero, then even + odd; the steps of a group in order; then
-// sum = scale * group + sum in one rounding, group by group. All in fp32.
+// Order of one output, at every level: per step of 32 depths the even depths in order and the odd depths in order, each from zero, then
+// even + odd; the steps of a group in order; then sum = scale * group + sum in one rounding, group by group. All in fp32.
 #pragma once
 
 #include "lanes.h"
@@ -120,9 +119,20 @@ struct PairProduct<4> {
 #endif
 
 #ifdef __AVX512BF16__
-// One AMX tile of 4 bits, 16 columns by 32 depths, as bf16. Five bits of a 16-bit lane choose; the highest of them belongs to the other
-// depth, so the table stands twice.
-static inline void widen_tile(const uint8_t* tile, uint16_t* out) {
+// One AMX tile, 16 columns by 32 depths, as bf16.
+template <int Bits>
+inline void widen_tile(const uint8_t* tile, uint16_t* out) {
+#pragma GCC unroll 16
+  for (int j = 0; j < 16; j++) {
+    const PairProduct<Bits> pair(tile + j * 32);
+    _mm512_storeu_si512(out + j * 32, (__m512i)_mm512_cvtne2ps_pbh(pair.high.v, pair.low.v));
+  }
+}
+
+// Four bits are looked up here too. Five bits of a 16-bit lane choose; the highest of them belongs to the other depth, so the table
+// stands twice.
+template <>
+inline void widen_tile<4>(const uint8_t* tile, uint16_t* out) {
   alignas(32) static constexpr uint16_t kValues[16] = {0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
                                                        0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
   const __m512i values = _mm512_broadcast_i64x4(_mm256_load_si256((const __m256i*)kValues));
