@@ -16,6 +16,8 @@ from llmc.runtime.server.front import Front, cache_salt_of
 from llmc.runtime.server.sampling import for_choice
 from llmc.runtime.text import TextStream
 
+_ENGINE_CODES = {400: "invalid_value", 404: "model_not_found", 429: "queue_full"}  # of what the engine refuses; else it is its own fault
+
 
 def check_task(front: Front, *, pool: bool) -> None:
     """Refuse a request for what the artifact was not compiled for.
@@ -202,7 +204,8 @@ class Generation:
             return None
         if event.finish_reason == "error":
             self._end(event.request_id, "error")
-            raise RequestRejected(event.error or "the engine failed on this request", status=event.error_status, code="engine_error")
+            code = _ENGINE_CODES.get(event.error_status, "engine_error")
+            raise RequestRejected(event.error or "the engine failed on this request", status=event.error_status, code=code)
         finish = event.finish_reason
         stop_reason: int | str | None = event.stop_token_id if event.stop_token_id in self._stop_token_ids else None
         before = sequence.text.num_tokens

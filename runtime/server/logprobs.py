@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from llmc.runtime.messages import TokenLogprobs
 from llmc.runtime.text import Tokenizer
 
@@ -56,6 +58,11 @@ def completion_logprobs(names: TokenNames, entries: list[TokenLogprobs | None], 
         result["text_offset"].append(offset)
         offset += names.num_chars(token_id)
     return result
+
+
+def with_top(entries: list[TokenLogprobs | None], num_top: int) -> list[TokenLogprobs | None]:
+    """The same with at most `num_top` top ones each."""
+    return [e if e is None or len(e.top) <= num_top else msgspec.structs.replace(e, top=e.top[:num_top]) for e in entries]
 
 
 def prompt_logprobs(tokenizer: Tokenizer, entries: list[TokenLogprobs | None]) -> list[dict[str, Any] | None]:

@@ -14,7 +14,7 @@ from llmc.runtime.server import sse
 from llmc.runtime.server.answers import json_answer
 from llmc.runtime.server.front import Front
 from llmc.runtime.server.generation import Delta, Generation, check_task
-from llmc.runtime.server.logprobs import TokenNames, completion_logprobs, prompt_logprobs
+from llmc.runtime.server.logprobs import TokenNames, completion_logprobs, prompt_logprobs, with_top
 from llmc.runtime.server.parse import parse_body
 from llmc.runtime.server.routes import Router
 from llmc.runtime.server.sampling import bad_word_ids, sampling_params, truncated
@@ -41,7 +41,7 @@ def completions_router(front: Front) -> Router:
             # A prompt's own log-probabilities need a step; its token is dropped.
             max_tokens=max(1, body.max_tokens) if body.max_tokens is not None else _DEFAULT_MAX_TOKENS,
             logprobs=body.logprobs,
-            prompt_logprobs=body.logprobs if body.echo and body.logprobs is not None else body.prompt_logprobs,
+            prompt_logprobs=_prompt_logprobs(body),
             bad_words=await bad_word_ids(front, body),
         )
         generation = Generation(front, request, prompts, sampling, priority=body.priority or 0, cache_salt=body.cache_salt, lora=lora)
@@ -60,6 +60,12 @@ def _check_fields(body: CompletionRequest) -> None:
     if body.max_tokens == 0 and not body.echo:
         raise RequestRejected("max_tokens 0 gives an answer only with echo", param="max_tokens")
     sse.check_options(body)
+
+
+def _prompt_logprobs(body: CompletionRequest) -> int | None:
+    """How many top log-probabilities each token of the prompt is to have, for its own field and for the echo; None: none at all."""
+    wanted = [body.prompt_logprobs, body.logprobs if body.echo else None]
+    return max((number for number in wanted if number is not None), default=None)
 
 
 async def _prompts(front: Front, body: CompletionRequest) -> list[list[int]]:
@@ -152,7 +158,8 @@ class _Answer:
         if self._body.logprobs is not None:
             ids, entries, offset = choice.ids, choice.entries, 0
             if self._body.echo:
-                ids, entries = choice.prompt + ids, (choice.prompt_entries or [None] * len(choice.prompt)) + entries
+                known = choice.prompt_entries or [None] * len(choice.prompt)
+                ids, entries = choice.prompt + ids, with_top(known, self._body.logprobs) + entries
             logprobs = completion_logprobs(self._names, entries, ids, offset)
         answer = {
             "index": index,
@@ -162,7 +169,7 @@ class _Answer:
             "stop_reason": choice.end.stop_reason,
         }
         if self._body.prompt_logprobs is not None and choice.prompt_entries is not None:
-            answer["prompt_logprobs"] = prompt_logprobs(self._tokenizer, choice.prompt_entries)
+            answer["prompt_logprobs"] = prompt_logprobs(self._tokenizer, with_top(choice.prompt_entries, self._body.prompt_logprobs))
         if self._body.return_token_ids:
             answer["prompt_token_ids"], answer["token_ids"] = choice.prompt, choice.ids
         return answer

@@ -37,6 +37,8 @@ def sampling_params(
     Raises:
         RequestRejected: naming the field.
     """
+    if not all(prompts):
+        raise RequestRejected("a prompt has no tokens; send at least one", param="prompt", code="invalid_value")
     longest = max(len(prompt) for prompt in prompts)
     limit = _output_limit(front, longest, max_tokens, request.min_tokens or 0)
     n = request.n or 1
@@ -125,8 +127,6 @@ def for_choice(sampling: SamplingParams, choice: int) -> SamplingParams:
 def _output_limit(front: Front, longest: int, max_tokens: int | None, min_tokens: int) -> int:
     """Output tokens every prompt has room for."""
     context = front.max_model_len
-    if longest == 0:
-        raise RequestRejected("the prompt has no tokens; send at least one", param="prompt")
     room = context - longest
     if room < 1 or (max_tokens is not None and max_tokens > room):
         asked = f" and max_tokens {max_tokens}" if max_tokens is not None else ""

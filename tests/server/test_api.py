@@ -107,6 +107,16 @@ def test_prompt_logprobs(server: RunningServer) -> None:
     assert first is None and second["106"] == {"logprob": -0.25, "rank": 1, "decoded_token": TOKENIZER.token_text(106)}
 
 
+@pytest.mark.parametrize(("top", "of_prompt"), [(1, 3), (3, 1), (0, 2)])
+def test_prompt_logprobs_beside_an_echo(server: RunningServer, top: int, of_prompt: int) -> None:
+    """Each has as many as it asked for, with several samples too."""
+    fields = {"max_tokens": 1, "n": 2, "return_tokens_as_token_ids": True}  # several tokens may have one text
+    answer = server.complete([105, 106], echo=True, logprobs=top, prompt_logprobs=of_prompt, **fields).json()
+    for choice in answer["choices"]:
+        assert choice["prompt_logprobs"][0] is None and len(choice["prompt_logprobs"][1]) == of_prompt
+        assert [len(one) for one in choice["logprobs"]["top_logprobs"][1:]] == [max(top, 1)] * 2  # the token itself always
+
+
 def test_half_characters_are_never_streamed(server: RunningServer) -> None:
     prompt = TOKENIZER.encode("🎈鱼" + WORDS["parrot"])
     assert len(prompt) > 5
