@@ -15,7 +15,7 @@ from llmc.runtime.server.errors import error_response
 from llmc.runtime.server.front import Front
 from llmc.runtime.server.logs import log
 from llmc.runtime.server.routes import Router
-from llmc.runtime.server.version import VERSION
+from llmc.runtime.server.version import installed_version
 
 _WHY_NOT = {
     EngineState.LOADING: "the model is being loaded",
@@ -64,7 +64,7 @@ def operator_router(front: Front) -> Router:
 
     @router.get("/version")
     async def version(_request: Request) -> Any:
-        return json_answer({"version": VERSION})
+        return json_answer({"version": installed_version()})
 
     @router.get("/v1/models")
     async def models(_request: Request) -> Any:

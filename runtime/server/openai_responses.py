@@ -26,6 +26,8 @@ from llmc.runtime.server.schemas_responses import (
     ResponsesRequest,
 )
 
+_AS_THEY_ARE = ("seed", "top_k", "repetition_penalty", "stop", "cache_salt", "priority")  # fields that are the chat's too
+
 
 def responses_router(front: Front) -> Router:
     """The route, bound to this server's parts."""
@@ -57,6 +59,7 @@ def _as_chat(body: ResponsesRequest) -> dict[str, Any]:
         "parallel_tool_calls": body.parallel_tool_calls,
         "reasoning_effort": body.reasoning.effort if body.reasoning is not None else None,
         "tool_choice": body.tool_choice,
+        **{name: getattr(body, name) for name in _AS_THEY_ARE},
     }
     if body.tools is not None:
         functions = [tool.model_dump(exclude={"type"}, exclude_unset=True) for tool in body.tools]
@@ -174,7 +177,7 @@ class _Answer:
                 if delta.finish_reason is not None:
                     self._finish = delta.finish_reason
             yield events
-        yield self._items.close()
+        yield self._items.close(cut=self._finish == "length")
 
     async def _ended(self) -> dict[str, Any]:
         cut = self._finish == "length"

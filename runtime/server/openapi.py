@@ -16,7 +16,7 @@ from llmc.runtime.server.schemas_embeddings import EmbeddingsRequest, RerankRequ
 from llmc.runtime.server.schemas_messages import CountTokensRequest, MessagesRequest
 from llmc.runtime.server.schemas_responses import ResponsesRequest
 from llmc.runtime.server.schemas_weights import WeightsRequest
-from llmc.runtime.server.version import VERSION
+from llmc.runtime.server.version import installed_version
 
 _BODIES = {
     "/v1/chat/completions": ChatCompletionRequest,
@@ -38,7 +38,7 @@ _ERROR_STATUSES = ("400", "401", "404", "413", "429", "500", "503")
 
 def describe(routes: Iterable[BaseRoute], root_path: str) -> dict[str, Any]:
     """The OpenAPI document of a server's routes, with request bodies and error answers."""
-    document: dict[str, Any] = {"openapi": "3.1.0", "info": {"title": "llmc", "version": VERSION}, "paths": {}}
+    document: dict[str, Any] = {"openapi": "3.1.0", "info": {"title": "llmc", "version": installed_version()}, "paths": {}}
     if root_path:
         document["servers"] = [{"url": root_path}, {"url": "/"}]
     for route in routes:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from llmc.errors import RequestRejected
 from llmc.runtime.server.errors import MAX_ERRORS, validation_rejection
-from llmc.runtime.server.schemas import NOT_BUILT, RESPONSE_FORMATS, RequestModel
+from llmc.runtime.server.schemas import NOT_BUILT, RESPONSE_FORMATS, RequestModel, is_absent
 
 MAX_DEPTH = 32
 MAX_KEYS = 2048  # of one object
@@ -69,13 +69,13 @@ def check_shape(value: Any) -> None:
 
 
 def _refuse_unknown(value: dict[str, Any], model: type[RequestModel]) -> None:
-    """Refuse fields the model has not got, and drop nulls, which mean "as if absent"."""
+    """Refuse fields the model has not got, and drop nulls and what else means "as if absent"."""
     unknown = []
     for name in list(value):
         if name in model.model_fields:
             if value[name] is None:
                 del value[name]
-        elif name in NOT_BUILT and value[name] is None:
+        elif name in NOT_BUILT and is_absent(name, value[name]):
             del value[name]
         else:
             unknown.append(name)

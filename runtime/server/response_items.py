@@ -40,15 +40,15 @@ class ResponseItems:
         more: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
         return [*events, {"type": name, **place, "content_index": 0, "delta": piece.text, **more}]
 
-    def close(self) -> list[dict[str, Any]]:
-        """End the open item; returns its events."""
+    def close(self, *, cut: bool = False) -> list[dict[str, Any]]:
+        """End the open item; returns its events. `cut`: it was cut off."""
         item, self._open = self._open, None
         if item is None:
             return []
         place = {"item_id": item["id"], "output_index": len(self._items) - 1}
         broken = place["output_index"] in self._broken
         if "status" in item:
-            item["status"] = "incomplete" if broken else "completed"
+            item["status"] = "incomplete" if broken or cut else "completed"
         done = {"type": "response.output_item.done", "output_index": place["output_index"], "item": item}
         if item["type"] == "function_call":
             ended = {"type": "response.function_call_arguments.done", **place, "name": item["name"], "arguments": item["arguments"]}

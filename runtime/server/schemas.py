@@ -1,7 +1,7 @@
 """What clients may send. Every field has a bound (tests/server/test_schemas.py walks the models), unknown ones are refused.
 
 Fields OpenAI or vLLM know and this server has not got yet stand in `NOT_BUILT`: they are refused by name with the reason,
-unless null, and never ignored. `null` always means "as if absent".
+unless null or a value that asks for nothing (`ASKS_NOTHING`), and never ignored. `null` always means "as if absent".
 """
 
 from __future__ import annotations
@@ -218,6 +218,8 @@ class SamplingFields(RequestModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, MaxLen(512)] | None = None
+    safety_identifier: Annotated[str, MaxLen(512)] | None = None
+    prompt_cache_key: Annotated[str, MaxLen(512)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
 
@@ -373,4 +375,42 @@ NOT_BUILT: dict[str, str] = {
     "request_id": "request ids are made by the server; send X-Request-Id to have one echoed",
     "kv_transfer_params": "not built",
     "logits_processors": "code from a request is never run",
+    "verbosity": "no model here is trained on it; say in the prompt how long the answer is to be",
+    "mm_processor_kwargs": "this server is for text",
+    "media_io_kwargs": "this server is for text",
+    "vllm_xargs": "it is for vLLM's plugins, and there are none here",
+    "background": "nothing is stored, so there would be no answer to come back for; leave it out",
+    "previous_response_id": "nothing is stored; send the whole conversation as input",
+    "conversation": "nothing is stored; send the whole conversation as input",
+    "include": "there is nothing beside the answer to be included; leave it out",
+    "max_tool_calls": "no tool is called here; count the calls where they are made",
 }
+# Values of those fields that ask for nothing, as clients that write out their defaults send them.
+ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
+    "suffix": ("",),
+    "functions": ([],),
+    "function_call": ("none",),
+    "disable_any_whitespace": (False,),
+    "disable_additional_properties": (False,),
+    "documents": ([],),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "early_stopping": (False,),
+    "spaces_between_special_tokens": (True,),
+    "modalities": (["text"],),
+    "store": (False,),
+    "metadata": ({},),
+    "service_tier": ("auto", "default"),
+    "logits_processors": ([],),
+    "verbosity": ("medium",),
+    "background": (False,),
+    "include": ([],),
+}
+
+
+def is_absent(name: str, value: Any) -> bool:
+    """Whether a field that is not built might as well have been left out."""
+    # equal is not enough: 1 equals true
+    return value is None or any(
+        value == nothing and (type(value) is bool) == (type(nothing) is bool) for nothing in ASKS_NOTHING.get(name, ())
+    )

@@ -19,6 +19,7 @@ from llmc.runtime.server.schemas import (
     JsonObject,
     ModelName,
     RequestModel,
+    Stops,
     Text,
     ToolName,
 )
@@ -148,6 +149,13 @@ class ResponsesRequest(RequestModel):
     text: TextSettings | None = None
     store: Literal[False] | None = None
     truncation: Literal["disabled"] | None = None
-    include: Annotated[list[Annotated[str, MaxLen(64)]], MaxLen(0)] | None = None
     metadata: Annotated[dict[Annotated[str, MaxLen(64)], Annotated[str, MaxLen(512)]], MaxLen(16)] | None = None
     user: Annotated[str, MaxLen(512)] | None = None
+    safety_identifier: Annotated[str, MaxLen(512)] | None = None
+    prompt_cache_key: Annotated[str, MaxLen(512)] | None = None
+    seed: Annotated[int, Ge(-(2**63)), Le(2**63 - 1)] | None = None  # from here on vLLM's
+    top_k: Annotated[int, Ge(-1), Le(MAX_TOKEN_ID)] | None = None
+    repetition_penalty: Annotated[float, Gt(0), Le(1000)] | None = None
+    stop: Stops | None = None
+    cache_salt: Annotated[str, MinLen(1), MaxLen(1024)] | None = None
+    priority: Annotated[int, Ge(-(2**31)), Le(2**31 - 1)] | None = None

@@ -1,15 +1,16 @@
-"""The version this server reports: the installed package's, read once."""
+"""The version this server reports: the installed package's, read once, when it is first asked for."""
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+from functools import cache
 
 
-def _installed() -> str:
+@cache
+def installed_version() -> str:
+    """As pip knows it."""
+    from importlib.metadata import PackageNotFoundError, version  # it brings the parser of e-mail along, which no start needs
+
     try:
         return version("llmc")
     except PackageNotFoundError:  # run from a source tree that was never installed
         return "unknown"
-
-
-VERSION = _installed()

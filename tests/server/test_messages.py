@@ -190,7 +190,7 @@ def test_errors(client: Any, keyed: RunningServer) -> None:
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool"}}, "tool_choice"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
-        ({"service_tier": "auto"}, "service_tier"),
+        ({"service_tier": "standard_only"}, "service_tier"),
         ({"container": "x"}, "container"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": None}, "max_tokens"),

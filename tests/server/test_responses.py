@@ -39,6 +39,17 @@ def test_cut_off(server: RunningServer) -> None:
     body = server.post("/v1/responses", {"input": "hi", "max_output_tokens": 2}).json()
     assert body["status"] == "incomplete" and body["incomplete_details"] == {"reason": "max_output_tokens"}
     assert body["output"][-1]["status"] == "incomplete"
+    stream = server.post("/v1/responses", {"input": "hi", "max_output_tokens": 2, "stream": True}).text
+    events = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: ")]
+    assert events[-1]["type"] == "response.incomplete" and events[-1]["response"]["output"] == [events[-2]["item"]]
+
+
+def test_what_vllm_and_clients_send_besides(server: RunningServer) -> None:
+    """Fields of sampling act as in chat; the rest asks for nothing."""
+    fields: dict[str, Any] = {"seed": 1, "top_k": 3, "repetition_penalty": 1.1, "priority": 2, "cache_salt": "s", "prompt_cache_key": "k"}
+    nothing: dict[str, Any] = {"store": False, "background": False, "include": [], "service_tier": "auto", "safety_identifier": "me"}
+    body = respond(server, "hi", stop=["world"], **fields, **nothing)
+    assert body["output"][0]["content"][0]["text"] == REPLY.partition("world")[0] and body["status"] == "completed"
 
 
 def test_items(tooled: RunningServer) -> None:  # noqa: F811

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -70,6 +71,23 @@ def test_what_is_not_built_is_refused_by_name(name: str) -> None:
         parse_body(b'{"messages":[{"role":"user","content":"x"}],"%s":[1]}' % name.encode(), schemas.ChatCompletionRequest)
     assert caught.value.param == name
     parse_body(b'{"messages":[{"role":"user","content":"x"}],"%s":null}' % name.encode(), schemas.ChatCompletionRequest)
+
+
+def test_values_that_ask_for_nothing_are_as_if_absent() -> None:
+    assert set(schemas.ASKS_NOTHING) <= set(schemas.NOT_BUILT)
+    nothing = {name: values[0] for name, values in schemas.ASKS_NOTHING.items()}
+    bare = {"messages": [{"role": "user", "content": "x"}]}
+    read = parse_body(json.dumps(bare | nothing | {"length_penalty": 1.0}).encode(), schemas.ChatCompletionRequest)
+    assert read == parse_body(json.dumps(bare).encode(), schemas.ChatCompletionRequest)
+    for name, value in {
+        "use_beam_search": 0,
+        "length_penalty": True,
+        "store": True,
+        "modalities": ["text", "audio"],
+        "metadata": {"a": "b"},
+    }.items():
+        with pytest.raises(RequestRejected, match=name):
+            parse_body(json.dumps(bare | {name: value}).encode(), schemas.ChatCompletionRequest)
 
 
 def test_no_field_is_both_built_and_refused() -> None:
