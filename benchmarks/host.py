@@ -8,7 +8,7 @@
   rate; client and engine run on the other core. Bars 10,000 at --stream-interval 1 and 20,000 at 4.
 - first byte: milliseconds from the start of `llmc serve` (its process) to the first byte of GET /v1/models. Bar 600.
 
-Medians; the machine is part of the figures. Exit code 1 when a bar is missed.
+Medians; the machine is part of the figures, which go to benchmarks/results/host.json. Exit code 1 when a bar is missed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.harness import ROOT, environment
+from benchmarks.harness import ROOT, environment, finish
 
 BARS = {"engine_step_us": 500.0, "front_tokens_per_s_1": 10_000.0, "front_tokens_per_s_4": 20_000.0, "first_byte_ms": 600.0}
 NUM_SEQS = 256
@@ -344,6 +344,29 @@ def measure(*, quick: bool) -> dict[str, Any]:
     return {**report, "met": met}
 
 
+def table(report: dict[str, Any]) -> str:
+    """What `measure` found, for a terminal."""
+    step, limit = report["engine_step_us"], BARS["engine_step_us"]
+    wall, cpu = (statistics.median(report[name]) for name in ("first_byte_ms", "first_byte_front_cpu_ms"))
+    lines = [
+        f"engine step at {NUM_SEQS} sequences: median {step['median']:.0f} us, p99 {step['p99']:.0f} (bar {limit:.0f})",
+        f"GET /v1/models, first byte after start: median {wall:.0f} ms, the front's processor time {cpu:.0f} ms (bar 600)",
+    ]
+    for interval in (1, 4):
+        limit = BARS[f"front_tokens_per_s_{interval}"]
+        for run in report[f"front_interval_{interval}"]:
+            told = f"offered {run['offered']:,.0f} tokens/s, delivered {run['delivered']:,.0f}"
+            lines.append(
+                f"front, interval {interval}: {told}; its processor time allows {run['tokens_per_front_cpu_s']:,.0f} (bar {limit:,.0f})"
+            )
+    return "\n".join([*lines, met_line(report)])
+
+
+def met_line(report: dict[str, Any]) -> str:
+    """Which bars were met."""
+    return "met: " + ", ".join(f"{name} {'yes' if good else 'NO'}" for name, good in report["met"].items())
+
+
 def main() -> int:
     if sys.argv[1:2] == ["--engine"]:
         from llmc.runtime.engine_process import main as engine_main
@@ -356,21 +379,10 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="few steps: does it work, not how fast")
     arguments = parser.parse_args()
     report = measure(quick=arguments.quick)
-    if arguments.json:
-        print(json.dumps(report))
+    if arguments.quick:
+        print(json.dumps(report) if arguments.json else table(report))
     else:
-        step, limit = report["engine_step_us"], BARS["engine_step_us"]
-        print(f"engine step at {NUM_SEQS} sequences: median {step['median']:.0f} us, p99 {step['p99']:.0f} (bar {limit:.0f})")
-        wall, cpu = (statistics.median(report[name]) for name in ("first_byte_ms", "first_byte_front_cpu_ms"))
-        print(f"GET /v1/models, first byte after start: median {wall:.0f} ms, the front's processor time {cpu:.0f} ms (bar 600)")
-        for interval in (1, 4):
-            for run in report[f"front_interval_{interval}"]:
-                told = f"offered {run['offered']:,.0f} tokens/s, delivered {run['delivered']:,.0f}"
-                limit = BARS[f"front_tokens_per_s_{interval}"]
-                print(
-                    f"front, interval {interval}: {told}; its processor time allows {run['tokens_per_front_cpu_s']:,.0f} (bar {limit:,.0f})"
-                )
-        print("met: " + ", ".join(f"{name} {'yes' if good else 'NO'}" for name, good in report["met"].items()))
+        finish("host", report, as_json=arguments.json, table=table(report))
     return 0 if all(report["met"].values()) or arguments.quick else 1
 
 

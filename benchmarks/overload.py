@@ -5,7 +5,8 @@
 The real front, scheduler and sampler over an executor that takes a fixed time per step, so the sustainable rate is known: sequences at
 once / (tokens x step). Requests arrive at 0.5, 1, 2 and 4 times that rate, evenly, whether or not earlier ones are answered. Goodput is
 requests per second that were answered whole within the latency target. Bars: at 4 times the rate, goodput within 20 % of its peak over
-the rates (medians of 5), and every refusal a 429 with Retry-After. Afterwards no KV block is in use. Exit code 1 when a bar is missed.
+the rates (medians of 5), and every refusal a 429 with Retry-After. Afterwards no KV block is in use. The figures go to
+benchmarks/results/overload.json. Exit code 1 when a bar is missed.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.harness import environment
-from benchmarks.host import VOCAB, Served, serve_canned, tokenizer_json
+from benchmarks.harness import environment, finish
+from benchmarks.host import VOCAB, Served, met_line, serve_canned, tokenizer_json
 
 NUM_SEQS = 16  # at once
 NUM_TOKENS = 20  # of each answer
@@ -173,6 +174,15 @@ def measure(*, quick: bool) -> dict[str, Any]:
     return report
 
 
+def table(report: dict[str, Any]) -> str:
+    """What `measure` found, for a terminal."""
+    lines = [f"sustainable {SUSTAINABLE:.0f} requests/s, target {TARGET_S:.1f} s, at most {MAX_QUEUE} waiting"]
+    for rate, entry in report["rates"].items():
+        told = f"goodput {entry['goodput']:6.1f}/s, late {entry['late']:.0f}, refused {entry['refused']:.0f}"
+        lines.append(f"  {rate:>4} x: {told}, anything else {entry['other']:.0f}")
+    return "\n".join([*lines, f"goodput at 4 x: {report['goodput_at_4x_of_peak']:.0%} of its peak", met_line(report)])
+
+
 def main() -> int:
     if sys.argv[1:2] == ["--engine"]:
         from llmc.runtime.engine_process import main as engine_main
@@ -185,15 +195,10 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one short run per rate: does it work, not how well")
     arguments = parser.parse_args()
     report = measure(quick=arguments.quick)
-    if arguments.json:
-        print(json.dumps(report))
+    if arguments.quick:
+        print(json.dumps(report) if arguments.json else table(report))
     else:
-        print(f"sustainable {SUSTAINABLE:.0f} requests/s, target {TARGET_S:.1f} s, at most {MAX_QUEUE} waiting")
-        for rate, entry in report["rates"].items():
-            told = f"goodput {entry['goodput']:6.1f}/s, late {entry['late']:.0f}, refused {entry['refused']:.0f}"
-            print(f"  {rate:>4} x: {told}, anything else {entry['other']:.0f}")
-        print(f"goodput at 4 x: {report['goodput_at_4x_of_peak']:.0%} of its peak")
-        print("met: " + ", ".join(f"{name} {'yes' if good else 'NO'}" for name, good in report["met"].items()))
+        finish("overload", report, as_json=arguments.json, table=table(report))
     return 0 if all(report["met"].values()) or arguments.quick else 1
 
 
