@@ -18,6 +18,7 @@ from llmc.runtime.canary import run_canaries
 from llmc.runtime.engine_config import EngineConfig, num_threads, resolve, resolved_max_loras, speculation
 from llmc.runtime.executors import LoadedCode, load_code, step_entry
 from llmc.runtime.kept_file import KeptFile
+from llmc.runtime.lane_hash import LaneHash
 from llmc.runtime.memory import available_bytes, keep_freed_memory
 from llmc.runtime.scheduler import SchedulerConfig
 from llmc.runtime.scheduler.drafts import DraftModelConfig
@@ -250,18 +251,18 @@ def _load_files(artifact: OpenArtifact, config: EngineConfig, timer: StageTimer)
     descriptors = {record.path: artifact.fd(record.path) for record in manifest.files}
     with timer.stage("load"), ThreadPoolExecutor(1, thread_name_prefix="llmc-code") as pool:
         mapping = pool.submit(timer.timed, "load.code", lambda: load_code(manifest, entry, descriptors, num_threads=threads))
-        weights = timer.timed("load.weights", lambda: _load_weights(artifact, config, threads))
+        weights = timer.timed("load.weights", lambda: _load_weights(artifact, config, threads, lambda: mapping.result().lane_hash))
         return mapping.result(), weights
 
 
-def _load_weights(artifact: OpenArtifact, config: EngineConfig, threads: int) -> Weights:
-    """Packed weights from the artifact, and where it carries recipes instead, from the checkpoint."""
+def _load_weights(artifact: OpenArtifact, config: EngineConfig, threads: int, lane_hash: Callable[[], LaneHash | None]) -> Weights:
+    """Packed weights from the artifact, and where it carries recipes instead, from the checkpoint. lane_hash: as of `map_weights`."""
     readers = max(2, threads)  # reading and hashing overlap even on one processor
     packed = [tensor for tensor in artifact.manifest.tensors if tensor.file is not None]
     external = _external(artifact, config)
     sources = artifact.weights(verify=config.verify_weights)
     if config.early_start and not config.weights_mmap and step_entry(artifact.manifest).executor == "aoti" and _worth_mapping(sources):
-        weights = map_weights(sources, packed, num_threads=readers)
+        weights = map_weights(sources, packed, num_threads=readers, lane_hash=lane_hash)
     else:
         weights = load_weights(sources, packed, num_threads=readers, map_files=config.weights_mmap)
     return merge_weights(weights, _bind_checkpoint(external, config, readers)) if external else weights

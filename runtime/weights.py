@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import mmap
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,8 +20,12 @@ from llmc.artifacts.element_sizes import nbytes_of
 from llmc.artifacts.manifest import TensorRecord
 from llmc.artifacts.weight_source import WeightSource
 from llmc.errors import ArtifactError
+from llmc.runtime.lane_hash import LaneHash
 from llmc.runtime.memory import HUGE_PAGE_BYTES, TENSOR_ALIGN_BYTES, allocate_huge, round_up
 from llmc.runtime.weight_mover import WeightMover, map_over, populate
+
+_FEWEST_LANES = 6  # of LaneHash; hashlib has done fewer chunks sooner
+_Task = TypeVar("_Task")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,12 +81,15 @@ def load_weights(sources: list[WeightSource], tensors: list[TensorRecord], *, nu
     )
 
 
-def map_weights(sources: list[WeightSource], tensors: list[TensorRecord], *, num_threads: int) -> Weights:
+def map_weights(
+    sources: list[WeightSource], tensors: list[TensorRecord], *, num_threads: int, lane_hash: Callable[[], LaneHash | None] = lambda: None
+) -> Weights:
     """Packed weights where the page cache has them, verified, with what moves them into huge pages later.
 
     Args:
         sources: files of which `can_move` says yes.
         tensors, num_threads: as of `load_weights`.
+        lane_hash: what hashes several chunks at once, called when there are chunks to hash; None: hashlib, one at a time.
 
     Raises:
         ArtifactError: as of `load_weights`. ConfigError: the system maps no files.
@@ -91,7 +99,7 @@ def map_weights(sources: list[WeightSource], tensors: list[TensorRecord], *, num
     for source in sources:
         map_over(source, regions[source.path])
     reserved = time.perf_counter()
-    _fill(sources, regions, copy=False, num_threads=num_threads)
+    _verify_mapped(sources, regions, lane_hash, num_threads=num_threads)
     return Weights(
         views={record.name: _view(record, regions) for record in tensors},
         num_bytes=sum(source.size_bytes for source in sources),
@@ -167,12 +175,51 @@ def _fill(sources: list[WeightSource], regions: dict[str, np.ndarray], *, copy: 
             populate(regions[source.path][start : start + nbytes])
             source.verify_chunk(index, chunk)
 
-    tasks = [(source, index) for source in sources for index in range(source.num_chunks)]
-    with ThreadPoolExecutor(max(1, num_threads), thread_name_prefix="llmc-weights") as pool:
-        for _ in pool.map(one, tasks):
-            pass  # reading the results raises what a thread raised
+    _in_threads(one, [(source, index) for source in sources for index in range(source.num_chunks)], num_threads)
     for source in sources:
         source.finish()
+
+
+def _verify_mapped(
+    sources: list[WeightSource], regions: dict[str, np.ndarray], lane_hash: Callable[[], LaneHash | None], *, num_threads: int
+) -> None:
+    """Verify mapped files, over threads, as many chunks at once as there are lanes."""
+
+    def one(group: Sequence[tuple[WeightSource, int]]) -> None:
+        chunks = []
+        for source, index in group:
+            start, nbytes = source.chunk_span(index)
+            chunks.append(regions[source.path][start : start + nbytes])
+            populate(chunks[-1])
+        lanes = lane_hash() if len(group) >= _FEWEST_LANES else None
+        digests = lanes(chunks) if lanes is not None else [None] * len(group)
+        for (source, index), chunk, digest in zip(group, chunks, digests, strict=True):
+            if digest is None:
+                source.verify_chunk(index, chunk.data)
+            else:
+                source.accept_chunk(index, digest, chunk.data)
+
+    tasks = [(source, index) for source in sources if source.must_verify for index in range(source.num_chunks)]
+    _in_threads(one, _groups(tasks), num_threads)
+    for source in sources:
+        source.finish()
+
+
+def _groups(tasks: Sequence[tuple[WeightSource, int]]) -> list[list[tuple[WeightSource, int]]]:
+    """Chunks of one length, as many as there are lanes; the rest, too few for that, one by one."""
+    by_length: dict[int, list[tuple[WeightSource, int]]] = {}
+    for source, index in tasks:
+        by_length.setdefault(source.chunk_span(index)[1], []).append((source, index))
+    groups = []
+    for same in by_length.values():
+        groups += [same[at : at + LaneHash.LANES] for at in range(0, len(same), LaneHash.LANES)]
+    return [part for group in groups for part in ([group] if len(group) >= _FEWEST_LANES else [[task] for task in group])]
+
+
+def _in_threads(work: Callable[[_Task], None], tasks: Sequence[_Task], num_threads: int) -> None:
+    with ThreadPoolExecutor(max(1, num_threads), thread_name_prefix="llmc-weights") as pool:
+        for _ in pool.map(work, tasks):
+            pass  # reading the results raises what a thread raised
 
 
 def _view(record: TensorRecord, regions: dict[str, np.ndarray]) -> WeightView:

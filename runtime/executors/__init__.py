@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from llmc.artifacts.manifest import Entry, Manifest
 from llmc.errors import ArtifactError, ConfigError
 from llmc.runtime.executors.openmp import bound_spinning
+from llmc.runtime.lane_hash import LaneHash
 from llmc.runtime.step import Executor
 from llmc.runtime.weights import Weights
 
@@ -22,6 +23,7 @@ class LoadedCode:
     """The code of one entry, mapped into the process, before it has weights. `bind` makes the executor."""
 
     bind: Callable[[Weights], Executor]
+    lane_hash: LaneHash | None = None  # of the artifact's kernels, for its weights
 
 
 def step_entry(manifest: Manifest) -> Entry:
@@ -59,7 +61,7 @@ def _load_aoti(manifest: Manifest, entry: Entry, descriptors: Mapping[str, int],
     from llmc.runtime.executors.aoti import AotiExecutor
     from llmc.runtime.executors.images import load_image
 
-    tensors, own = _load_tensors(manifest, descriptors)
+    tensors, own, lane_hash = _load_tensors(manifest, descriptors)
     model = next((image for image in manifest.images if image.path == entry.program), None)
     if model is None:
         raise ArtifactError(f"manifest.json: entry {entry.name} runs {entry.program}, which is no image; compile again")
@@ -68,12 +70,12 @@ def _load_aoti(manifest: Manifest, entry: Entry, descriptors: Mapping[str, int],
     def bind(weights: Weights) -> Executor:
         return AotiExecutor(entry=entry, kv=manifest.kv, image=program, tensors=tensors, weights=weights, num_threads=num_threads)
 
-    return LoadedCode(bind=bind)
+    return LoadedCode(bind=bind, lane_hash=lane_hash)
 
 
-def _load_tensors(manifest: Manifest, descriptors: Mapping[str, int]) -> tuple[TensorFunctions, bool]:
+def _load_tensors(manifest: Manifest, descriptors: Mapping[str, int]) -> tuple[TensorFunctions, bool, LaneHash | None]:
     """Map what the model image calls, and whose tensors those are; true: the artifact's own, which nothing else in the process, a
-    libtorch least of all, may stand in for."""
+    libtorch least of all, may stand in for. And the hash that the kernels bring."""
     from llmc.runtime.executors.images import load_image
 
     images = {image.role: image for image in manifest.images}
@@ -84,17 +86,19 @@ def _load_tensors(manifest: Manifest, descriptors: Mapping[str, int]) -> tuple[T
 
         found = load_libtorch()
     # The functions around the kernels leave those undefined and the model leaves them, so each must stand before the next.
+    lane_hash = None
     for role in ("kernels", "aoti_shim"):
         if role in images:
-            load_image(descriptors[images[role].path], sha256=images[role].sha256, role=role, shared=True)
+            image = load_image(descriptors[images[role].path], sha256=images[role].sha256, role=role, shared=True)
+            lane_hash = LaneHash.of(image) if role == "kernels" else lane_hash
     if "tensor_runtime" in images:
         from llmc.runtime.executors.tensor_runtime import TensorRuntime
 
-        image = images["tensor_runtime"]
-        own = load_image(descriptors[image.path], sha256=image.sha256, role=image.role, shared=False, own_first=not libtorch)
+        runtime = images["tensor_runtime"]
+        own = load_image(descriptors[runtime.path], sha256=runtime.sha256, role=runtime.role, shared=False, own_first=not libtorch)
         if not libtorch:
             found = TensorRuntime(own)
-    return found, not libtorch
+    return found, not libtorch, lane_hash
 
 
 def _oracle_wanted() -> bool:

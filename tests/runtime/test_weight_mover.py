@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 
 from llmc.artifacts.verify import open_artifact
 from llmc.errors import ArtifactError, DeviceLost
+from llmc.runtime.lane_hash import LaneHash
 from llmc.runtime.memory import HUGE_PAGE_BYTES
 from llmc.runtime.weight_mover import WeightMover, can_move
 from llmc.runtime.weights import Weights, map_weights
@@ -29,11 +32,11 @@ def folder(tmp_path: Path) -> Path:
     return write_toy_artifact(tmp_path / "artifact", tmp_path / "program", TENSORS)
 
 
-def mapped(folder: Path, verify: str = "always") -> Weights:
+def mapped(folder: Path, verify: str = "always", lanes: Lanes | None = None) -> Weights:
     with open_artifact(folder) as artifact:
         sources = artifact.weights(verify=verify)  # type: ignore[arg-type]
         assert all(map(can_move, sources))
-        return map_weights(sources, artifact.manifest.tensors, num_threads=2)
+        return map_weights(sources, artifact.manifest.tensors, num_threads=2, lane_hash=lambda: cast("LaneHash | None", lanes))
 
 
 def mover_of(weights: Weights) -> WeightMover:
@@ -144,3 +147,37 @@ def test_a_region_freed_with_its_views_takes_the_moved_pages_along(folder: Path,
     array = moved.views["big"].array
     del moved
     np.testing.assert_array_equal(array, TENSORS["big"])  # a view keeps all of it
+
+
+class Lanes:
+    """hashlib for several buffers at once, as LaneHash would; `wrong` digests are of nothing that is there."""
+
+    def __init__(self, wrong: bool = False) -> None:
+        self.wrong = wrong
+        self.groups: list[list[int]] = []
+
+    def __call__(self, buffers: Sequence[np.ndarray]) -> list[str]:
+        self.groups.append([buffer.nbytes for buffer in buffers])
+        return ["0" * 64 if self.wrong else hashlib.sha256(buffer).hexdigest() for buffer in buffers]
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_chunks_of_one_length_are_hashed_together(folder: Path, monkeypatch: pytest.MonkeyPatch, wrong: bool) -> None:
+    monkeypatch.setattr("llmc.runtime.weights._FEWEST_LANES", 2)
+    lanes = Lanes(wrong)
+    weights = mapped(folder, lanes=lanes)
+    assert lanes.groups == [[16 << 20, 16 << 20]], "the third, shorter, is hashed alone"
+    assert weights.num_bytes_hashed == weights.num_bytes
+    np.testing.assert_array_equal(weights.views["big"].array, TENSORS["big"])  # also where hashlib had to say that they are right
+
+
+@pytest.mark.parametrize("at", [20 << 20, -1])  # in a lane, and in the chunk beside the lanes
+def test_a_damaged_chunk_among_lanes_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    monkeypatch.setattr("llmc.runtime.weights._FEWEST_LANES", 2)
+    (file,) = (folder / "weights").iterdir()
+    with file.open("r+b") as handle:
+        handle.seek(at, 2 if at < 0 else 0)
+        handle.write(b"\xff")
+    place = "bytes 16777216 to 33554432" if at > 0 else "bytes 33554432 to"
+    with pytest.raises(ArtifactError, match=rf"{place}.* are damaged, expected SHA-256 \w+, found \w+"):
+        mapped(folder, lanes=Lanes())
