@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
 from functools import lru_cache
 
+import msgspec
 import tokenizers
 
 from llmc.errors import ArtifactError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class _Config(msgspec.Struct):
+    """What of a tokenizer.json is read here, beside the library."""
+
+    decoder: object = None
 
 
 class Tokenizer:
@@ -32,7 +38,7 @@ class Tokenizer:
         """
         try:
             inner = tokenizers.Tokenizer.from_buffer(data)
-            config = json.loads(data)
+            config = msgspec.json.decode(data, type=_Config)  # what is left out is skipped: a vocabulary is most of the file
         except Exception as error:  # tokenizers raises bare Exception from Rust
             raise ArtifactError(
                 f"tokenizer/tokenizer.json: expected a tokenizer that tokenizers {tokenizers.__version__} reads, "
@@ -41,7 +47,7 @@ class Tokenizer:
         # A file may carry the padding and truncation of its training; a server must see every token of the prompt.
         inner.no_padding()
         inner.no_truncation()
-        return cls(inner, _decoder_kinds(config.get("decoder")))
+        return cls(inner, _decoder_kinds(config.decoder))
 
     @property
     def num_tokens(self) -> int:
