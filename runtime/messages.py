@@ -103,7 +103,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True):
     top: list[tuple[int, float]]  # (token id, logprob)
 
 
-class TokenEvent(_Message, frozen=True, gc=False):  # one per sequence and step; never part of a cycle
+class TokenEvent(_Message, frozen=True, gc=False, omit_defaults=True):  # one per sequence and step; never part of a cycle
     """New tokens of one sequence; the last event of a sequence has a finish_reason. Every accepted request ends exactly once."""
 
     request_id: str
@@ -112,7 +112,8 @@ class TokenEvent(_Message, frozen=True, gc=False):  # one per sequence and step;
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # sent once, with the first token
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the eos or stop token that ended it
-    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache; told with the first token
+    scheduled_at: float = 0.0  # time.monotonic() when it first left the queue; told with the first token
     embedding: bytes | None = None  # float32, little-endian [hidden], of a request that pools
     error: str | None = None  # with finish_reason "error": one sentence for the client
     error_status: int = 500

@@ -70,4 +70,5 @@ def _joined(events: list[TokenEvent]) -> TokenEvent:
         logprobs=logprobs if events[-1].logprobs is not None else None,
         prompt_logprobs=events[0].prompt_logprobs,
         num_cached_tokens=events[0].num_cached_tokens,
+        scheduled_at=events[0].scheduled_at,
     )

@@ -42,6 +42,7 @@ class Sequence:
     prefilling: bool = True  # more than the newest token has no K and V yet
     num_computed: int = 0
     num_cached_tokens: int = -1  # found in the prefix cache at first admission; -1 before
+    scheduled_at: float = 0.0  # when that was, by the scheduler's clock
 
     def end_after(self, token: int) -> FinishReason | None:
         """Why the sequence ends with `token`, its newest, if it does."""

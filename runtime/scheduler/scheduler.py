@@ -372,6 +372,7 @@ class Scheduler:
         self._num_prefilling += 1
         if sequence.num_cached_tokens < 0:  # the first time: after a preemption it would find its own blocks
             sequence.num_cached_tokens = num_cached_tokens
+            sequence.scheduled_at = self._clock()
             if self.config.enable_prefix_caching and sequence.prompt_logprobs is None:
                 self._counters.prefix_queries_tokens += sequence.num_prompt_tokens
                 self._counters.prefix_hits_tokens += num_cached_tokens
@@ -381,9 +382,9 @@ class Scheduler:
     def _notable_token(self, sequence: Sequence, sampled: SampledToken) -> TokenEvent:
         """The event of a token that is the first, may be the last, or carries more than its id."""
         token, length = sampled.token_id, len(sequence.token_ids)
-        num_cached_tokens, prompt_logprobs = 0, None
+        num_cached_tokens, scheduled_at, prompt_logprobs = 0, 0.0, None
         if length == sequence.num_prompt_tokens + 1:
-            num_cached_tokens = sequence.num_cached_tokens
+            num_cached_tokens, scheduled_at = sequence.num_cached_tokens, sequence.scheduled_at
             prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
             self._counters.prompt_tokens += sequence.num_prompt_tokens
         if sequence.prefilling:
@@ -400,6 +401,7 @@ class Scheduler:
             finish_reason=finish_reason,
             stop_token_id=token if finish_reason == "stop" else None,
             num_cached_tokens=num_cached_tokens,
+            scheduled_at=scheduled_at,
         )
 
     def _verified_tokens(self, sequence: Sequence, share: ScheduledSequence, sampled: SampledToken) -> TokenEvent:

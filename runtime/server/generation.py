@@ -63,6 +63,7 @@ class _Sequence:
     text: TextStream
     last_token_at: float = 0.0
     first_token_at: float = 0.0
+    scheduled_at: float = 0.0
     num_tokens: int = 0
 
 
@@ -247,7 +248,7 @@ class Generation:
         if self._first_token_s is None:
             self._first_token_s = now - self._started
         if sequence.num_tokens == 0:
-            sequence.first_token_at = now
+            sequence.first_token_at, sequence.scheduled_at = now, event.scheduled_at
             metrics.time_to_first_token.observe(now - self._started)
             if sequence.index % self._n == 0:  # n samples share one prompt, which usage counts once
                 self.num_cached_tokens += event.num_cached_tokens
@@ -267,5 +268,12 @@ class Generation:
             metrics.request_prompt_tokens.observe(len(sequence.prompt))
             metrics.request_generation_tokens.observe(sequence.num_tokens)
             metrics.e2e_latency.observe(time.monotonic() - self._started)
+            if sequence.scheduled_at:  # it gave a token
+                metrics.queue_time.observe(max(0.0, sequence.scheduled_at - self._started))
+                metrics.prefill_time.observe(sequence.first_token_at - sequence.scheduled_at)
+                metrics.decode_time.observe(sequence.last_token_at - sequence.first_token_at)
+                metrics.inference_time.observe(sequence.last_token_at - sequence.scheduled_at)
+            if not self._sequences:
+                metrics.request_max_num_generation_tokens.observe(max(self._num_output.values(), default=0))
             if sequence.num_tokens > 1:
                 metrics.time_per_output_token.observe((sequence.last_token_at - sequence.first_token_at) / (sequence.num_tokens - 1))

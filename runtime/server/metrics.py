@@ -48,8 +48,15 @@ class Metrics:
             "llmc:request_time_per_output_token_seconds", "(End-to-end - first token) / (tokens - 1).", _SECONDS
         )
         self.e2e_latency = self._histogram("llmc:e2e_request_latency_seconds", "Request accepted to its last token.", _SECONDS)
+        self.queue_time = self._histogram("llmc:request_queue_time_seconds", "Request accepted to its first step.", _SECONDS)
+        self.prefill_time = self._histogram("llmc:request_prefill_time_seconds", "First step to first token.", _SECONDS)
+        self.decode_time = self._histogram("llmc:request_decode_time_seconds", "First token to last token.", _SECONDS)
+        self.inference_time = self._histogram("llmc:request_inference_time_seconds", "First step to last token.", _SECONDS)
         self.request_prompt_tokens = self._histogram("llmc:request_prompt_tokens", "Prompt tokens per sequence.", _TOKENS)
         self.request_generation_tokens = self._histogram("llmc:request_generation_tokens", "Generated tokens per sequence.", _TOKENS)
+        self.request_max_num_generation_tokens = self._histogram(
+            "llmc:request_max_num_generation_tokens", "Generated tokens of a request's longest sequence.", _TOKENS
+        )
         self.request_params_n = self._histogram("llmc:request_params_n", "The field n.", _SAMPLES)
         self.request_params_max_tokens = self._histogram("llmc:request_params_max_tokens", "The field max_tokens.", _TOKENS)
         self.registry.register(_EngineCollector(model_name, client))
@@ -87,6 +94,10 @@ class _EngineCollector:
         yield self._gauge("llmc:engine_restarts", "Times the engine process was started again.", self._client.num_restarts)
         yield self._gauge("llmc:front_peak_rss_bytes", "Most memory the front process held.", _peak_rss_bytes())
         ready = self._client.ready
+        if ready is not None:
+            family = GaugeMetricFamily("llmc:cache_config_info", "How the KV cache is cut.", labels=["block_size", "num_gpu_blocks"])
+            family.add_metric([str(ready.block_size), str(ready.num_blocks)], 1)
+            yield family
         if ready is not None and ready.max_loras:
             yield self._lora_info(ready.max_loras, stats)
         for field, (name, about) in _ENGINE_COUNTERS.items():

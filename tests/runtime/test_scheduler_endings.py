@@ -149,6 +149,13 @@ def test_aborted_step_is_not_offered_to_the_prefix_cache() -> None:
     assert shares(step(scheduler)[0]) == {"b": (0, 9)}
 
 
+def test_when_a_sequence_left_the_queue_is_told_once() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(request("a", 8, max_tokens=3))
+    told = [event.scheduled_at for _ in range(3) for event in step(scheduler)[1]]
+    assert told == [12.5, 0.0, 0.0]
+
+
 def test_one_request_fails_alone() -> None:
     scheduler = make_scheduler()
     for index, name in enumerate("abc"):

@@ -107,7 +107,8 @@ class FakeEngine:
             else [None, *(_logprobs(t, sampling.prompt_logprobs) for t in request.prompt_token_ids[1:])],
             finish_reason=reason,
             stop_token_id=stop_token,
-            num_cached_tokens=4,
+            num_cached_tokens=4 if done == 1 else 0,
+            scheduled_at=self._progress if done == 1 else 0.0,
         )
 
     def stats(self) -> EngineStats:

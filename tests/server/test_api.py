@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -156,6 +157,17 @@ def test_metrics_count_and_have_bounded_labels(server: RunningServer) -> None:
         assert f"llmc:{name}" in text
     assert 'llmc:request_success_total{finished_reason="stop",model_name="tiny"}' in text
     assert 'handler="unknown",status="404"' in text and "zzzz" not in text and "xxxx" not in text
+
+
+def test_metrics_of_a_requests_stages_add_up(server: RunningServer) -> None:
+    server.complete("hi", n=3, max_tokens=5)
+    found = dict(re.findall(r'^llmc:(\w+_(?:sum|count)){model_name="tiny"} (\S+)', server.http.get("/metrics").text, re.MULTILINE))
+    stages = {name: float(found[f"request_{name}_time_seconds_sum"]) for name in ("queue", "prefill", "decode", "inference")}
+    assert stages["inference"] == pytest.approx(stages["prefill"] + stages["decode"]) and min(stages.values()) > 0
+    assert stages["queue"] + stages["inference"] <= float(found["e2e_request_latency_seconds_sum"])
+    assert len({found[f"request_{name}_time_seconds_count"] for name in stages} | {found["e2e_request_latency_seconds_count"]}) == 1
+    assert 1 <= float(found["request_max_num_generation_tokens_count"]) < float(found["e2e_request_latency_seconds_count"])
+    assert 'llmc:cache_config_info{block_size="16",num_gpu_blocks="64"} 1.0' in server.http.get("/metrics").text
 
 
 def test_request_ids(server: RunningServer) -> None:
