@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import chain
+from operator import is_
 
 import numpy as np
 
 from llmc.errors import InternalError
 from llmc.runtime.step import DeviceBatch, ScheduledSequence
+
+# Arrays: a Python integer is made into one each time it is added, which takes longer than the addition.
+_ONE_INT64, _ONE_INT32 = np.ones(1, dtype=np.int64), np.ones(1, dtype=np.int32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +34,16 @@ class BuiltBatch:
 
     batch: DeviceBatch
     rows: list[LogitsRows]
+    one_each: bool  # row i of the logits is what sequence i samples from, and there are no others
+
+
+@dataclass(slots=True, kw_only=True)
+class _Decoding:
+    """The decode step built last, while its numbers stand in the buffers. Changed by the builder alone."""
+
+    built: BuiltBatch
+    block_ids: list[tuple[list[int], ...]]  # of each sequence, the lists that its rows of the tables were copied from
+    ends: list[int]
 
 
 class BatchBuilder:
@@ -71,6 +85,7 @@ class BatchBuilder:
         # as they are from step to step, because a sequence's blocks only grow at their end.
         self._table_rows: list[tuple[tuple[list[int], ...], int]] = []
         self._table_width = 0
+        self._decoding: _Decoding | None = None
 
     def check(self, sequence: ScheduledSequence) -> None:
         """Refuse a sequence the kernels could not compute safely. Asks only.
@@ -96,9 +111,58 @@ class BatchBuilder:
         """Check and lay out a step in which every sequence decodes one token, as nearly all steps are: a few operations over all
         sequences in place of some for each. None: another kind of step, or one that `check` would refuse somewhere; use `build`.
 
+        A step of the same sequences as the one before gives the same BuiltBatch again, with new numbers in its arrays.
+
         Args:
             fed: the sequences' last tokens are known to the device alone, which puts them in; `input_ids` are 0.
         """
+        decoding, self._decoding = self._decoding, None
+        if decoding is None or not self._move_on(decoding, sequences, fed=fed):
+            decoding = self._begin_decoding(sequences, fed=fed)
+        self._decoding = decoding
+        return None if decoding is None else decoding.built
+
+    def _move_on(self, decoding: _Decoding, sequences: list[ScheduledSequence], *, fed: bool) -> bool:
+        """Make the step built last the one of `sequences`, if these are the same and each goes on by one token: most numbers grow by one.
+
+        False: they are others, the tables get wider, or `check` would refuse; the buffers' content is then of no use.
+        """
+        block_ids = [s.block_ids for s in sequences]
+        starts = [s.start for s in sequences]
+        # The lists themselves are compared: a sequence that came back after a preemption has others.
+        if starts != decoding.ends or not all(map(is_, block_ids, decoding.block_ids)):
+            return False
+        ends = [s.end for s in sequences]
+        token_lists = [s.token_ids for s in sequences]
+        if ends != [start + 1 for start in starts] or list(map(len, token_lists)) != (starts if fed else ends):
+            return False
+        ids = [0] if fed else [tokens[-1] for tokens in token_lists]
+        if min(ids) < 0 or max(ids) >= self._vocab_size or True in [s.needs_prompt_logprobs for s in sequences]:
+            return False
+        batch, slots = decoding.built.batch, decoding.built.batch.slot_mapping
+        batch.input_ids[:] = ids
+        for array, one in ((batch.positions, _ONE_INT64), (slots, _ONE_INT64), (batch.seq_lens, _ONE_INT32)):
+            np.add(array, one, out=array)
+        if self._lora_slots is not None:
+            self._lora_slots[: len(sequences)] = [s.lora_slot for s in sequences]
+        decoding.ends = ends
+        entering = [row for row, start in enumerate(starts) if start % self._block_size == 0]
+        return all(self._enter_block(batch, row, block_ids[row], starts[row] // self._block_size) for row in entering)
+
+    def _enter_block(self, batch: DeviceBatch, row: int, groups: tuple[list[int], ...], index: int) -> bool:
+        """Bring row `row` into its block number `index`: slots and tables. False: there is none, or no column for it."""
+        if index >= self._table_width or any(len(blocks) <= index or blocks[index] < 0 for blocks in groups):
+            return False
+        self._table_rows[row] = (groups, index + 1)
+        for group, blocks in enumerate(groups):
+            batch.slot_mapping[group, row] = blocks[index] * self._block_size
+            # Where a window has moved on, blocks before this one were given back.
+            first = index if blocks[0] >= 0 else 0
+            batch.block_tables[group, row, first : index + 1] = blocks[first : index + 1]
+        return True
+
+    def _begin_decoding(self, sequences: list[ScheduledSequence], *, fed: bool) -> _Decoding | None:
+        """`build_decode` of sequences that are not those of the step before."""
         token_lists = [s.token_ids for s in sequences]
         ends = [s.end for s in sequences]
         unknown = int(fed)
@@ -143,7 +207,8 @@ class BatchBuilder:
             query_start_loc=self._query_start_loc[: num_seqs + 1],
             lora_slots=None if self._lora_slots is None else self._lora_slots[:num_seqs],
         )
-        return BuiltBatch(batch=batch, rows=self._decode_rows[:num_seqs])
+        built = BuiltBatch(batch=batch, rows=self._decode_rows[:num_seqs], one_each=True)
+        return _Decoding(built=built, block_ids=block_ids, ends=ends)
 
     def _decode_tables(self, block_ids: list[tuple[list[int], ...]], used: np.ndarray) -> np.ndarray:
         """Block tables [G, B, M] of decoding sequences; rows are written again only where they changed."""
@@ -169,7 +234,7 @@ class BatchBuilder:
 
     def build(self, sequences: list[ScheduledSequence]) -> BuiltBatch:
         """Lay out checked sequences. At least one logits row is asked for, since compiled programs may not take none."""
-        self._table_rows = []  # the table is written over
+        self._table_rows, self._decoding = [], None  # they are written over
         num_seqs = len(sequences)
         num_tokens = sum(s.end - s.start for s in sequences)
         num_table_blocks = max(-(-s.end // self._block_size) for s in sequences)
@@ -205,7 +270,8 @@ class BatchBuilder:
             query_start_loc=self._query_start_loc[: num_seqs + 1],
             lora_slots=None if self._lora_slots is None else self._lora_slots[:num_tokens],
         )
-        return BuiltBatch(batch=batch, rows=rows)
+        one_each = len(rows) == num_logits and all(place.sample == index and not place.num_prompt for index, place in enumerate(rows))
+        return BuiltBatch(batch=batch, rows=rows, one_each=one_each)
 
     def _place(self, sequence: ScheduledSequence, row: int, row_end: int, slots: np.ndarray) -> None:
         """Ids, positions and slots of tokens [start, end), into rows [row, row_end)."""

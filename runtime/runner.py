@@ -12,6 +12,7 @@ import numpy as np
 from llmc.errors import DeviceLost, InternalError
 from llmc.runtime.batch import BatchBuilder, BuiltBatch, LogitsRows
 from llmc.runtime.device_sampling import RowSampling, SamplingExecutor, merge_fed, rows_on_device, sampled_token
+from llmc.runtime.executors.logits import LazyExecutor, Logits
 from llmc.runtime.messages import TokenLogprobs
 from llmc.runtime.sampler import Sampler
 from llmc.runtime.step import Executor, SampledToken, ScheduledSequence, StepOutput, StepPlan
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from llmc.runtime.grammar.service import GrammarService
     from llmc.runtime.lora.store import AdapterStore
 
-_Result = tuple[list[ScheduledSequence], list[LogitsRows], np.ndarray]  # whose rows of which logits
+_Result = tuple[list[ScheduledSequence], BuiltBatch, Logits]  # whose rows of which logits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +71,7 @@ class ModelRunner:
         self.grammars: GrammarService | None = None  # set by the engine with its first structured request
         self._submitted: deque[_Submitted] = deque()
         self._sampling = cast(SamplingExecutor, executor) if hasattr(executor, "sampling_limits") else None
+        self._lazy = cast(LazyExecutor, executor) if hasattr(executor, "compute") else None
         self.steps = SampledSteps()
 
     def submit(self, plan: StepPlan) -> None:
@@ -132,13 +134,14 @@ class ModelRunner:
         if submitted.on_device is not None:
             left = self._take(submitted.on_device, tokens)
             # Only rows that masks and biases leave nothing of; such a step has none behind it, and running it again changes nothing
-            results = [(ones, rows, logits.copy()) for s in left for ones, rows, logits in self._run([s], tokens)]
-        for sequences, all_rows, logits in results:
-            plain = self._sampler.plain(sequences, all_rows, logits)
+            results = self._run_apart(left, tokens)
+        for sequences, built, given in results:
+            plain = self._sampler.plain(sequences, given) if built.one_each else {}
             tokens.update(plain)
             if len(plain) == len(sequences):
                 continue
-            for sequence, rows in zip(sequences, all_rows, strict=True):
+            logits = given.to_float32()
+            for sequence, rows in zip(sequences, built.rows, strict=True):
                 if sequence.request_id in plain:
                     continue
                 try:
@@ -226,18 +229,22 @@ class ModelRunner:
         """Run all at once; when that fails, each alone, so that only the one at fault ends. Writes errors to `failed`."""
         try:
             built = built if built is not None else self._builder.build(sequences)
-            logits = self._executor.run(built.batch)
-            return [(sequences, built.rows, logits)]
+            given = self._lazy.compute(built.batch) if self._lazy is not None else Logits(self._executor.run(built.batch))
+            return [(sequences, built, given)]
         except DeviceLost:
             raise  # no sequence can run any more
         except Exception as error:
             if len(sequences) == 1:
                 failed[sequences[0].request_id] = SampledToken(token_id=-1, error=f"the step failed: {error}")
                 return []
+        return self._run_apart(sequences, failed)
+
+    def _run_apart(self, sequences: list[ScheduledSequence], failed: dict[str, SampledToken]) -> list[_Result]:
+        """Run each alone; writing the same K and V again changes nothing. Writes errors to `failed`."""
         results: list[_Result] = []
-        for sequence in sequences:  # writing the same K and V again changes nothing
+        for sequence in sequences:
             # copied: an executor's logits are valid until its next run
-            results += [(ones, rows, logits.copy()) for ones, rows, logits in self._run([sequence], failed)]
+            results += [(ones, built, Logits(given.to_float32().copy())) for ones, built, given in self._run([sequence], failed)]
         return results
 
     def _verified(self, sequence: ScheduledSequence, rows: LogitsRows, logits: np.ndarray) -> SampledToken:

@@ -18,14 +18,16 @@ from llmc.artifacts.dtypes import NUMPY
 from llmc.artifacts.manifest import Entry, KVFacts
 from llmc.errors import ArtifactError, InternalError
 from llmc.runtime.executors.kv_cache import KVCache, cache_input
-from llmc.runtime.executors.logits import LogitsBuffer
-from llmc.runtime.executors.tensor_functions import TensorFunctions
+from llmc.runtime.executors.logits import Logits, LogitsBuffer
+from llmc.runtime.executors.tensor_functions import OutputReader, TensorFunctions
 from llmc.runtime.step import DeviceBatch
 from llmc.runtime.weights import Weights
 
 _HANDLE = ctypes.c_void_p
 _SIZE_STEP = 64  # AOTInductor rounds the sizes it states of constants up to this
 _MAX_CACHED_SHAPES = 512  # per input; decode steps repeat a few, prefill chunks rarely do
+_Handles = dict[tuple[int, tuple[int, ...]], _HANDLE]  # by address and shape
+_Placed = tuple[_HANDLE, _HANDLE]  # a base handle, and the address of its place in the input array
 
 
 class _ConstantPair(ctypes.Structure):
@@ -61,18 +63,18 @@ class AotiExecutor:
         self._num_threads = num_threads
         self._thread: int | None = None
         self._container = _HANDLE()
-        self._constants: list[int] = []
+        self._constants: list[_HANDLE] = []
         self._cache: KVCache | None = None
         self._lora_pool: np.ndarray | None = None
-        self._fixed: list[tuple[int, int]] = []  # base handle, address of its place in the input array
-        self._varying: list[tuple[str, str, int, dict[tuple[int, tuple[int, ...]], int]]] = []  # name, dtype, place, handles
+        self._fixed: list[_Placed] = []
+        self._varying: list[tuple[str, str, _HANDLE, _Handles]] = []  # name, dtype, place, handles
+        self._placed: tuple[DeviceBatch, list[_Placed]] | None = None  # the batch placed last and every input's handle with it
         if len(entry.outputs) != 1:
             raise ArtifactError(f"entry {entry.name}: {len(entry.outputs)} outputs where the logits alone are expected; compile again")
         self._logits = LogitsBuffer(entry.outputs[0].dtype)
-        self._output_dtype = entry.outputs[0].dtype
+        self._reader = OutputReader(tensors, entry.outputs[0].dtype)
         self._inputs = (_HANDLE * len(entry.inputs))()
-        self._output = (_HANDLE * 1)()
-        self._held_output = 0  # kept while the logits returned last are a view of it
+        self._output = _HANDLE()  # the logits returned last are a view of it
         self._run = self._function("AOTInductorModelContainerRunSingleThreaded", 7)
         self._use_threads()
         self._call("AOTInductorModelContainerCreateWithDevice", ctypes.byref(self._container), ctypes.c_size_t(1), b"cpu", None)
@@ -90,7 +92,7 @@ class AotiExecutor:
         self._cache = KVCache(self._kv_facts, num_blocks)
         base = ctypes.addressof(self._inputs)
         for index, spec in enumerate(self._entry.inputs):
-            place = base + index * ctypes.sizeof(_HANDLE)
+            place = _HANDLE(base + index * ctypes.sizeof(_HANDLE))
             owner = cache_input(spec.name)
             if spec.name == "lora_pool":
                 if self._lora_pool is None or list(self._lora_pool.shape) != spec.shape:
@@ -103,7 +105,11 @@ class AotiExecutor:
                 self._fixed.append((self._tensors.tensor(array.ctypes.data, array.shape, spec.dtype), place))
 
     def run(self, batch: DeviceBatch) -> np.ndarray:
-        """One step. Returns float32 [N, vocab_size], valid until the next call.
+        """One step. Returns float32 [N, vocab_size], valid until the next call. Raises what `compute` does."""
+        return self.compute(batch).to_float32()
+
+    def compute(self, batch: DeviceBatch) -> Logits:
+        """One step. Returns logits [N, vocab_size], valid until the next call.
 
         Raises:
             InternalError: the program failed; its own message is in the error.
@@ -115,15 +121,14 @@ class AotiExecutor:
             self._use_threads()  # OpenMP keeps the number of threads per starting thread
         self._release_output()
         self._place_inputs(batch)
-        status = self._run(self._container, self._inputs, len(self._inputs), self._output, 1, None, None)
+        status = self._run(self._container, self._inputs, len(self._inputs), ctypes.addressof(self._output), 1, None, None)
         if status:
+            self._output.value = None
             raise InternalError(f"the compiled program failed in a step of {len(batch.input_ids)} tokens: {self._last_error()}")
-        handle = self._output[0] or 0
-        self._held_output = handle
-        logits = self._tensors.read(handle, dtype=self._output_dtype)
+        logits = self._reader.read(self._output)
         if len(logits) != len(batch.logits_indices):
             raise InternalError(f"the program gave {len(logits)} rows of logits for {len(batch.logits_indices)}; please report this")
-        return self._logits.to_float32(logits)
+        return Logits(logits, self._logits)
 
     def close(self) -> None:
         """Free the container, every handle and the KV cache. The images stay mapped until the process ends."""
@@ -140,23 +145,28 @@ class AotiExecutor:
         for _, _, _, handles in self._varying:
             for handle in handles.values():
                 self._tensors.delete(handle)
-        self._constants, self._fixed, self._varying, self._cache = [], [], [], None
+        self._constants, self._fixed, self._varying, self._placed, self._cache = [], [], [], None, None
 
     def _place_inputs(self, batch: DeviceBatch) -> None:
         """A fresh handle for every input, which the program will free."""
         if self._cache is None:
             raise InternalError("a step ran before the KV cache was allocated; please report this")
+        if self._placed is None or self._placed[0] is not batch:
+            self._placed = None  # handles may be deleted meanwhile
+            varying = [(self._base(getattr(batch, name), name, dtype, handles), place) for name, dtype, place, handles in self._varying]
+            self._placed = batch, [*self._fixed, *varying]
         copy = self._tensors.new_handle
-        for base, place in self._fixed:
+        for base, place in self._placed[1]:
             copy(base, place)
-        for name, dtype, place, handles in self._varying:
-            array: np.ndarray = getattr(batch, name)
-            key = (array.__array_interface__["data"][0], array.shape)
-            if key not in handles:
-                handles[key] = self._new_base(name, array, dtype, handles)
-            copy(handles[key], place)
 
-    def _new_base(self, name: str, array: np.ndarray, dtype: str, handles: dict[tuple[int, tuple[int, ...]], int]) -> int:
+    def _base(self, array: np.ndarray, name: str, dtype: str, handles: _Handles) -> _HANDLE:
+        """The base handle of an array at its address and with its shape."""
+        key = (array.__array_interface__["data"][0], array.shape)
+        if key not in handles:
+            handles[key] = self._new_base(name, array, dtype, handles)
+        return handles[key]
+
+    def _new_base(self, name: str, array: np.ndarray, dtype: str, handles: _Handles) -> _HANDLE:
         """A base handle for an array not seen before. The program reads inputs as contiguous, so nothing else may pass."""
         if array.dtype != NUMPY[dtype] or not array.flags.c_contiguous:
             raise InternalError(f"input {name} is {array.dtype}, contiguous: {array.flags.c_contiguous}; contiguous {dtype} is expected")
@@ -167,9 +177,9 @@ class AotiExecutor:
         return self._tensors.tensor(array.ctypes.data, array.shape, dtype)
 
     def _release_output(self) -> None:
-        if self._held_output:
-            self._tensors.delete(self._held_output)
-            self._held_output = 0
+        if self._output.value:
+            self._tensors.delete(self._output)
+            self._output.value = None
 
     def _use_threads(self) -> None:
         self._tensors.set_num_threads(self._num_threads)
@@ -192,7 +202,7 @@ class AotiExecutor:
         """Give the program the addresses of its weights, without copying."""
         count = ctypes.c_size_t()
         self._call("AOTInductorModelContainerGetNumConstants", self._container, ctypes.byref(count))
-        pairs: list[tuple[bytes, int]] = []
+        pairs: list[tuple[bytes, _HANDLE]] = []
         for index in range(count.value):
             name, original, folded = ctypes.c_char_p(), ctypes.c_char_p(), ctypes.c_bool()
             place = ctypes.c_size_t(index)
@@ -214,7 +224,7 @@ class AotiExecutor:
             ctypes.c_bool(True),
         )
 
-    def _constant(self, name: bytes, original: bytes, index: int) -> int:
+    def _constant(self, name: bytes, original: bytes, index: int) -> _HANDLE:
         """A handle over the weight a constant of the program stands for, after comparing sizes."""
         tensor = self._entry.constants.get(original.decode()) or self._entry.constants.get(name.decode())
         view = self._weights.views.get(tensor) if tensor is not None else None

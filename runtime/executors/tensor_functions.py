@@ -6,8 +6,9 @@ Source: torch/csrc/inductor/aoti_torch/c/shim.h.
 from __future__ import annotations
 
 import ctypes
+import math
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from llmc.errors import ConfigError, InternalError
 DTYPE_CODES = {"uint8": 0, "int8": 1, "int32": 3, "int64": 4, "float16": 5, "float32": 6, "bool": 11, "bfloat16": 15}
 _CPU = 0
 _HANDLE = ctypes.c_void_p
+_MAX_VIEWS = 64  # of one output; memory for tensors is taken from few places again and again
 
 
 class TensorFunctions(ABC):
@@ -46,13 +48,13 @@ class TensorFunctions(ABC):
         )
         self.new_handle = self._bind(quick, "aoti_torch_new_tensor_handle", [_HANDLE, _HANDLE])
         self.delete = self._bind(quick, "aoti_torch_delete_tensor_object", [_HANDLE])
-        self._data_ptr = self._bind(quick, "aoti_torch_get_data_ptr", [_HANDLE, _HANDLE])
-        self._dim = self._bind(quick, "aoti_torch_get_dim", [_HANDLE, _HANDLE])
-        self._sizes = self._bind(quick, "aoti_torch_get_sizes", [_HANDLE, _HANDLE])
-        self._dtype = self._bind(quick, "aoti_torch_get_dtype", [_HANDLE, _HANDLE])
-        self._is_contiguous = self._bind(quick, "aoti_torch_is_contiguous", [_HANDLE, _HANDLE])
+        self.data_ptr = self._bind(quick, "aoti_torch_get_data_ptr", [_HANDLE, _HANDLE])
+        self.dim = self._bind(quick, "aoti_torch_get_dim", [_HANDLE, _HANDLE])
+        self.sizes = self._bind(quick, "aoti_torch_get_sizes", [_HANDLE, _HANDLE])
+        self.dtype = self._bind(quick, "aoti_torch_get_dtype", [_HANDLE, _HANDLE])
+        self.is_contiguous = self._bind(quick, "aoti_torch_is_contiguous", [_HANDLE, _HANDLE])
 
-    def tensor(self, address: int, shape: tuple[int, ...], dtype: str) -> int:
+    def tensor(self, address: int, shape: tuple[int, ...], dtype: str) -> ctypes.c_void_p:
         """A handle to a contiguous CPU tensor over memory the caller keeps alive; freed with `delete`."""
         strides = [1] * len(shape)
         for axis in range(len(shape) - 2, -1, -1):
@@ -65,18 +67,7 @@ class TensorFunctions(ABC):
         if status or not handle.value:
             said = self.message() or f"status {status}"
             raise InternalError(f"{self.name} made no tensor of shape {shape} and dtype {dtype} ({said}); please report this")
-        return handle.value
-
-    def read(self, handle: int, *, dtype: str) -> np.ndarray:
-        """The data of a contiguous CPU tensor as a numpy view, valid while the handle lives. bfloat16 comes as uint16."""
-        dim, code, pointer, sizes, contiguous = ctypes.c_int64(), ctypes.c_int32(), _HANDLE(), _HANDLE(), ctypes.c_bool()
-        status = self._dim(handle, ctypes.addressof(dim)) | self._dtype(handle, ctypes.addressof(code))
-        status |= self._data_ptr(handle, ctypes.addressof(pointer)) | self._sizes(handle, ctypes.addressof(sizes))
-        status |= self._is_contiguous(handle, ctypes.addressof(contiguous))
-        if status or code.value != DTYPE_CODES[dtype] or not contiguous.value:
-            raise InternalError(f"the program gave a tensor that is not contiguous {dtype} (dtype code {code.value}); please report this")
-        shape = tuple((ctypes.c_int64 * dim.value).from_address(sizes.value)) if dim.value and sizes.value else ()
-        return view_memory(pointer.value or 0, shape, dtype)
+        return handle
 
     @abstractmethod
     def set_num_threads(self, count: int) -> None:
@@ -96,10 +87,70 @@ class TensorFunctions(ABC):
         return function
 
 
+class _Described(ctypes.Structure):
+    """What the functions of `OutputReader` write."""
+
+    _fields_: ClassVar = [
+        ("dim", ctypes.c_int64),
+        ("data", _HANDLE),
+        ("sizes", _HANDLE),
+        ("dtype", ctypes.c_int32),
+        ("contiguous", ctypes.c_bool),
+    ]
+
+
+class OutputReader:
+    """Reads one output of a program, step after step.
+
+    Args:
+        tensors: the C interface that made the output.
+        dtype: what it has to be, by the manifest's name.
+    """
+
+    def __init__(self, tensors: TensorFunctions, dtype: str) -> None:
+        self._dtype = dtype
+        self._code = DTYPE_CODES[dtype]
+        self._found = found = _Described()
+        # As ctypes objects: made once, where a Python integer is turned into one at every call
+        self._calls = [
+            (function, _HANDLE(ctypes.addressof(found) + field.offset))
+            for function, field in (
+                (tensors.dim, _Described.dim),
+                (tensors.dtype, _Described.dtype),
+                (tensors.data_ptr, _Described.data),
+                (tensors.sizes, _Described.sizes),
+                (tensors.is_contiguous, _Described.contiguous),
+            )
+        ]
+        self._views: dict[tuple[int, tuple[int, ...]], np.ndarray] = {}
+
+    def read(self, handle: _HANDLE) -> np.ndarray:
+        """The data of a contiguous CPU tensor as a numpy view, valid while the handle lives. bfloat16 comes as uint16.
+
+        Raises:
+            InternalError: it is of another dtype, or not contiguous.
+        """
+        status, found = 0, self._found
+        for function, place in self._calls:
+            status |= function(handle, place)
+        if status or found.dtype != self._code or not found.contiguous:
+            raise InternalError(
+                f"the program gave a tensor that is not contiguous {self._dtype} (dtype code {found.dtype}); please report this"
+            )
+        dim, sizes, address = found.dim, found.sizes, found.data or 0
+        shape = tuple((ctypes.c_int64 * dim).from_address(sizes)) if dim and sizes else ()
+        view = self._views.get((address, shape))
+        if view is None:
+            if len(self._views) >= _MAX_VIEWS:
+                self._views.clear()
+            view = self._views[address, shape] = view_memory(address, shape, self._dtype)
+        return view
+
+
 def view_memory(address: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """A numpy array over memory somebody else keeps alive."""
     kind = NUMPY[dtype]
-    count = int(np.prod(shape, dtype=np.int64))
+    count = math.prod(shape)
     if count == 0:
         return np.empty(shape, dtype=kind)
     memory = (ctypes.c_char * (count * kind.itemsize)).from_address(address)

@@ -15,7 +15,7 @@ from llmc.artifacts.dtypes import NUMPY
 from llmc.artifacts.manifest import Entry, KVFacts
 from llmc.errors import ArtifactError, InternalError
 from llmc.runtime.executors.kv_cache import KVCache, cache_input
-from llmc.runtime.executors.logits import LogitsBuffer
+from llmc.runtime.executors.logits import Logits, LogitsBuffer
 from llmc.runtime.executors.tensor_functions import view_memory
 from llmc.runtime.step import DeviceBatch
 from llmc.runtime.weights import Weights
@@ -97,7 +97,11 @@ class TvmExecutor:
                 self._give(place, _described(spec.dtype, array.ctypes.data, array.shape))
 
     def run(self, batch: DeviceBatch) -> np.ndarray:
-        """One step. Returns float32 [N, vocab_size], valid until the next call.
+        """One step. Returns float32 [N, vocab_size], valid until the next call. Raises what `compute` does."""
+        return self.compute(batch).to_float32()
+
+    def compute(self, batch: DeviceBatch) -> Logits:
+        """One step. Returns logits [N, vocab_size], valid until the next call.
 
         Raises:
             InternalError: the program failed; its own message is in the error.
@@ -122,7 +126,7 @@ class TvmExecutor:
         logits = found.reshape(-1, found.shape[-1])  # [1, N, V] has the same elements
         if len(logits) != len(batch.logits_indices):
             raise InternalError(f"the program gave {len(logits)} rows of logits for {len(batch.logits_indices)}; please report this")
-        return self._logits.to_float32(logits)
+        return Logits(logits, self._logits)
 
     def close(self) -> None:
         """Free the program and the KV cache. The images stay mapped until the process ends."""

@@ -1,4 +1,4 @@
-"""Choosing tokens: numpy, fp32, one row at a time, so that a row's token depends on that row alone."""
+"""Choosing tokens: numpy, fp32, each row's token from that row alone, whoever else is in the step."""
 
 from llmc.runtime.sampler.sampler import Sampler
 

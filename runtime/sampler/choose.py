@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 import numpy as np
 
 from llmc.runtime.sampler.logprobs import top_ids
@@ -23,8 +26,7 @@ def choose(row: np.ndarray, *, temperature: float, top_k: int, top_p: float, min
     """
     peak = row.max()
     if not (0 < top_k < len(row)) and top_p >= 1.0 and min_p <= 0.0:
-        weights = np.exp((row - peak) * np.float32(1.0 / temperature))
-        return _inverse_transform(weights, draw)
+        return choose_from_all(row[None], peaks=[peak], temperatures=[temperature], draws=[draw])[0]
     keep = _candidates(row, peak, temperature=temperature, top_k=top_k, min_p=min_p)
     values = row if keep is None else row[keep]
     weights = np.exp((values - peak) * np.float32(1.0 / temperature))
@@ -32,8 +34,15 @@ def choose(row: np.ndarray, *, temperature: float, top_k: int, top_p: float, min
         order = _nucleus(weights, top_p)
         keep = order if keep is None else keep[order]
         weights = weights[order]
-    index = _inverse_transform(weights, draw)
+    index = _inverse_transform(weights[None], [draw])[0]
     return index if keep is None else int(keep[index])
+
+
+def choose_from_all(rows: np.ndarray, *, peaks: Sequence[float], temperatures: list[float], draws: list[float]) -> list[int]:
+    """`choose` for several rows (float32 [R, V]) of which nothing is cut off, each as if it were alone. peaks: their largest logits."""
+    weights = rows - np.array(peaks, dtype=np.float32)[:, None]
+    weights *= np.array([1.0 / temperature for temperature in temperatures], dtype=np.float32)[:, None]
+    return _inverse_transform(np.exp(weights, out=weights), draws)
 
 
 def _candidates(row: np.ndarray, peak: np.float32, *, temperature: float, top_k: int, min_p: float) -> np.ndarray | None:
@@ -61,15 +70,24 @@ def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
         count = min(count * 8, len(weights))
 
 
-def _inverse_transform(weights: np.ndarray, draw: float) -> int:
-    """The index where the running sum of `weights` (float32 [n], some above 0) passes `draw` of the total."""
-    starts = np.arange(0, len(weights), _BLOCK)
-    sums = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
-    goal = draw * sums[-1]
-    block = min(int(np.searchsorted(sums, goal, side="right")), len(starts) - 1)
-    before = sums[block - 1] if block else 0.0
-    inside = before + np.cumsum(weights[starts[block] : starts[block] + _BLOCK], dtype=np.float64)
-    index = int(starts[block]) + min(int(np.searchsorted(inside, goal, side="right")), len(inside) - 1)
-    if weights[index] > 0.0:
-        return index
-    return int(np.flatnonzero(weights[: index + 1])[-1])  # rounding left the draw past the last likely token
+@lru_cache
+def _block_starts(length: int) -> np.ndarray:
+    return np.arange(0, length, _BLOCK)
+
+
+def _inverse_transform(weights: np.ndarray, draws: list[float]) -> list[int]:
+    """Of each row of `weights` (float32 [R, n], some above 0) the index where its running sum passes its draw's part of the total."""
+    starts = _block_starts(weights.shape[1])
+    sums = np.add.accumulate(np.add.reduceat(weights, starts, axis=1, dtype=np.float64), axis=1)
+    found: list[int] = []
+    for row, row_sums, draw in zip(weights, sums, draws, strict=True):
+        goal = draw * row_sums.item(-1)
+        block = min(row_sums.searchsorted(goal, side="right").item(), len(starts) - 1)
+        before = row_sums.item(block - 1) if block else 0.0
+        start = block * _BLOCK
+        inside = before + np.add.accumulate(row[start : start + _BLOCK].astype(np.float64))
+        index = start + min(inside.searchsorted(goal, side="right").item(), len(inside) - 1)
+        if row.item(index) <= 0.0:
+            index = int(np.flatnonzero(row[: index + 1])[-1])  # rounding left the draw past the last likely token
+        found.append(index)
+    return found

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from llmc.runtime.device_sampling import RowWish
 from llmc.runtime.messages import SamplingParams, TokenLogprobs
-from llmc.runtime.sampler.choose import choose
+from llmc.runtime.sampler.choose import choose, choose_from_all
 from llmc.runtime.sampler.logprobs import token_logprobs
-from llmc.runtime.sampler.philox import uniform
+from llmc.runtime.sampler.philox import uniform, uniforms
 from llmc.runtime.sampler.token_counts import TokenCounts
 from llmc.runtime.step import SampledToken, ScheduledSequence
 
 _GREEDY_BELOW = 1e-5  # a lower temperature is greedy, as in vLLM
+_DRAWS_AHEAD = 32  # made in a tenth of the time of as many single ones
+_MAX_DRAWN = 1 << 18  # logits of rows drawn together: 1 MiB, which a core's own cache holds
 
 
 @dataclass(slots=True)
@@ -26,21 +28,32 @@ class _SequenceState:
 
     seed: int
     plain_greedy: bool  # nothing but the argmax is asked for
+    plain_draw: bool  # nothing but a draw from all tokens
     greedy: bool
     counts: TokenCounts | None
     bias_ids: np.ndarray | None
     bias: np.ndarray | None
     allowed: np.ndarray | None
     held_back: np.ndarray | None  # eos and stop ids, masked before min_tokens
+    draws: list[float] = field(default_factory=list)  # made ahead, from position `first_draw`; plain draws alone use them
+    first_draw: int = 0
 
 
-class _Rows(Protocol):
-    """Of `batch.LogitsRows` what is needed here."""
+class _Drawing(NamedTuple):
+    """A row to draw from. best: where its largest logit is."""
 
-    @property
-    def num_prompt(self) -> int: ...
-    @property
-    def sample(self) -> int | None: ...
+    row: int
+    best: int
+    sequence: ScheduledSequence
+    state: _SequenceState
+    position: int
+
+
+class _Logits(Protocol):
+    """Of `executors.logits.Logits` what is needed here."""
+
+    def largest(self) -> list[int]: ...
+    def to_float32(self) -> np.ndarray: ...
 
 
 class Sampler:
@@ -85,29 +98,38 @@ class Sampler:
         logprobs = None if params.logprobs is None else token_logprobs(raw, token, params.logprobs)
         return SampledToken(token_id=token, logprobs=logprobs)
 
-    def plain(self, sequences: Sequence[ScheduledSequence], rows: Sequence[_Rows], logits: np.ndarray) -> dict[str, SampledToken]:
-        """The tokens of those that want the argmax and nothing else, found in one pass; everyone else is left to `sample`.
+    def plain(self, sequences: Sequence[ScheduledSequence], logits: _Logits) -> dict[str, SampledToken]:
+        """The tokens of those that want the argmax, or a draw from all tokens, and nothing else: found together. Everyone else is left to
+        `sample`.
 
         Args:
-            rows: of each sequence. When one has none to sample from, or rows of its prompt, nobody is plain.
-            logits: float32 [N, V], one row per sequence in their order.
+            logits: [N, V], one row per sequence in their order.
 
         Returns:
             request id -> the very token `sample` would choose.
         """
-        states = self._states
-        found = [states.get(s.request_id) for s in sequences]
-        if len(logits) != len(sequences) or not any(state is not None and state.plain_greedy for state in found):
+        states = [self._states.get(sequence.request_id) for sequence in sequences]
+        if not any(state is not None and (state.plain_greedy or state.plain_draw) for state in states):
             return {}
-        if any(place.sample != index or place.num_prompt for index, place in enumerate(rows)):
-            return {}
-        best = logits.argmax(axis=1)  # of each row the first of equals; the first NaN if there is one
-        usable = np.isfinite(logits[np.arange(len(best)), best]).tolist()
-        return {
+        best = logits.largest()
+        tokens = {
             sequence.request_id: SampledToken(token_id=token)
-            for sequence, state, token, good in zip(sequences, found, best.tolist(), usable, strict=True)
-            if state is not None and state.plain_greedy and good and sequence.sampling.structured_outputs is None
+            for sequence, state, token in zip(sequences, states, best, strict=True)
+            if state is not None and state.plain_greedy and token >= 0
         }
+        if len(tokens) == len(sequences):
+            return tokens
+        drawing = [
+            _Drawing(row=row, best=token, sequence=sequence, state=state, position=_position(sequence))
+            for row, (sequence, state, token) in enumerate(zip(sequences, states, best, strict=True))
+            if state is not None and state.plain_draw and token >= 0
+        ]
+        if drawing:
+            wide = logits.to_float32()
+            at_once = max(1, _MAX_DRAWN // wide.shape[1])
+            for first in range(0, len(drawing), at_once):
+                tokens.update(_draw_together(drawing[first : first + at_once], wide))
+        return tokens
 
     def wishes(self, sequences: Sequence[ScheduledSequence], vocab: int) -> list[RowWish]:
         """What each sequence's row wants, for an executor that samples itself. `end` counts: the last token may be unknown yet.
@@ -163,6 +185,7 @@ class Sampler:
         state = _SequenceState(
             seed=params.seed if params.seed is not None else self._unseeded(),
             plain_greedy=False,
+            plain_draw=False,
             greedy=params.temperature < _GREEDY_BELOW,
             counts=TokenCounts(sequence.token_ids[: sequence.num_prompt_tokens]) if penalised else None,
             bias_ids=np.fromiter(bias.keys(), dtype=np.int64) if bias else None,
@@ -170,7 +193,9 @@ class Sampler:
             allowed=np.asarray(params.allowed_token_ids, dtype=np.int64) if params.allowed_token_ids is not None else None,
             held_back=np.asarray(held_back, dtype=np.int64) if held_back else None,
         )
-        state.plain_greedy = state.greedy and params.logprobs is None and not _modifies(state, params)
+        if params.logprobs is None and params.structured_outputs is None and not _modifies(state, params):
+            state.plain_greedy = state.greedy
+            state.plain_draw = not state.greedy and params.top_k < 1 and params.top_p >= 1.0 and params.min_p <= 0.0
         return state
 
     def _wish(self, state: _SequenceState, sequence: ScheduledSequence, vocab: int) -> RowWish:
@@ -226,15 +251,40 @@ class Sampler:
 
     def _draw(self, row: np.ndarray, state: _SequenceState, sequence: ScheduledSequence) -> int:
         params = sequence.sampling
-        position = len(sequence.token_ids) - sequence.num_prompt_tokens  # how many were drawn before, whatever the batch
         return choose(
             row,
             temperature=params.temperature,
             top_k=params.top_k,
             top_p=params.top_p,
             min_p=params.min_p,
-            draw=uniform(state.seed, position),
+            draw=uniform(state.seed, _position(sequence)),
         )
+
+
+def _draw_together(drawing: list[_Drawing], logits: np.ndarray) -> dict[str, SampledToken]:
+    """`choose` for several rows of `logits` (float32 [N, V]) of which nothing is cut off."""
+    _fill_draws(drawing)
+    found = choose_from_all(
+        logits if len(drawing) == len(logits) else logits[[one.row for one in drawing]],
+        peaks=[logits.item(one.row, one.best) for one in drawing],
+        temperatures=[one.sequence.sampling.temperature for one in drawing],
+        draws=[one.state.draws[one.position - one.state.first_draw] for one in drawing],
+    )
+    return {one.sequence.request_id: SampledToken(token_id=token) for one, token in zip(drawing, found, strict=True)}
+
+
+def _fill_draws(drawing: list[_Drawing]) -> None:
+    """Make the draws at these positions, and some behind them, where they are not made yet. Changes the states."""
+    missing = [one for one in drawing if not 0 <= one.position - one.state.first_draw < len(one.state.draws)]
+    if missing:
+        ahead = uniforms([one.state.seed for one in missing], [one.position for one in missing], _DRAWS_AHEAD)
+        for one, draws in zip(missing, ahead.tolist(), strict=True):
+            one.state.draws, one.state.first_draw = draws, one.position
+
+
+def _position(sequence: ScheduledSequence) -> int:
+    """How many tokens were drawn before, whatever the batch."""
+    return len(sequence.token_ids) - sequence.num_prompt_tokens
 
 
 def _modifies(state: _SequenceState, params: SamplingParams) -> bool:

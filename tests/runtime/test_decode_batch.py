@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from llmc.runtime.batch import BatchBuilder
+from llmc.runtime.executors.logits import Logits, LogitsBuffer
 from llmc.runtime.messages import SamplingParams
 from llmc.runtime.sampler import Sampler
 from llmc.runtime.step import ScheduledSequence
@@ -90,29 +91,98 @@ def test_any_other_step_is_left_to_the_general_way(odd: ScheduledSequence) -> No
     assert builder(1).build_decode([plain]) is not None
 
 
+def test_the_same_sequences_keep_their_batch_and_no_others_do() -> None:
+    quick, general = builder(2), builder(2)
+    lists = {"a": [1] * 5, "b": [2] * 9, "c": [3] * 40}
+    blocks = {name: tuple([10 * index + group for index in range(20)] for group in (1, 2)) for name in lists}
+
+    def step(names: str) -> object:
+        """One more token for each of `names`; the batch, whose arrays are right."""
+        for name in names:
+            lists[name].append(7)
+        assert_same(quick, general, [share(name, lists[name], blocks[name]) for name in names])
+        assert quick._decoding is not None
+        return quick._decoding.built.batch
+
+    for names in ("abc", "ac", "bc", "cba", "abc"):  # one leaves, another stands in its place, one joins; c makes the tables wide enough
+        first = step(names)
+        assert step(names) is first
+    blocks["b"] = tuple(list(reversed(group)) for group in blocks["b"])  # preempted, and back with other blocks
+    second = step("abc")
+    assert second is not first and step("abc") is second
+    for name in "abc":
+        lists[name].append(7)
+    lists["a"][-1] = VOCAB
+    assert quick.build_decode([share(name, lists[name], blocks[name]) for name in "abc"]) is None, "refused as in any other step"
+    lists["a"][-1] = 7
+    assert step("abc") is not second
+
+
+@pytest.mark.parametrize("num_groups", [1, 2])
+def test_a_batch_that_goes_on_is_the_same_in_every_array(num_groups: int) -> None:
+    quick, general = builder(num_groups), builder(num_groups)
+    live = {f"s{length}": ([3] * length, tuple([] for _ in range(num_groups))) for length in (30, 3, 9, 14)}
+    kept, last = 0, None
+    for step in range(80):
+        if step == 60:
+            live = {name: (tokens[:-4], blocks) for name, (tokens, blocks) in live.items()}  # guesses were wrong
+        for tokens, blocks in live.values():
+            tokens.append(step % VOCAB)
+            while len(blocks[0]) * BLOCK < len(tokens):
+                for number, group in enumerate(blocks):
+                    group.append(100 * number + len(tokens))
+                for group in blocks[1:]:  # a window moves on when a block is added
+                    group[:-3] = [-1] * len(group[:-3])
+        sequences = [share(name, tokens, blocks) for name, (tokens, blocks) in live.items()]
+        assert_same(quick, general, sequences)
+        assert quick._decoding is not None
+        kept += quick._decoding.built is last
+        last = quick._decoding.built
+    assert kept > 40, "most steps go on from the one before"
+
+
+def logits_of(values: np.ndarray) -> Logits:
+    """As a bfloat16 program gives them."""
+    return Logits((values.view(np.uint32) >> 16).astype(np.uint16), LogitsBuffer("bfloat16"))
+
+
 def test_plain_tokens_are_those_of_sample() -> None:
     rng = np.random.default_rng(0)
-    tokens = [1, 2]
     wants = [
         SamplingParams(temperature=0.0),
         SamplingParams(temperature=1.0, seed=3),
         SamplingParams(temperature=0.0, logit_bias={4: 50.0}),
+        SamplingParams(temperature=0.3, seed=-4),
+        SamplingParams(temperature=1.0, seed=3, top_k=5),
+        SamplingParams(temperature=1.0, seed=3, logprobs=0),
     ]
-    sequences = [
-        ScheduledSequence(
-            request_id=str(i), token_ids=tokens, num_prompt_tokens=1, start=1, end=2, block_ids=([0],), sampling=wants[i % 3],
-            needs_prompt_logprobs=False,
-        )
-        for i in range(9)
-    ]  # fmt: skip
-    logits = rng.standard_normal((9, VOCAB)).astype(np.float32)
-    logits[3] = np.nan
-    logits[6, :] = 1.0  # all equal: the first
-    rows = builder(1).build_decode(sequences)
-    assert rows is not None
-    sampler = Sampler(eos_token_ids=[0], seed=1)
-    assert sampler.plain(sequences, rows.rows, logits) == {}, "nothing is known of them before their first token"
-    expected = {s.request_id: sampler.sample(row.copy(), s) for s, row in zip(sequences, logits, strict=True)}
-    found = sampler.plain(sequences, rows.rows, logits)
-    assert found == {name: expected[name] for name in ("0", "6")}
-    assert expected["3"].error is not None
+    plain_ones = {str(i) for i in range(12) if i % 6 in (0, 1, 3)}
+    token_lists = [[1, 2] for _ in range(12)]
+    together, alone = Sampler(eos_token_ids=[0], seed=1), Sampler(eos_token_ids=[0], seed=1)
+    for step in range(70):  # further than draws are made ahead
+        sequences = [
+            ScheduledSequence(
+                request_id=str(i), token_ids=tokens, num_prompt_tokens=1, start=len(tokens) - 1, end=len(tokens), block_ids=([0],),
+                sampling=wants[i % 6], needs_prompt_logprobs=False,
+            )
+            for i, tokens in enumerate(token_lists)
+        ]  # fmt: skip
+        values = rng.standard_normal((12, 700)).astype(np.float32)
+        values[6, :] = 1.0  # all equal: the first
+        values[7, 5] = -np.inf
+        broken = {"0": np.nan, "1": np.nan, "3": np.inf} if step == 40 else {}
+        for name, value in broken.items():
+            values[int(name), 3] = value
+        expected = {s.request_id: alone.sample(row.copy(), s) for s, row in zip(sequences, logits_of(values).to_float32(), strict=True)}
+        found = together.plain(sequences, logits_of(values))
+        if step == 0:
+            assert found == {}, "nothing is known of them before their first token"
+            for s, row in zip(sequences, values, strict=True):
+                together.sample(row.copy(), s)
+        else:
+            assert found == {name: expected[name] for name in plain_ones - broken.keys()}
+        assert all((expected[name].error is None) == (name not in broken) for name in expected)
+        if step == 50:
+            token_lists = [tokens[:2] for tokens in token_lists]  # back to a position whose draw is not kept
+        for tokens in token_lists:
+            tokens.append(step)

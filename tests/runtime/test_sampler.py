@@ -11,7 +11,7 @@ from llmc.runtime.messages import SamplingParams
 from llmc.runtime.sampler import Sampler
 from llmc.runtime.sampler.choose import choose
 from llmc.runtime.sampler.logprobs import token_logprobs, top_ids
-from llmc.runtime.sampler.philox import philox_4x32, uniform
+from llmc.runtime.sampler.philox import philox_4x32, uniform, uniforms
 from llmc.runtime.step import ScheduledSequence
 
 V = 37
@@ -54,6 +54,13 @@ def test_uniform_is_uniform():
     assert draws.min() >= 0 and draws.max() < 1
     counts, _ = np.histogram(draws, bins=20, range=(0, 1))
     assert ((counts - 500) ** 2 / 500).sum() < 45  # chi square, 19 degrees of freedom, p = 0.0007
+
+
+@given(st.lists(st.tuples(st.integers(), st.integers(0, 2**33)), min_size=1, max_size=4))
+@settings(max_examples=50, deadline=None)
+def test_draws_made_together_are_those_made_alone(pairs):
+    found = uniforms([seed for seed, _ in pairs], [position for _, position in pairs], 5)
+    assert found.tolist() == [[uniform(seed, position + ahead) for ahead in range(5)] for seed, position in pairs]
 
 
 def test_greedy_takes_the_lowest_of_equals():
