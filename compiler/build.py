@@ -42,7 +42,7 @@ from llmc.compiler.lowered_cache import lower
 from llmc.compiler.model import ModelSource, open_checkpoint, read_model
 from llmc.compiler.nodes import constants_of, to_bytes
 from llmc.compiler.pipeline import STORED, pipeline
-from llmc.compiler.program import Program
+from llmc.compiler.program import Program, built_kernels
 from llmc.compiler.quantized_weights import Quantized, quantized_weights
 from llmc.compiler.ranks import divided, rank_entries
 from llmc.compiler.stages import Stage, StageLog
@@ -244,18 +244,14 @@ def _program(
     if config.backend == "tvm":
         return tvm_program(target, traced, weights, kernels, writer, scratch, log, store)
     if config.level == 0:
-        with log.stage("kernels") as note:
-            built = kernels.result()
-            note.detail = target.isa
+        built = built_kernels(kernels, target, log)
         writer.add_file(NODES_PATH, to_bytes(graph))
         entry = Entry(name="step", executor="nodes", program=NODES_PATH, inputs=inputs, outputs=outputs, constants=constants_of(graph))
         return Program(entry=entry, images=[writer.add_image(built.kernels_so, "kernels")], calls={})
     with log.stage("lower") as note:
         lowered = lower(graph, weights, target, scratch, jobs=config.jobs, store=store)
         note.detail = lowered.detail
-    with log.stage("kernels") as note:
-        built = kernels.result()
-        note.detail = target.isa
+    built = built_kernels(kernels, target, log)
     model = writer.add_image(lowered.path, "model")
     from_torch = only_libtorch_has(lowered.path)
     tensors = writer.add_image(built.shim_so, "aoti_shim") if from_torch else writer.add_image(built.tensor_runtime_so, "tensor_runtime")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from llmc.artifacts.manifest import Entry, Image
+from llmc.compiler.stages import StageLog
+from llmc.kernels.build import BuiltKernels
+from llmc.kernels.isa import TargetSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,3 +26,15 @@ class Program:
     calls: Mapping[str, int]
     from_torch: tuple[str, ...] = ()
     gpu: Mapping[str, Any] | None = None
+
+
+def built_kernels(kernels: Future[BuiltKernels], target: TargetSpec, log: StageLog) -> BuiltKernels:
+    """Wait, as a stage, for the C++ kernels that were compiled meanwhile.
+
+    Raises:
+        what their compiling raised.
+    """
+    with log.stage("kernels") as note:
+        built = kernels.result()
+        note.detail = target.isa
+    return built

@@ -17,7 +17,7 @@ from llmc.artifacts.writer import ArtifactWriter
 from llmc.compiler.capture import TracedModel
 from llmc.compiler.input_key import BACKENDS, check_backend
 from llmc.compiler.lowered_cache import keep, lowering_key
-from llmc.compiler.program import Program
+from llmc.compiler.program import Program, built_kernels
 from llmc.compiler.stages import StageLog
 from llmc.kernels.build import BuiltKernels
 from llmc.kernels.isa import TargetSpec
@@ -44,9 +44,7 @@ def tvm_program(
     """
     with log.stage("lower") as note:
         path, facts, note.detail = _lowered(target, traced, weights, scratch, store)
-    with log.stage("kernels") as note:
-        built = kernels.result()
-        note.detail = target.isa
+    built = built_kernels(kernels, target, log)
     model = writer.add_image(path, "model")
     entry = Entry(
         name="step", executor="tvm", program=model.path, inputs=list(traced.inputs), outputs=list(traced.outputs),
