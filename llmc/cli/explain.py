@@ -9,20 +9,24 @@ def show_explanation(name: str) -> None:
     Raises:
         ConfigError: no pass of that name.
     """
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    from llmc.cli.console import console as tables
     from llmc.compiler.explain_pass import all_passes, explain
 
-    console = Console()
+    console = tables()
     if name == "all":
         table = Table(show_header=False, box=None)
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(ratio=3)
+        table.add_column(ratio=2)
         for each in all_passes():
             found = explain(each)
-            table.add_row(
-                f"[bold]{each}[/]", escape(found.what), "; ".join(f"{kind} {' '.join(where)}" for kind, where in found.runs.items())
-            )
+            kinds: dict[str, list[str]] = {}
+            for kind, where in found.runs.items():
+                kinds.setdefault(" ".join(where), []).append(kind)
+            table.add_row(each, escape(found.what), "\n".join(f"{', '.join(names)}: {where}" for where, names in kinds.items()))
         console.print(table)
         return
     found = explain(name)
@@ -38,4 +42,7 @@ def show_explanation(name: str) -> None:
     for setting, value in found.settings.items():
         table.add_row(setting, str(value))
     console.print(table)
-    console.print(f"[dim]leave it out with --passes -{found.name}; --dry-run shows what it matches in a model[/]", soft_wrap=True)
+    if found.optional:
+        console.print(f"[dim]leave it out with --passes -{found.name}; --dry-run shows what it matches in a model[/]", soft_wrap=True)
+    else:
+        console.print("[dim]the flag, the checkpoint or the kernels need it: --passes cannot leave it out[/]", soft_wrap=True)

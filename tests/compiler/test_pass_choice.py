@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import pytest
 
 from llmc.compiler.explain_pass import all_passes, explain
 from llmc.compiler.pass_choice import PassChoice, parse_choice
 from llmc.compiler.pipeline import KINDS, LEVELS, pipeline
 from llmc.errors import ConfigError
+from llmc.passes import base
 
 
 def names(level: int, passes: str = "", kind: str = "cpu", quantization: str | None = None) -> list[str]:
@@ -63,6 +67,33 @@ def test_every_pass_explains_itself() -> None:
         assert all(found.parts.values())
         assert found.runs, f"{name} runs nowhere"
         assert found.numerics.startswith(("exact", "close"))
+
+
+def test_passes_that_no_level_runs_say_what_makes_them_run() -> None:
+    where = {name: explain(name).runs for name in all_passes()}
+    assert where["shard-tensor-parallel"] == {"cpu": ["--tensor-parallel-size"]}
+    assert where["add-lora"] == {"cpu": ["--enable-lora"]}
+    assert where["sort-experts"] == {"cuda": ["every level, for each size of a step"]}
+    assert where["keep-quantized"] == {"cpu": ["checkpoints that are quantised already"]}
+    assert {name: explain(name).optional for name in where} == {name: optional(name) for name in where}
+
+
+def optional(name: str) -> bool:
+    """By trying: whether some level's list goes without it when asked to."""
+    for kind in KINDS:
+        try:
+            if name in names(LEVELS[-1], kind=kind) and name not in names(LEVELS[-1], f"-{name}", kind):
+                return True
+        except ConfigError:
+            continue
+    return False
+
+
+def test_every_pass_file_is_explained() -> None:
+    known = {type(applied) for applied in all_passes().values()}
+    files = Path(base.__file__).parent.glob("*.py")
+    made = {each for file in files for each in vars(importlib.import_module(f"llmc.passes.{file.stem}")).values() if isinstance(each, type)}
+    assert {each for each in made if issubclass(each, base.Pass) and "name" in vars(each)} == known
 
 
 def test_an_explanation_in_full() -> None:
