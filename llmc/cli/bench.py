@@ -69,11 +69,10 @@ def say(text: str) -> None:
 
 def finish(result: BenchResult, json_file: Path | None, html_file: Path | None) -> int:
     """Show the result, write the files asked for; the exit status."""
-    from rich.console import Console
-
     from llmc.bench.show import show, write_html, write_json
+    from llmc.cli.console import console
 
-    show(result, Console())
+    show(result, console())
     if json_file is not None:
         write_json(result, json_file)
     if html_file is not None:

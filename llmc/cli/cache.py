@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import rich_click as click
@@ -21,23 +23,35 @@ def cache_group() -> None:
 
 
 @cache_group.command("ls")
-def list_entries() -> None:
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable, with whole keys.")
+def list_entries(as_json: bool) -> None:
     """List entries, most recently used first."""
-    from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from llmc.artifacts.store import Store
+    from llmc.cli.console import console
 
     store = Store()
     entries = store.entries()
-    table = Table(title=f"{store.root}: {len(entries)} entries", title_justify="left")
-    for column in ("key", "what", "size", "last used"):
+    if as_json:
+        found = [{"key": e.record.key, **e.record.description, "size_bytes": e.size_bytes, "used_at": round(e.used_at, 3)} for e in entries]
+        print(json.dumps(found, indent=2, sort_keys=True))
+        return
+    table = Table(title=f"{store.root}: {len(entries)} {'entry' if len(entries) == 1 else 'entries'}", title_justify="left")
+    table.add_column("key", no_wrap=True)
+    for column in ("what", "size", "last used"):
         table.add_column(column, overflow="fold")
     for entry in entries:
-        what = ", ".join(str(value) for value in entry.record.description.values())
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used_at))
-        table.add_row(entry.record.key[:16], what, human_bytes(entry.size_bytes), used)
-    Console().print(table)
+        table.add_row(entry.record.key[:16], escape(described(entry.record.description)), human_bytes(entry.size_bytes), used)
+    console().print(table)
+
+
+def described(facts: Mapping[str, str | int | float | bool | None]) -> str:
+    """ "artifact: level 2, model demo_model"."""
+    rest = ", ".join(f"{name} {value}" for name, value in facts.items() if name != "what")
+    return f"{facts.get('what', 'entry')}: {rest}"
 
 
 @cache_group.command("gc")
@@ -84,11 +98,10 @@ def pull(key: str, remote: str, timeout: float) -> int:
     """
     from llmc.artifacts.remote import RemoteCache
     from llmc.artifacts.store import Store
-    from llmc.artifacts.stored_files import SHA256
 
-    if not SHA256.fullmatch(key):
-        raise ConfigError(f"{key!r} is no key: expected 64 hexadecimal digits, since a remote cache cannot be searched")
-    done = RemoteCache(remote, timeout_s=timeout).pull(key, Store())
+    store = Store()
+    key = _remote_key(store, key)
+    done = RemoteCache(remote, timeout_s=timeout).pull(key, store)
     if done is None:
         print(f"miss: {remote} has no entry {key}")
         return 1
@@ -109,6 +122,7 @@ def verify(key: str | None, remote: str | None, timeout: float) -> None:
     if remote is not None:
         if key is None:
             raise ConfigError("which entry? A remote cache cannot be searched: name KEY")
+        key = _remote_key(store, key)
         done = RemoteCache(remote, timeout_s=timeout).verify(key, store)
         print(f"{key}: whole at {remote}; {done.files} files, {human_bytes(done.bytes)}")
         return
@@ -123,6 +137,24 @@ def verify(key: str | None, remote: str | None, timeout: float) -> None:
     if damaged:
         raise ArtifactError(f"{len(damaged)} of {len(keys)} entries were damaged and are removed, compile them again: {'; '.join(damaged)}")
     print(f"{len(keys)} entries are whole")
+
+
+def _remote_key(store: Store, key: str) -> str:
+    """A whole key, or the one of the local entry that begins so.
+
+    Raises:
+        ConfigError: neither.
+    """
+    from llmc.artifacts.stored_files import SHA256
+
+    if SHA256.fullmatch(key):
+        return key
+    here = [listed.record.key for listed in store.entries() if listed.record.key.startswith(key)]
+    if len(here) != 1:
+        raise ConfigError(
+            f"{key!r} is no key: expected 64 hexadecimal digits, or the beginning of one local entry's; a remote cache cannot be searched"
+        )
+    return here[0]
 
 
 def _chosen(store: Store, prefix: str | None, everything: bool) -> list[str]:

@@ -189,10 +189,11 @@ def _time_decode(folder: Path) -> list[float]:
 
 
 def _show(result: CompileResult, config: CompileConfig) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    from llmc.cli.console import console as tables
+
+    console = tables()
     table = Table(title=f"{config.model} -O{result.level} for {result.target}", title_justify="left", show_edge=True)
     table.add_column("stage")
     table.add_column("seconds", justify="right")
@@ -253,19 +254,20 @@ def _explain(config: CompileConfig) -> None:
 
 
 def _preview(config: CompileConfig, *, passes: bool) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from llmc.cli.console import console as tables
     from llmc.compiler.preview import preview
     from llmc.compiler.targets import find_target
 
     find_target(config.target)  # a target that a compile refuses has no preview either
 
     seen = preview(config)
-    console = Console()
+    console = tables()
     if passes:
         table = Table(title=f"{seen.architecture}: {seen.nodes} nodes captured", title_justify="left")
-        for column in ("pass", "numerics", "matches", "nodes", "left alone, and why"):
+        table.add_column("pass", no_wrap=True)
+        for column in ("numerics", "matches", "nodes", "left alone, and why"):
             table.add_column(column, overflow="fold")
         for report in seen.passes:
             refused = "; ".join(f"{count} x {reason}" for reason, count in report.refusals.items())

@@ -121,11 +121,12 @@ def _compare(a: Path, b: Path, as_json: bool) -> int:
     elif not found:
         print(f"{a} and {b}: the reports are equal")
     else:
-        from rich.console import Console
         from rich.markup import escape
         from rich.table import Table
 
-        table = Table(title=f"{len(found)} differences", title_justify="left")
+        from llmc.cli.console import console
+
+        table = Table(title=f"{len(found)} {'difference' if len(found) == 1 else 'differences'}", title_justify="left")
         for column in ("", "what", str(a), str(b), "b / a"):
             table.add_column(escape(column), overflow="fold")
         part = ""
@@ -133,7 +134,7 @@ def _compare(a: Path, b: Path, as_json: bool) -> int:
             factor = f"{one.factor:.2f}" if one.factor is not None else ""
             table.add_row(one.part if one.part != part else "", escape(one.name), *(escape(_text(one, v)) for v in (one.a, one.b)), factor)
             part = one.part
-        Console().print(table)
+        console().print(table)
     return 1 if found else 0
 
 
@@ -145,17 +146,18 @@ def _text(difference: Difference, value: Any) -> str:
 
 
 def _show(artifact: Path, report: dict[str, Any], measured: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    from llmc.cli.console import console as tables
     from llmc.compiler.report_page import kernel_name
 
-    console = Console()
+    console = tables()
     model, target = report["model"], report["target"]
     console.print(f"[bold]{escape(model['name'])}[/] {escape(model['architecture'])} at {target['level']} for {escape(target['name'])}")
     passes = Table(title="passes", title_justify="left")
-    for column in ("pass", "numerics", "matches", "nodes", "left alone, and why"):
+    passes.add_column("pass", no_wrap=True)
+    for column in ("numerics", "matches", "nodes", "left alone, and why"):
         passes.add_column(column, overflow="fold")
     for one in report["passes"]:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in one["refusals"].items())
@@ -170,6 +172,10 @@ def _show(artifact: Path, report: dict[str, Any], measured: dict[str, Any]) -> N
             read = kernel["count"] * kernel["weight_bytes"] if kernel["flop_per_token"] else None
             kernels.add_row(kernel_name(kernel), str(kernel["count"]), human_bytes(read) if read is not None else "")
         console.print(kernels)
+    for what, name in (("weights", "quantization"), ("KV cache", "kv_quantization")):
+        if (cost := report.get(name)) and cost["mean_kl"] is not None:
+            perplexity = f"perplexity {cost['reference_perplexity']} -> {cost['perplexity']}"
+            console.print(f"{what} in {cost['scheme']}: {perplexity}, mean KL divergence {cost['mean_kl']} nats per token")
     if measured.get("seconds") is not None:
         console.print(f"compiled in {measured['seconds']:.1f} s, {human_bytes(measured['artifact_bytes'])}")
     console.print(f"page: {artifact / 'report' / 'report.html'}", soft_wrap=True)

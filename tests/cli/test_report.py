@@ -31,6 +31,17 @@ def test_what_differs_is_named_and_what_is_equal_is_not() -> None:
     assert compare(REPORT, REPORT) == []
 
 
+def test_parts_stand_together_and_stages_of_one_name_are_added() -> None:
+    stages = [{"name": "accuracy", "seconds": 1.5, "detail": ""}] * 2
+    found = compare(REPORT, {**OTHER, "kv_quantization": {"scheme": "int8"}, "measured": {**MEASURED, "stages": stages}})
+    parts = [one.part for one in found]
+    assert [part for place, part in enumerate(parts) if part not in parts[:place]] == [
+        part for place, part in enumerate(parts) if place == 0 or parts[place - 1] != part
+    ]
+    assert [one.b for one in found if one.name == "accuracy"] == [3.0]
+    assert [one.b for one in found if one.part == "KV cache"] == ["int8"]
+
+
 @pytest.fixture
 def reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Artifacts "a" and "b" whose reports are REPORT and OTHER."""
