@@ -37,6 +37,7 @@ from llmc.runtime.messages import (
     Shutdown,
     TokenEvent,
 )
+from llmc.runtime.quick_imports import without_collections
 from llmc.runtime.stream_interval import StreamInterval
 
 QUEUE_MESSAGES = 4096  # per direction, before the sender waits
@@ -218,8 +219,9 @@ def _refusal(request_id: str, message: str, status: int) -> TokenEvent:
 
 def _make_engine(options: dict[str, Any]) -> EngineLike:
     # Imported here: the socket is connected first, so that a failing import still reaches the front as a sentence.
-    from llmc.runtime.engine import Engine
-    from llmc.runtime.engine_config import EngineConfig
+    with without_collections():
+        from llmc.runtime.engine import Engine
+        from llmc.runtime.engine_config import EngineConfig
 
     return Engine(msgspec.convert(options, EngineConfig))
 

@@ -49,7 +49,7 @@ def spawn_engine(engine: dict[str, Any], *, command: tuple[str, ...] = DEFAULT_C
     directory = tempfile.mkdtemp(prefix="llmc-", dir=_socket_root())  # mode 0700
     endpoint = f"ipc://{directory}/engine"
     try:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.stderr.fileno(), close_fds=True)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.stderr.fileno(), close_fds=True, env=_environment())
     except OSError:
         shutil.rmtree(directory, ignore_errors=True)
         raise
@@ -73,6 +73,11 @@ def spawn_engine(engine: dict[str, Any], *, command: tuple[str, ...] = DEFAULT_C
         spawned_at=spawned_at,
         spawn_ms=(time.monotonic() - spawned_at) * 1000,
     )
+
+
+def _environment() -> dict[str, str]:
+    """The engine's: numpy multiplies no matrices there, and its OpenBLAS else starts a thread per core, each of which spins for 40 ms."""
+    return {"OPENBLAS_NUM_THREADS": "1", **os.environ}
 
 
 def _socket_root() -> str:

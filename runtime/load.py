@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 
 EARLY_BYTES = 256 << 20  # less is copied in the time of a few steps
+_HEAD_START_S = 0.5  # of the first request before weights that move
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +102,7 @@ def _load(artifact: OpenArtifact, config: EngineConfig, timer: StageTimer) -> Lo
                 draft = _finish_draft(begun[0], begun[1], guesses, config, limits, manifest)
         undo.pop_all()
     if mover is not None:
-        mover.start()
+        mover.start(head_start_s=_HEAD_START_S)
     return LoadedModel(
         manifest=manifest,
         executor=executor,

@@ -60,7 +60,7 @@ def populate(chunk: np.ndarray) -> None:
 
 
 class WeightMover:
-    """Moves mapped weights, once. `start` begins, `close` stops and waits.
+    """Moves mapped weights, once. `start` begins, `close` stops and waits; `check` is asked before every step.
 
     Args:
         sources: the files, their chunks verified already where they are to be.
@@ -73,6 +73,8 @@ class WeightMover:
         ]
         self._pending_bytes = sum(source.size_bytes for source in sources)
         self._stop = threading.Event()
+        self._begin = threading.Event()
+        self._steps = 0
         self._thread: threading.Thread | None = None
         self._fault: Exception | None = None
 
@@ -81,13 +83,22 @@ class WeightMover:
         """Memory that is still to be taken."""
         return self._pending_bytes
 
-    def start(self) -> None:
-        """Move in a thread of its own."""
-        self._thread = threading.Thread(target=self._run, name="llmc-weights", daemon=True)
+    def start(self, *, head_start_s: float = 0.0) -> None:
+        """Move in a thread of its own.
+
+        Args:
+            head_start_s: seconds to stand back for the first step, which somebody may be waiting for; less when a second one comes.
+        """
+        self._steps = 0
+        self._begin.clear()
+        self._thread = threading.Thread(target=self._run, args=(head_start_s,), name="llmc-weights", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
         """Raises DeviceLost if the weights are no longer what was verified, or there is no memory for them."""
+        self._steps += 1
+        if self._steps == 2:  # the first answer is out
+            self._begin.set()
         if self._fault is not None:
             raise DeviceLost(f"the weights could not move into memory: {self._fault}") from self._fault
 
@@ -99,9 +110,11 @@ class WeightMover:
     def close(self) -> None:
         """Stop behind the chunk that is on its way."""
         self._stop.set()
+        self._begin.set()
         self.wait()
 
-    def _run(self) -> None:
+    def _run(self, head_start_s: float) -> None:
+        self._begin.wait(head_start_s)
         try:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)  # of this thread alone
             for source, index, region in self._tasks:

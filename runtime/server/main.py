@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from llmc.errors import ConfigError
 from llmc.runtime.engine_spawn import EngineHandle, spawn_engine
+from llmc.runtime.quick_imports import without_collections
 from llmc.runtime.server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def serve(settings: ServerSettings, *, load_model: Callable[[ServerSettings], Se
     try:
         handle = spawn_engine(settings.engine, command=settings.engine_command, stream_interval=settings.stream_interval)
         # Imported after the spawn: 0.3 s of imports run beside the engine's start.
-        from llmc.runtime.server.run import run
+        with without_collections():
+            from llmc.runtime.server.run import run
 
         return run(settings, listener, handle, load_model=load_model, entered_at=entered_at)
     finally:

@@ -181,3 +181,23 @@ def test_a_damaged_chunk_among_lanes_is_found(folder: Path, monkeypatch: pytest.
     place = "bytes 16777216 to 33554432" if at > 0 else "bytes 33554432 to"
     with pytest.raises(ArtifactError, match=rf"{place}.* are damaged, expected SHA-256 \w+, found \w+"):
         mapped(folder, lanes=Lanes())
+
+
+def test_the_first_step_goes_before(folder: Path) -> None:
+    weights = mapped(folder)
+    mover = mover_of(weights)
+    mover.check()  # canaries, before the start
+    mover.check()
+    mover.start(head_start_s=3600)
+    mover.check()
+    assert mover.pending_bytes == weights.num_bytes
+    mover.check()  # the second step
+    mover.wait()
+    assert mover.pending_bytes == 0
+
+
+def test_closing_does_not_wait_for_a_first_step(folder: Path) -> None:
+    weights = mapped(folder)
+    mover_of(weights).start(head_start_s=3600)
+    mover_of(weights).close()
+    assert mover_of(weights).pending_bytes == weights.num_bytes
