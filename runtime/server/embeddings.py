@@ -151,4 +151,5 @@ def _cosines(first: list[bytes], second: list[bytes]) -> list[float]:
     lefts, rights = ([_array(vector).astype("f8") for vector in vectors] for vectors in (first, second))
     lengths = [[float((v @ v) ** 0.5) or 1.0 for v in vectors] for vectors in (lefts, rights)]
     last = len(lefts) - 1
-    return [float(lefts[min(i, last)] @ right) / (lengths[0][min(i, last)] * lengths[1][i]) for i, right in enumerate(rights)]
+    found = (float(lefts[min(i, last)] @ right) / (lengths[0][min(i, last)] * lengths[1][i]) for i, right in enumerate(rights))
+    return [min(1.0, max(-1.0, value)) for value in found]  # rounding may lead past the ends

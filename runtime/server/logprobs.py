@@ -61,8 +61,8 @@ def completion_logprobs(names: TokenNames, entries: list[TokenLogprobs | None], 
 
 
 def with_top(entries: list[TokenLogprobs | None], num_top: int) -> list[TokenLogprobs | None]:
-    """The same with at most `num_top` top ones each."""
-    return [e if e is None or len(e.top) <= num_top else msgspec.structs.replace(e, top=e.top[:num_top]) for e in entries]
+    """The same with at most `num_top` top ones each; -1: with all."""
+    return [e if e is None or num_top < 0 or len(e.top) <= num_top else msgspec.structs.replace(e, top=e.top[:num_top]) for e in entries]
 
 
 def prompt_logprobs(tokenizer: Tokenizer, entries: list[TokenLogprobs | None]) -> list[dict[str, Any] | None]:

@@ -65,7 +65,7 @@ def _check_fields(body: CompletionRequest) -> None:
 def _prompt_logprobs(body: CompletionRequest) -> int | None:
     """How many top log-probabilities each token of the prompt is to have, for its own field and for the echo; None: none at all."""
     wanted = [body.prompt_logprobs, body.logprobs if body.echo else None]
-    return max((number for number in wanted if number is not None), default=None)
+    return -1 if -1 in wanted else max((number for number in wanted if number is not None), default=None)
 
 
 async def _prompts(front: Front, body: CompletionRequest) -> list[list[int]]:

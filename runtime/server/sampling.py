@@ -30,7 +30,7 @@ def sampling_params(
     Args:
         prompts: token ids of each prompt.
         max_tokens: the client's limit; None: what the context leaves.
-        logprobs: top log-probabilities per output token; None: none at all.
+        logprobs: top log-probabilities per output token; -1: of the whole vocabulary; None: none at all.
         prompt_logprobs: the same for prompt tokens.
         bad_words: the field bad_words as token ids.
 
@@ -71,8 +71,8 @@ def sampling_params(
         stop_token_ids=request.stop_token_ids,
         include_stop_str_in_output=bool(request.include_stop_str_in_output),
         ignore_eos=bool(request.ignore_eos),
-        logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
+        logprobs=_num_top(front, "logprobs", logprobs),
+        prompt_logprobs=_num_top(front, "prompt_logprobs", prompt_logprobs),
         skip_special_tokens=request.skip_special_tokens is not False,
         structured_outputs=structured_outputs(request),
     )
@@ -122,6 +122,19 @@ def for_choice(sampling: SamplingParams, choice: int) -> SamplingParams:
         seed=None if sampling.seed is None else _next_seed(sampling.seed, choice),
         prompt_logprobs=sampling.prompt_logprobs if choice == 0 else None,
     )
+
+
+def _num_top(front: Front, name: str, wanted: int | None) -> int | None:
+    """How many top log-probabilities are given where -1 stands for all of them."""
+    if wanted != -1:
+        return wanted
+    most = front.settings.max_logprobs
+    if most >= 0:
+        raise RequestRejected(
+            f"{name} is -1, which asks for the whole vocabulary; this server gives at most {most} (--max-logprobs -1 lifts that)",
+            param=name,
+        )
+    return front.model.vocab_size
 
 
 def _output_limit(front: Front, longest: int, max_tokens: int | None, min_tokens: int) -> int:

@@ -46,6 +46,7 @@ Text = Annotated[str, MaxLen(MAX_TEXT_CHARS)]
 # FailFast: a list of a million wrong entries gives one error, not a million.
 TokenIds = Annotated[list[TokenId], MinLen(1), MaxLen(MAX_PROMPT_TOKENS), FailFast()]
 ModelName = Annotated[str, MinLen(1), MaxLen(512)]
+NumTop = Annotated[int, Ge(-1), Le(MAX_TOKEN_ID)]  # of log-probabilities; -1: of the whole vocabulary
 StopText = Annotated[str, MinLen(1), MaxLen(MAX_STOP_CHARS)]
 
 
@@ -207,7 +208,7 @@ class SamplingFields(RequestModel):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    prompt_logprobs: Annotated[int, Ge(0), Le(MAX_TOKEN_ID)] | None = None
+    prompt_logprobs: NumTop | None = None
     truncate_prompt_tokens: Annotated[int, Ge(-1), Le(MAX_PROMPT_TOKENS)] | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
@@ -227,7 +228,7 @@ class SamplingFields(RequestModel):
 class CompletionRequest(SamplingFields):
     prompt: Prompt
     echo: bool | None = None
-    logprobs: Annotated[int, Ge(0), Le(MAX_TOKEN_ID)] | None = None
+    logprobs: NumTop | None = None
 
 
 class TextPart(RequestModel):
@@ -310,7 +311,7 @@ class ChatCompletionRequest(SamplingFields):
     messages: Messages
     max_completion_tokens: Annotated[int, Ge(1), Le(MAX_TOKEN_ID)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Ge(0), Le(MAX_TOKEN_ID)] | None = None
+    top_logprobs: NumTop | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: TemplateVariables | None = None

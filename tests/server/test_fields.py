@@ -159,6 +159,19 @@ def test_allowed_tokens_are_checked(server: RunningServer) -> None:
     assert_error(server.complete("x", bad_words=["a"] * 257), 400, param="bad_words")
 
 
+def test_log_probabilities_of_the_whole_vocabulary(server: RunningServer) -> None:
+    fields: dict[str, Any] = {"max_tokens": 2, "echo": True, "logprobs": -1, "return_tokens_as_token_ids": True}
+    assert "--max-logprobs" in assert_error(server.complete("x", **fields), 400, param="logprobs")
+    assert_error(server.complete("x", prompt_logprobs=-1), 400, param="prompt_logprobs")
+    with RunningServer(settings={"max_logprobs": -1}) as generous:
+        (choice,) = generous.complete("hi", **fields, prompt_logprobs=2).json()["choices"]
+        assert {len(one) for one in choice["logprobs"]["top_logprobs"] if one} == {300}  # as many as the fake engine has
+        assert {len(one) for one in choice["prompt_logprobs"] if one} == {2}
+        assert len(generous.complete("hi", prompt_logprobs=-1).json()["choices"][0]["prompt_logprobs"][1]) == 300
+        (chosen, _) = generous.chat(logprobs=True, top_logprobs=-1, max_tokens=2).json()["choices"][0]["logprobs"]["content"]
+        assert len(chosen["top_logprobs"]) == 400
+
+
 def test_best_of_is_refused_with_the_reason(server: RunningServer) -> None:
     assert "use n" in assert_error(server.complete("x", best_of=3), 400, param="best_of")
 
