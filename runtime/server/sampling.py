@@ -131,7 +131,7 @@ def _num_top(front: Front, name: str, wanted: int | None) -> int | None:
     most = front.settings.max_logprobs
     if most >= 0:
         raise RequestRejected(
-            f"{name} is -1, which asks for the whole vocabulary; this server gives at most {most} (--max-logprobs -1 lifts that)",
+            f"{name} is -1, which asks for the whole vocabulary; at most {most} are given here (--max-logprobs -1 lifts that)",
             param=name,
         )
     return front.model.vocab_size
