@@ -82,6 +82,12 @@ class RunningServer:
         return self.log.read_text(errors="replace")[-2000:]
 
 
+def environment(**added: str) -> dict[str, str]:
+    """This process's environment for one that is measured, which may keep bytecode: installed packages have theirs, and a llmc that
+    runs from its source tree would compile that at every start."""
+    return {**{name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}, **added}
+
+
 @contextmanager
 def server(command: Sequence[str], log: Path, environ: Mapping[str, str] | None = None) -> Iterator[RunningServer]:
     """Run an OpenAI-compatible server; `{port}` in the command is a free port. Its whole tree is gone afterwards."""
@@ -92,7 +98,7 @@ def server(command: Sequence[str], log: Path, environ: Mapping[str, str] | None 
             [part.replace("{port}", str(port)) for part in command],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **(environ or {})},
+            env=environment(**(environ or {})),
             start_new_session=True,
         )
         try:
@@ -113,7 +119,7 @@ def worker(module: str, request: Mapping[str, Any], *, threads: int, timeout_s: 
         ConfigError: the worker refused what it was asked (its message), such as a model without a chat template.
         InternalError: it crashed.
     """
-    environ = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    environ = environment(OMP_NUM_THREADS=str(threads), HF_HUB_OFFLINE="1")
     command = [sys.executable, "-m", module, json.dumps(request)]
     done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=timeout_s, check=False)
     if done.returncode != 0:

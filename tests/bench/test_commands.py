@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from llmc.bench.levels import LevelsConfig, bench_levels
+from llmc.bench.processes import environment
 from llmc.bench.result import GATE_FAILED
 from llmc.cli import main
 from tests.runtime.conftest import toy_folder, toy_weights  # noqa: F401
@@ -26,6 +27,13 @@ def artifact(toy_folder: Path, toy_weights: dict[str, np.ndarray], tmp_path_fact
 def rows(path: Path, table: int = 0) -> list[dict[str, object]]:
     found: list[dict[str, object]] = json.loads(path.read_text())["tables"][table]["rows"]
     return found
+
+
+def test_what_is_measured_may_keep_its_bytecode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setenv("LLMC_KEPT", "yes")
+    found = environment(OMP_NUM_THREADS="2")
+    assert "PYTHONDONTWRITEBYTECODE" not in found and found["LLMC_KEPT"] == "yes" and found["OMP_NUM_THREADS"] == "2"
 
 
 def test_latency_and_throughput(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
