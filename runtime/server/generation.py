@@ -92,8 +92,14 @@ class Generation:
             lora: the adapter to run with, by name; None: the model itself.
 
         Raises:
-            RequestRejected: the engine takes nothing now.
+            RequestRejected: the engine takes nothing now, or runs sequences as they come whatever their priority.
         """
+        if priority and front.settings.engine.get("scheduling_policy") != "priority":
+            raise RequestRejected(
+                "priority would have no effect: sequences run as they come; leave it out, or serve with --scheduling-policy priority",
+                param="priority",
+                code="invalid_value",
+            )
         self._front = front
         self._started = time.monotonic()
         self._sequences: dict[str, _Sequence] = {}

@@ -25,7 +25,8 @@ NUM_REPLY = len(TOKENIZER.encode(REPLY))
 
 @pytest.fixture(scope="module")
 def keyed() -> Iterator[RunningServer]:
-    with RunningServer(settings={"api_keys": ["secret-key"], "served_model_names": ["tiny", "org/tiny-alias"]}) as running:
+    settings = {"api_keys": ["secret-key"], "served_model_names": ["tiny", "org/tiny-alias"]}
+    with RunningServer(settings=settings, engine={"scheduling_policy": "priority"}) as running:
         yield running
 
 

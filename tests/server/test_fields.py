@@ -172,6 +172,18 @@ def test_log_probabilities_of_the_whole_vocabulary(server: RunningServer) -> Non
         assert len(chosen["top_logprobs"]) == 400
 
 
+def test_a_priority_that_would_not_act_is_refused(server: RunningServer) -> None:
+    assert server.complete("x", priority=0).status_code == 200
+    for refused in (
+        server.complete("x", priority=1),
+        server.chat("x", priority=-1),
+        server.post("/v1/responses", {"input": "x", "priority": 1}),
+    ):
+        assert "--scheduling-policy" in assert_error(refused, 400, param="priority")
+    with RunningServer(engine={"scheduling_policy": "priority"}) as ranked:
+        assert ranked.complete("x", priority=1).status_code == 200
+
+
 def test_best_of_is_refused_with_the_reason(server: RunningServer) -> None:
     assert "use n" in assert_error(server.complete("x", best_of=3), 400, param="best_of")
 
