@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import msgspec
+import torch
 from torch.fx import GraphModule
 
 from llmc.artifacts.element_sizes import nbytes_of
 from llmc.artifacts.kv_bytes import token_bytes
 from llmc.artifacts.manifest import Manifest, QuantizationFacts
-from llmc.compiler.report_layer import kernels, layer_graph
+from llmc.compiler.report_layer import activations, kernels, layer_graph
 from llmc.compiler.report_page import measured_facts, report_files, write_measured
+from llmc.passes.tolerances import TOLERANCES
 
 __all__ = ["facts", "measured_facts", "report_files", "write_measured"]
 
@@ -85,6 +88,8 @@ def facts(
         ],
         "layer": _layer(manifest, captured, lowered),
         "kernels": [] if lowered is None else kernels(lowered),
+        "activations": None if lowered is None else activations(lowered),
+        "close_within": asdict(TOLERANCES[getattr(torch, manifest.model.dtype)]),
         "ops": dict(sorted(ops.items(), key=lambda item: (-item[1], item[0]))),
         "extern_calls": sorted(extern_calls),
         "weights": _weight_groups(manifest),

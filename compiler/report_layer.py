@@ -16,6 +16,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from llmc.passes import graph as G
+from llmc.passes.cost import TOKENS, timeline
 
 # Ops that move no data, or are part of how a value is named; drawn as lines.
 _ELIDED = {"view", "reshape", "unsqueeze", "squeeze", "transpose", "permute", "expand", "getitem", "slice", "select", "alias", "detach",
@@ -67,6 +68,18 @@ def kernels(gm: GraphModule) -> list[dict[str, Any]]:
     names = ("op", "dtype", "rows", "columns", "weight_bytes", "padding_bytes", "flop_per_token", "kv_bytes_per_token")
     rows = [dict(zip(names, facts, strict=True)) | {"count": count} for facts, count in found.items()]
     return sorted(rows, key=lambda row: (-row["count"] * row["weight_bytes"], row["op"], row["rows"]))
+
+
+def activations(gm: GraphModule) -> dict[str, Any]:
+    """What a step keeps of its own values as it goes, predicted.
+
+    Returns:
+        {"tokens": of the step, each of another sequence, "bytes": alive behind each call that leaves a value, "peak_op": the call behind
+        which most are}.
+    """
+    found = timeline(gm)
+    peak = max(found, key=lambda one: one[1], default=None)
+    return {"tokens": TOKENS, "bytes": [nbytes for _, nbytes in found], "peak_op": _op(peak[0]) if peak is not None else ""}
 
 
 def _kernel(node: Node) -> tuple[Any, ...] | None:

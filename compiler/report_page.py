@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.compiler.cuda.report import COLUMNS, table_rows
-from llmc.compiler.report_svg import layer_svg, roofline_svg
+from llmc.compiler.report_svg import activations_svg, layer_svg, roofline_svg
 from llmc.compiler.stages import Stage
 from llmc.config.human import human_bytes
 
@@ -22,7 +22,7 @@ def render_html(report: Mapping[str, Any], measured: Mapping[str, Any] | None = 
 
     Args:
         report: `report.facts`, or a report.json of this version or an earlier one.
-        measured: `measured_facts` of the compile, and what `llmc bench` found where it was asked: "kernels", "pass_gain".
+        measured: `measured_facts` of the compile, and what `llmc bench` found where it was asked: "kernels", "pass_gain", "pass_kl".
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -31,10 +31,12 @@ def render_html(report: Mapping[str, Any], measured: Mapping[str, Any] | None = 
     environment.filters["signed_bytes"] = signed_bytes
     environment.filters["count"] = lambda n: f"{n:,}".replace(",", " ")
     environment.globals.update(layer_svg=layer_svg, roofline_svg=roofline_svg, spans=spans, startup_spans=startup_spans)
-    environment.globals.update(gpu_rows=table_rows, gpu_columns=COLUMNS)
+    environment.globals.update(gpu_rows=table_rows, gpu_columns=COLUMNS, gpu_padding=gpu_padding)
+    environment.globals.update(activations_svg=activations_svg, close_bound=close_bound)
     environment.globals.update(memory_plan=memory_plan, contents=contents, kernel_name=kernel_name, roof_points=roof_points)
     source = (files("llmc.compiler") / "report_template.html").read_text(encoding="utf-8")
     whole = {"layer": None, "kernels": [], "quantization": None, "kv_quantization": None, "gpu": None, "predicted": None, **report}
+    whole.setdefault("activations", None)
     return environment.from_string(source).render(report=whole, measured=measured)
 
 
@@ -115,6 +117,23 @@ def memory_plan(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows.append({"sequences": count, "weights": memory["weights_bytes"], "kv": kv, "bytes": memory["weights_bytes"] + kv})
     top = max(row["bytes"] for row in rows) or 1
     return [{**row, "weights_share": round(100 * row["weights"] / top, 2), "kv_share": round(100 * row["kv"] / top, 2)} for row in rows]
+
+
+def close_bound(report: Mapping[str, Any]) -> str:
+    """ "; a close one's result is within ...", or nothing for a report that does not say."""
+    bound = report.get("close_within")
+    return "" if bound is None else f"; a close one stays within {bound['atol']:g} + {bound['rtol']:g} x the value"
+
+
+def gpu_padding(plans: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of each plan the most rows that are padding: a step runs on the smallest plan of its kind that has room for it."""
+    found, before = [], {}
+    for plan in plans:
+        kind, _, size = plan["size"].rpartition(" ")
+        rows, smaller = int(size), before.get(kind, 0)
+        before[kind] = rows
+        found.append(f"{rows - smaller - 1} of {rows}")
+    return found
 
 
 def contents(files: Mapping[str, int]) -> list[dict[str, Any]]:

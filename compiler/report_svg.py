@@ -86,6 +86,31 @@ def roofline_svg(points: Sequence[Mapping[str, Any]], bandwidth_gb_s: float, pea
     return _svg(width, height, parts, "Roofline")
 
 
+def activations_svg(nbytes: Sequence[int], label: str) -> Markup:
+    """Bytes alive over the calls of a step, as steps above zero.
+
+    Args:
+        nbytes: behind each call, in order; at least one.
+        label: of the highest.
+    """
+    width, height, top, bottom = 640, 180, 26, 26
+    most = max(nbytes) or 1
+    across = width / len(nbytes)
+    path = [f"M0 {height - bottom}"]
+    for number, value in enumerate(nbytes):
+        path.append(f"V{height - bottom - (height - top - bottom) * value / most:.1f}H{across * (number + 1):.1f}")
+    peak = across * (nbytes.index(max(nbytes)) + 0.5)
+    anchor = "start" if peak < width / 3 else "end" if peak > 2 * width / 3 else "middle"
+    parts = [
+        f'<path class="area" d="{"".join(path)}V{height - bottom}Z"/>',
+        f'<path class="grid" d="M0 {height - bottom}H{width}"/>',
+        f'<text x="{peak:.1f}" y="{top - 8}" text-anchor="{anchor}">{escape(label)}</text>',
+        f'<text class="soft" x="0" y="{height - 8}">first of {len(nbytes)} calls</text>',
+        f'<text class="soft" x="{width}" y="{height - 8}" text-anchor="end">last</text>',
+    ]
+    return _svg(width, height, parts, "Memory of a step over its calls")
+
+
 def _ranks(nodes: Sequence[Mapping[str, Any]]) -> list[int]:
     ranks: list[int] = []
     for node in nodes:

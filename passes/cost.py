@@ -49,41 +49,67 @@ class Cost:
 
 
 def predicted(gm: GraphModule) -> Cost:
-    """The cost of a graph. Groups of fused calls are those that share a depth, the number of other calls on the way to them."""
+    """The cost of a graph."""
+    group = _groups(gm)
+    launches, moved = len(set(group.values())), 0
+    for node in _calls(gm):
+        if node not in group and node.target not in _VIEWS:
+            launches += 1
+            moved += _bytes(node) + sum(_read(node, n) for n in node.all_input_nodes)
+    seen: set[tuple[Node, Node]] = set()
+    for node, root in group.items():
+        for view in node.all_input_nodes:
+            if group.get(_base(view)) is not root and (view, root) not in seen:
+                seen.add((view, root))  # read once by a group, however many of its calls want it
+                moved += _read(node, view)
+        if _leaves(node, group):
+            moved += _bytes(node)
+    return Cost(launches=launches, nbytes=moved)
+
+
+def timeline(gm: GraphModule) -> list[tuple[Node, int]]:
+    """Each call that leaves a value, in order, with the bytes of such values alive behind it, predicted: weights, caches and inputs are
+    not counted, and a value lives from its call to its last reader."""
+    group, place = _groups(gm), {node: number for number, node in enumerate(gm.graph.nodes)}
+    kept = [n for n in _calls(gm) if n.target not in _VIEWS and (n not in group or _leaves(n, group))]
+    dies = {node: max([place[node], *(place[user] for user in _readers(node))]) for node in kept}
+    found: list[tuple[Node, int]] = []
+    living: list[Node] = []
+    for node in kept:
+        living = [n for n in living if dies[n] >= place[node]] + [node]
+        found.append((node, sum(map(_bytes, living))))
+    return found
+
+
+def _calls(gm: GraphModule) -> list[Node]:
+    return [n for n in gm.graph.nodes if n.op == "call_function" and isinstance(n.meta.get("val"), torch.Tensor | tuple | list)]
+
+
+def _groups(gm: GraphModule) -> dict[Node, Node]:
+    """Each fused call -> the one that stands for its group: those that share a depth, the number of other calls on the way to them."""
     depth: dict[Node, int] = {}
     group: dict[Node, Node] = {}
-    launches, moved = 0, 0
 
     def root(node: Node) -> Node:
         while group[node] is not node:
             node = group[node]
         return node
 
-    calls = [n for n in gm.graph.nodes if n.op == "call_function" and isinstance(n.meta.get("val"), torch.Tensor | tuple | list)]
-    for node in calls:
+    for node in _calls(gm):
         inputs = [_base(n) for n in node.all_input_nodes]
         depth[node] = max((depth.get(n, 0) + (not _is_fused(n)) for n in inputs if n.op == "call_function"), default=0)
-        if node.target in _VIEWS:
-            continue
-        if not _is_fused(node):
-            launches += 1
-            moved += _bytes(node) + sum(_read(node, n) for n in node.all_input_nodes)
+        if node.target in _VIEWS or not _is_fused(node):
             continue
         group[node] = node
         for before in inputs:
             if before in group and depth[before] == depth[node]:
                 group[root(before)] = root(node)
-    launches += sum(group[node] is node for node in group)
-    seen: set[tuple[Node, Node]] = set()
-    for node in group:
-        for view in node.all_input_nodes:
-            before = _base(view)
-            if not (before in group and root(before) is root(node)) and (view, root(node)) not in seen:
-                seen.add((view, root(node)))  # read once by a group, however many of its calls want it
-                moved += _read(node, view)
-        if any(not (user in group and root(user) is root(node)) for user in _readers(node)):
-            moved += _bytes(node)
-    return Cost(launches=launches, nbytes=moved)
+    return {node: root(node) for node in group}
+
+
+def _leaves(node: Node, group: dict[Node, Node]) -> bool:
+    """Whether somebody outside its group reads a fused call."""
+    return any(group.get(user) is not group[node] for user in _readers(node))
 
 
 def _is_fused(node: Node) -> bool:

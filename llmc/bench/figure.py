@@ -79,5 +79,5 @@ def _coverage(count: int, rank: int) -> float:
 
 
 def number(value: float, digits: int) -> str:
-    """Fixed digits; small values that would show as zero in scientific notation."""
-    return f"{value:.2e}" if value and abs(value) < 0.5 * 10**-digits else f"{value:.{digits}f}"
+    """Fixed digits; of small values that would show as zero, two that are not."""
+    return f"{value:.2g}" if value and abs(value) < 0.5 * 10**-digits else f"{value:.{digits}f}"

@@ -196,7 +196,12 @@ def _result(
         for name, found in samples.items()
     }
     facts = {one.name: one for one in compiled}
-    rows = [_row(name, found, facts.get(name), apart.get(name), speedups[name]["decode 1"]) for name, found in samples.items()]
+    base = fixed_level(config)
+    rows = [
+        _row(name, found, facts.get(name), apart.get(name), speedups[name]["decode 1"])
+        for name, found in samples.items()
+        if not name.startswith(_without(base))  # these have a table of their own
+    ]
     columns = [
         Column(key="level", title="level"),
         Column(key="prefill", title=f"prefill {modes['prefill'].prompt_tokens}", unit="tok/s", better="higher", digits=0),
@@ -213,7 +218,7 @@ def _result(
     ]
     tables = [Table(title=f"{config.model}: levels", columns=columns, rows=rows, notes=[*_notes(config, compiled), *lacking])]
     if config.passes:
-        tables.append(_pass_table(samples, modes, fixed_level(config)))
+        tables.append(_pass_table(samples, modes, apart, base))
     return BenchResult(
         benchmark="levels",
         workload={
@@ -244,16 +249,25 @@ def _row(name: str, found: _Samples, fact: Compiled | None, apart: Divergence | 
     return row
 
 
-def _pass_table(samples: Mapping[str, _Samples], modes: Mapping[str, Mode], base: str) -> Table:
-    """What each pass brings: the full level against the level without it."""
+def _without(base: str) -> str:
+    """What the name of the level without a pass begins with."""
+    return f"{base} -"
+
+
+def _pass_table(samples: Mapping[str, _Samples], modes: Mapping[str, Mode], apart: Mapping[str, Divergence], base: str) -> Table:
+    """What each pass brings and costs: the full level against the level without it."""
     rows: list[dict[str, Cell]] = []
     for name, found in samples.items():
-        if name.startswith(f"{base} -"):
+        if name.startswith(_without(base)):
             gains = {mode: ratios(figure(samples[base].speeds[mode]), figure(found.speeds[mode])) for mode in modes}
-            rows.append({"pass": name.removeprefix(f"{base} -"), **gains})
+            rows.append({"pass": name.removeprefix(_without(base)), **gains, "kl": apart[base].mean_kl - apart[name].mean_kl})
     columns = [Column(key=mode, title=mode, unit="x", better="higher", digits=3) for mode in modes]
-    note = f"{base} against {base} without the pass, round by round; above 1 the pass pays, an interval that holds 1 says nothing."
-    return Table(title="What each pass brings", columns=[Column(key="pass", title="pass"), *columns], rows=rows, notes=[note])
+    columns.append(Column(key="kl", title="mean KL it adds", unit="nats", better="lower", digits=6))
+    notes = [
+        f"{base} against {base} without the pass, round by round; above 1 the pass pays, an interval that holds 1 says nothing.",
+        "KL is from -O0, with the pass less without it: below zero, the program is nearer to -O0 with the pass.",
+    ]
+    return Table(title="What each pass brings", columns=[Column(key="pass", title="pass"), *columns], rows=rows, notes=notes)
 
 
 def _notes(config: LevelsConfig, compiled: Sequence[Compiled]) -> list[str]:

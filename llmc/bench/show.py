@@ -60,7 +60,8 @@ def _show_table(table: Table, console: Console) -> None:
         lines = [list(line) for line in zip(*lines, strict=True)]
     shown = RichTable(title=escape(table.title), title_justify="left")
     for place, title in enumerate(lines[0]):
-        shown.add_column(title, justify="right" if place else "left", overflow="fold")
+        longest = max(map(len, " ".join(line[0] for line in lines).split())) if place == 0 else None  # names are not broken
+        shown.add_column(title, justify="right" if place else "left", overflow="fold", min_width=longest)
     for line in lines[1:]:
         shown.add_row(*map(escape, line))
     console.print(shown)

@@ -43,7 +43,7 @@ def report_command(a: Path, b: Path | None, html_file: Path | None, kernels: Pat
     if kernels is not None:
         measured["kernels"] = _details(kernels, "kernels")
     if levels is not None:
-        measured["pass_gain"] = _pass_gain(levels)
+        measured["pass_gain"], measured["pass_kl"] = _pass_gain(levels)
     if as_json:
         print(json.dumps({**report, "measured": measured or None}, indent=2, sort_keys=True))
     elif html_file is None:
@@ -102,14 +102,15 @@ def _details(path: Path, name: str) -> Any:
     return found["details"][name]
 
 
-def _pass_gain(path: Path) -> dict[str, str]:
-    """Pass -> gain in decode of one sequence, as the page shows it."""
+def _pass_gain(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Pass -> gain in decode of one sequence, and pass -> mean KL it adds, as the page shows them."""
     found = _json_file(path)
     tables = found.get("tables", [])
     if found.get("benchmark") != "levels" or len(tables) < 2:
         raise ConfigError(f"{path}: is no --json file of `llmc bench levels --passes`")
-    rows = ((row["pass"], row["decode 1"]) for row in tables[1]["rows"])
-    return {name: f"{gain['median']:.3f} [{gain['low']:.3f}, {gain['high']:.3f}]" for name, gain in rows}
+    gains = {row["pass"]: row["decode 1"] for row in tables[1]["rows"]}
+    added = {row["pass"]: f"{row['kl']:.1e}" if row["kl"] else "0" for row in tables[1]["rows"] if "kl" in row}
+    return {name: f"{gain['median']:.3f} [{gain['low']:.3f}, {gain['high']:.3f}]" for name, gain in gains.items()}, added
 
 
 def _compare(a: Path, b: Path, as_json: bool) -> int:

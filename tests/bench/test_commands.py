@@ -178,5 +178,6 @@ def test_each_pass_that_did_something_is_left_out_in_turn(tmp_path: Path, monkey
         name: levels._Samples(speeds={mode: [speed, speed] for mode in levels.SPEEDS})
         for name, speed in (("-O2", 3.0), ("-O2 -merge-qkv", 2.0))
     }
-    table = levels._pass_table(samples, levels.SPEEDS, "-O2")
-    assert [(row["pass"], row["decode 1"].median) for row in table.rows] == [("merge-qkv", 1.5)]  # type: ignore[union-attr]
+    apart = {name: SimpleNamespace(mean_kl=kl) for name, kl in (("-O2", 0.75), ("-O2 -merge-qkv", 0.5))}
+    table = levels._pass_table(samples, levels.SPEEDS, apart, "-O2")  # type: ignore[arg-type]
+    assert [(row["pass"], row["decode 1"].median, row["kl"]) for row in table.rows] == [("merge-qkv", 1.5, 0.25)]  # type: ignore[union-attr]

@@ -108,5 +108,5 @@ def test_gates() -> None:
 
 
 def test_numbers() -> None:
-    assert [number(v, 1) for v in (0.0, 0.04, 0.06, 12.34)] == ["0.0", "4.00e-02", "0.1", "12.3"]
+    assert [number(v, 1) for v in (0.0, 0.04, 0.06, 12.34)] == ["0.0", "0.04", "0.1", "12.3"]
     assert cell_text(figure([2.0]), COLUMNS[1]) == "2.0" and cell_text(None, COLUMNS[1]) == "-" and cell_text(3, COLUMNS[1]) == "3"

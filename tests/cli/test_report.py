@@ -63,12 +63,12 @@ def test_two_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.usefixtures("reports")
 def test_a_page_takes_in_what_was_measured_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    gain = {"pass": "merge-qkv", "decode 1": {"median": 1.25, "low": 1.2, "high": 1.3}}
+    gain = {"pass": "merge-qkv", "decode 1": {"median": 1.25, "low": 1.2, "high": 1.3}, "kl": 0.0025}
     levels, kernels, page = tmp_path / "levels.json", tmp_path / "kernels.json", tmp_path / "page.html"
     levels.write_text(json.dumps({"benchmark": "levels", "tables": [{}, {"rows": [gain]}]}))
     kernels.write_text(json.dumps({"benchmark": "kernels", "details": {"kernels": MEASURED["kernels"]}}))
     assert main(["report", "a", "--html", str(page), "--levels", str(levels), "--kernels", str(kernels)]) == 0
-    assert "1.250 [1.200, 1.300]" in page.read_text() and "Kernels, measured" in page.read_text()
+    assert "1.250 [1.200, 1.300]" in page.read_text() and "2.5e−03" in page.read_text() and "Kernels, measured" in page.read_text()
     assert main(["report", "a", "--html", str(page), "--kernels", str(levels)]) == 2
     assert "is no --json file of `llmc bench kernels`" in capsys.readouterr().err
     levels.write_text("[")

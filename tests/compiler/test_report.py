@@ -13,9 +13,9 @@ import pytest
 from llmc.compiler.capture import capture
 from llmc.compiler.model import read_model
 from llmc.compiler.pipeline import pipeline
-from llmc.compiler.report_layer import kernels, layer_graph
-from llmc.compiler.report_page import contents, memory_plan, render_html, report_files, spans, startup_spans, write_measured
-from llmc.compiler.report_svg import layer_svg, roofline_svg
+from llmc.compiler.report_layer import activations, kernels, layer_graph
+from llmc.compiler.report_page import contents, gpu_padding, memory_plan, render_html, report_files, spans, startup_spans, write_measured
+from llmc.compiler.report_svg import activations_svg, layer_svg, roofline_svg
 from llmc.passes.base import PassContext
 from llmc.passes.runner import run_passes
 
@@ -170,6 +170,19 @@ def test_the_roof_bends_at_its_ridge() -> None:
     assert spots[1][1] > corners[1][1]  # below the roof: y grows downwards
 
 
+def test_memory_over_a_step_is_drawn_to_scale() -> None:
+    drawing = activations_svg([100, 400, 200], "400 B behind <softmax>")
+    heights = [154 - float(y) for y in re.findall(r"V([0-9.]+)H", drawing)]
+    assert heights == [32, 128, 64] and "behind &lt;softmax&gt;" in drawing
+    page = page_of(render_html({**REPORT, "activations": {"tokens": 64, "bytes": [100, 400], "peak_op": "linear"}}))
+    assert page.open == [] and "400 B behind linear" in page.text
+
+
+def test_padding_of_plans_is_what_the_next_smaller_one_leaves() -> None:
+    sizes = ("decode 1", "decode 2", "decode 8", "prefill 64", "prefill 128")
+    assert gpu_padding([{"size": size} for size in sizes]) == ["0 of 1", "0 of 2", "5 of 8", "63 of 64", "63 of 128"]
+
+
 @pytest.fixture(scope="module")
 def demo_graphs() -> tuple[Any, Any]:
     """The demo model's graph as captured, and after the passes of -O2."""
@@ -203,3 +216,10 @@ def test_kernels_have_the_bytes_of_their_weights(demo_graphs: tuple[Any, Any]) -
     assert all(k["weight_bytes"] == 2 * k["rows"] * k["columns"] and k["flop_per_token"] == 2 * k["rows"] * k["columns"] for k in linears)
     (attention,) = [k for k in found if k["kv_bytes_per_token"]]
     assert (attention["count"], attention["rows"], attention["kv_bytes_per_token"]) == (4, 4, 2 * 2 * 64 * 2)
+
+
+def test_a_step_holds_most_where_the_mlp_is_widest_or_the_logits_are(demo_graphs: tuple[Any, Any]) -> None:
+    found = activations(demo_graphs[1])
+    assert found["tokens"] == 64 and len(found["bytes"]) > 4 * 6
+    assert found["peak_op"] == "linear" and max(found["bytes"]) == found["bytes"][-1]  # the head: 2048 logits a token
+    assert max(found["bytes"]) == 64 * (2048 + 2 * 192) * 2  # beside what the last add_rms_norm gives: the sum and its norm

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from llmc.passes.common_subexpressions import CommonSubexpressions
-from llmc.passes.cost import Cost, predicted
+from llmc.passes.cost import Cost, predicted, timeline
 from llmc.passes.fuse_add_rms_norm import FuseAddRmsNorm
 from llmc.passes.fuse_rms_norm import FuseRmsNorm
 from llmc.passes.fuse_rope_kv_write import FuseRopeKVWrite
@@ -58,3 +58,14 @@ def test_a_sum_and_its_norm_save_a_read() -> None:
     after, _ = before.apply(FuseAddRmsNorm())
     assert predicted(after.gm).launches < predicted(before.gm).launches
     assert predicted(after.gm).nbytes < predicted(before.gm).nbytes
+
+
+def test_a_value_lives_from_its_call_to_its_last_reader() -> None:
+    def program(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        y = x @ a  # 4 x 8
+        z = torch.relu(y) @ b  # relu leaves 4 x 8, the product 4 x 16
+        return torch.softmax(z, 1)[:, :8] @ a[:8] + y  # y lives to the end
+
+    case = capture(program, seeded(4, 8), seeded(8, 8), seeded(8, 16))
+    cell = 4 * 4  # four rows of fp32
+    assert [nbytes for _, nbytes in timeline(case.gm)] == [8 * cell, 16 * cell, 32 * cell, 40 * cell, 32 * cell, 24 * cell]
