@@ -22,7 +22,7 @@ def check_tools(front: Front, body: ChatCompletionRequest) -> None:
         RequestRejected: naming the field.
     """
     choice = body.tool_choice
-    if choice is not None and choice != "none" and not body.tools:
+    if choice not in (None, "none", "auto") and not body.tools:
         raise RequestRejected("tool_choice needs tools", param="tool_choice")
     if not body.tools:
         return

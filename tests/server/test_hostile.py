@@ -87,7 +87,7 @@ def test_bad_completion_bodies(server: RunningServer, body: bytes, param: str | 
         ({"messages": [MESSAGE], "tools": [TOOL, TOOL]}, "tools"),
         ({"messages": [MESSAGE], "tools": [TOOL] * 513}, "tools"),
         ({"messages": [MESSAGE], "tools": [TOOL]}, "tools"),
-        ({"messages": [MESSAGE], "tool_choice": "auto"}, "tool_choice"),
+        ({"messages": [MESSAGE], "tool_choice": "required"}, "tool_choice"),
         ({"messages": [MESSAGE], "tools": [TOOL], "tool_choice": {"type": "function", "function": {}}}, "tool_choice"),
         ({"messages": [MESSAGE], "tools": [TOOL], "tool_choice": "sometimes"}, "tool_choice"),
         ({"messages": [MESSAGE], "reasoning_effort": "extreme"}, "reasoning_effort"),

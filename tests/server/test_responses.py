@@ -48,6 +48,7 @@ def test_what_vllm_and_clients_send_besides(server: RunningServer) -> None:
     """Fields of sampling act as in chat; the rest asks for nothing."""
     fields: dict[str, Any] = {"seed": 1, "top_k": 3, "repetition_penalty": 1.1, "priority": 0, "cache_salt": "s", "prompt_cache_key": "k"}
     nothing: dict[str, Any] = {"store": False, "background": False, "include": [], "service_tier": "auto", "safety_identifier": "me"}
+    nothing |= {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True}
     body = respond(server, "hi", stop=["world"], **fields, **nothing)
     assert body["output"][0]["content"][0]["text"] == REPLY.partition("world")[0] and body["status"] == "completed"
 
