@@ -32,8 +32,7 @@ class _OnDevice:
     sampling: RowSampling
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Submitted:
+class _Submitted(msgspec.Struct, frozen=True, kw_only=True):
     """A step between `submit` and `collect`."""
 
     plan: StepPlan

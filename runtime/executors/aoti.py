@@ -78,6 +78,8 @@ class AotiExecutor:
         self._run = self._function("AOTInductorModelContainerRunSingleThreaded", 7)
         self._use_threads()
         self._call("AOTInductorModelContainerCreateWithDevice", ctypes.byref(self._container), ctypes.c_size_t(1), b"cpu", None)
+        outputs = _HANDLE(ctypes.addressof(self._output))
+        self._arguments = (self._container, self._inputs, ctypes.c_size_t(len(self._inputs)), outputs, ctypes.c_size_t(1), None, None)
         self._check_arity()
         self._bind_constants()
 
@@ -121,7 +123,7 @@ class AotiExecutor:
             self._use_threads()  # OpenMP keeps the number of threads per starting thread
         self._release_output()
         self._place_inputs(batch)
-        status = self._run(self._container, self._inputs, len(self._inputs), ctypes.addressof(self._output), 1, None, None)
+        status = self._run(*self._arguments)
         if status:
             self._output.value = None
             raise InternalError(f"the compiled program failed in a step of {len(batch.input_ids)} tokens: {self._last_error()}")
@@ -153,6 +155,7 @@ class AotiExecutor:
             raise InternalError("a step ran before the KV cache was allocated; please report this")
         if self._placed is None or self._placed[0] is not batch:
             self._placed = None  # handles may be deleted meanwhile
+            self._reader.forget()
             varying = [(self._base(getattr(batch, name), name, dtype, handles), place) for name, dtype, place, handles in self._varying]
             self._placed = batch, [*self._fixed, *varying]
         copy = self._tensors.new_handle

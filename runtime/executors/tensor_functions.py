@@ -112,39 +112,45 @@ class OutputReader:
         self._code = DTYPE_CODES[dtype]
         self._found = found = _Described()
         # As ctypes objects: made once, where a Python integer is turned into one at every call
-        self._calls = [
+        self._address, *self._others = (
             (function, _HANDLE(ctypes.addressof(found) + field.offset))
             for function, field in (
+                (tensors.data_ptr, _Described.data),
                 (tensors.dim, _Described.dim),
                 (tensors.dtype, _Described.dtype),
-                (tensors.data_ptr, _Described.data),
                 (tensors.sizes, _Described.sizes),
                 (tensors.is_contiguous, _Described.contiguous),
             )
-        ]
-        self._views: dict[tuple[int, tuple[int, ...]], np.ndarray] = {}
+        )
+        self._views: dict[int | None, np.ndarray] = {}
 
     def read(self, handle: _HANDLE) -> np.ndarray:
         """The data of a contiguous CPU tensor as a numpy view, valid while the handle lives. bfloat16 comes as uint16.
 
+        Until `forget` all that is read has one shape; only where it lies is asked every time.
+
         Raises:
             InternalError: it is of another dtype, or not contiguous.
         """
-        status, found = 0, self._found
-        for function, place in self._calls:
-            status |= function(handle, place)
-        if status or found.dtype != self._code or not found.contiguous:
-            raise InternalError(
-                f"the program gave a tensor that is not contiguous {self._dtype} (dtype code {found.dtype}); please report this"
-            )
-        dim, sizes, address = found.dim, found.sizes, found.data or 0
-        shape = tuple((ctypes.c_int64 * dim).from_address(sizes)) if dim and sizes else ()
-        view = self._views.get((address, shape))
-        if view is None:
+        function, place = self._address
+        status, found = function(handle, place), self._found
+        view = self._views.get(found.data)
+        if view is None or status:
+            for function, place in self._others:
+                status |= function(handle, place)
+            if status or found.dtype != self._code or not found.contiguous:
+                raise InternalError(
+                    f"the program gave a tensor that is not contiguous {self._dtype} (dtype code {found.dtype}); please report this"
+                )
             if len(self._views) >= _MAX_VIEWS:
                 self._views.clear()
-            view = self._views[address, shape] = view_memory(address, shape, self._dtype)
+            shape = tuple((ctypes.c_int64 * found.dim).from_address(found.sizes)) if found.dim and found.sizes else ()
+            view = self._views[found.data] = view_memory(found.data or 0, shape, self._dtype)
         return view
+
+    def forget(self) -> None:
+        """The shapes of the program's inputs change, so its output's may."""
+        self._views.clear()
 
 
 def view_memory(address: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -80,13 +81,13 @@ def _inverse_transform(weights: np.ndarray, draws: list[float]) -> list[int]:
     starts = _block_starts(weights.shape[1])
     sums = np.add.accumulate(np.add.reduceat(weights, starts, axis=1, dtype=np.float64), axis=1)
     found: list[int] = []
-    for row, row_sums, draw in zip(weights, sums, draws, strict=True):
-        goal = draw * row_sums.item(-1)
-        block = min(row_sums.searchsorted(goal, side="right").item(), len(starts) - 1)
-        before = row_sums.item(block - 1) if block else 0.0
+    for row, row_sums, draw in zip(weights, sums.tolist(), draws, strict=True):
+        goal = draw * row_sums[-1]
+        block = min(bisect_right(row_sums, goal), len(starts) - 1)
+        before = row_sums[block - 1] if block else 0.0
         start = block * _BLOCK
         inside = before + np.add.accumulate(row[start : start + _BLOCK].astype(np.float64))
-        index = start + min(inside.searchsorted(goal, side="right").item(), len(inside) - 1)
+        index = start + min(int(inside.searchsorted(goal, side="right")), len(inside) - 1)
         if row.item(index) <= 0.0:
             index = int(np.flatnonzero(row[: index + 1])[-1])  # rounding left the draw past the last likely token
         found.append(index)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from llmc.runtime.sampler.token_counts import TokenCounts
 from llmc.runtime.step import SampledToken, ScheduledSequence
 
 _GREEDY_BELOW = 1e-5  # a lower temperature is greedy, as in vLLM
-_DRAWS_AHEAD = 32  # made in a tenth of the time of as many single ones
+_DRAWS_AHEAD = 64  # made in a tenth of the time of as many single ones
 _MAX_DRAWN = 1 << 18  # logits of rows drawn together: 1 MiB, which a core's own cache holds
 
 
@@ -37,16 +37,6 @@ class _SequenceState:
     held_back: np.ndarray | None  # eos and stop ids, masked before min_tokens
     draws: list[float] = field(default_factory=list)  # made ahead, from position `first_draw`; plain draws alone use them
     first_draw: int = 0
-
-
-class _Drawing(NamedTuple):
-    """A row to draw from. best: where its largest logit is."""
-
-    row: int
-    best: int
-    sequence: ScheduledSequence
-    state: _SequenceState
-    position: int
 
 
 class _Logits(Protocol):
@@ -119,16 +109,20 @@ class Sampler:
         }
         if len(tokens) == len(sequences):
             return tokens
-        drawing = [
-            _Drawing(row=row, best=token, sequence=sequence, state=state, position=_position(sequence))
-            for row, (sequence, state, token) in enumerate(zip(sequences, states, best, strict=True))
-            if state is not None and state.plain_draw and token >= 0
-        ]
+        drawing = [row for row, state in enumerate(states) if state is not None and state.plain_draw and best[row] >= 0]
         if drawing:
             wide = logits.to_float32()
             at_once = max(1, _MAX_DRAWN // wide.shape[1])
             for first in range(0, len(drawing), at_once):
-                tokens.update(_draw_together(drawing[first : first + at_once], wide))
+                rows = drawing[first : first + at_once]
+                sharing = [sequences[row] for row in rows]
+                found = choose_from_all(
+                    wide if len(rows) == len(wide) else wide[rows],
+                    peaks=[wide.item(row, best[row]) for row in rows],
+                    temperatures=[sequence.sampling.temperature for sequence in sharing],
+                    draws=self._draws(sharing),
+                )
+                tokens.update({sequence.request_id: SampledToken(token_id=token) for sequence, token in zip(sharing, found, strict=True)})
         return tokens
 
     def wishes(self, sequences: Sequence[ScheduledSequence], vocab: int) -> list[RowWish]:
@@ -249,6 +243,16 @@ class Sampler:
         if state.counts is not None:
             _penalise(row, state.counts, params)
 
+    def _draws(self, sequences: list[ScheduledSequence]) -> list[float]:
+        """What `uniform` gives each sequence, of draws that are made together for some tokens to come."""
+        drawn = [(self._states[sequence.request_id], _position(sequence)) for sequence in sequences]
+        missing = [(state, position) for state, position in drawn if not 0 <= position - state.first_draw < len(state.draws)]
+        if missing:
+            ahead = uniforms([state.seed for state, _ in missing], [position for _, position in missing], _DRAWS_AHEAD)
+            for (state, position), draws in zip(missing, ahead.tolist(), strict=True):
+                state.draws, state.first_draw = draws, position
+        return [state.draws[position - state.first_draw] for state, position in drawn]
+
     def _draw(self, row: np.ndarray, state: _SequenceState, sequence: ScheduledSequence) -> int:
         params = sequence.sampling
         return choose(
@@ -259,27 +263,6 @@ class Sampler:
             min_p=params.min_p,
             draw=uniform(state.seed, _position(sequence)),
         )
-
-
-def _draw_together(drawing: list[_Drawing], logits: np.ndarray) -> dict[str, SampledToken]:
-    """`choose` for several rows of `logits` (float32 [N, V]) of which nothing is cut off."""
-    _fill_draws(drawing)
-    found = choose_from_all(
-        logits if len(drawing) == len(logits) else logits[[one.row for one in drawing]],
-        peaks=[logits.item(one.row, one.best) for one in drawing],
-        temperatures=[one.sequence.sampling.temperature for one in drawing],
-        draws=[one.state.draws[one.position - one.state.first_draw] for one in drawing],
-    )
-    return {one.sequence.request_id: SampledToken(token_id=token) for one, token in zip(drawing, found, strict=True)}
-
-
-def _fill_draws(drawing: list[_Drawing]) -> None:
-    """Make the draws at these positions, and some behind them, where they are not made yet. Changes the states."""
-    missing = [one for one in drawing if not 0 <= one.position - one.state.first_draw < len(one.state.draws)]
-    if missing:
-        ahead = uniforms([one.state.seed for one in missing], [one.position for one in missing], _DRAWS_AHEAD)
-        for one, draws in zip(missing, ahead.tolist(), strict=True):
-            one.state.draws, one.state.first_draw = draws, one.position
 
 
 def _position(sequence: ScheduledSequence) -> int:

@@ -212,7 +212,7 @@ def test_engine_over_the_artifact(artifact_folder, toy_weights):
 def test_answers_from_mapped_weights_while_they_move(artifact_folder, toy_weights, monkeypatch):
     monkeypatch.setattr("llmc.runtime.load.EARLY_BYTES", 0)
     begun = []
-    monkeypatch.setattr("llmc.runtime.weight_mover.WeightMover.start", lambda mover: begun.append(mover))
+    monkeypatch.setattr("llmc.runtime.weight_mover.WeightMover.start", lambda mover, head_start_s: begun.append(mover))
     engine = Engine(EngineConfig(artifact=str(artifact_folder), threads=1, num_blocks=40, early_start=True))
     (mover,) = begun
 
