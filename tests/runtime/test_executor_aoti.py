@@ -221,7 +221,7 @@ def test_answers_from_mapped_weights_while_they_move(artifact_folder, toy_weight
 
     expected = toy_greedy(toy_weights, [3, 4, 5], 9)[0]
     assert mover.pending_bytes > 0 and answers() == expected
-    mover._run()
+    mover._run(0.0)
     assert mover.pending_bytes == 0 and answers() == expected
     mover._fault = ValueError("changed on disk")
     with pytest.raises(DeviceLost, match="the weights could not move into memory: changed on disk"):
