@@ -95,9 +95,9 @@ class _EngineCollector:
         yield self._gauge("llmc:front_peak_rss_bytes", "Most memory the front process held.", _peak_rss_bytes())
         ready = self._client.ready
         if ready is not None:
-            family = GaugeMetricFamily("llmc:cache_config_info", "How the KV cache is cut.", labels=["block_size", "num_gpu_blocks"])
-            family.add_metric([str(ready.block_size), str(ready.num_blocks)], 1)
-            yield family
+            info = GaugeMetricFamily("llmc:cache_config_info", "How the KV cache is cut.", labels=["block_size", "num_gpu_blocks"])
+            info.add_metric([str(ready.block_size), str(ready.num_blocks)], 1)
+            yield info
         if ready is not None and ready.max_loras:
             yield self._lora_info(ready.max_loras, stats)
         for field, (name, about) in _ENGINE_COUNTERS.items():
