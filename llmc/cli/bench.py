@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,6 +29,13 @@ def bench_group() -> None:
     Every run records commit, machine, versions, seeds, warm-up and repeats. A gate that fails (--max-..., --min-...) ends the command
     with status 6.
     """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _ended)
+
+
+def _ended(number: int, frame: object) -> None:
+    """Leave as an error does: what was started is stopped, temporary folders go."""
+    sys.exit(128 + number)
 
 
 def outputs(command: _F) -> _F:

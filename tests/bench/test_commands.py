@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -181,3 +186,19 @@ def test_each_pass_that_did_something_is_left_out_in_turn(tmp_path: Path, monkey
     apart = {name: SimpleNamespace(mean_kl=kl) for name, kl in (("-O2", 0.75), ("-O2 -merge-qkv", 0.5))}
     table = levels._pass_table(samples, levels.SPEEDS, apart, "-O2")  # type: ignore[arg-type]
     assert [(row["pass"], row["decode 1"].median, row["kl"]) for row in table.rows] == [("merge-qkv", 1.5, 0.25)]  # type: ignore[union-attr]
+
+
+def test_a_run_that_is_told_to_end_leaves_nothing_behind(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "llmc", "bench", "levels", str(ROOT / "examples" / "demo_model"), "--no-startup", "--no-tvm"]
+    ours = {**os.environ, "TMPDIR": str(tmp_path), "LLMC_CACHE_DIR": str(tmp_path / "cache")}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ours) as process:
+        assert process.stderr is not None and process.stderr.readline() == "llmc bench: compile -O0\n"
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        deadline = time.monotonic() + 60
+        while not (started := children.read_text().split()):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.01)
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    assert not list(tmp_path.glob("llmc-bench-*"))
+    assert not any(Path(f"/proc/{child}").exists() for child in started)
