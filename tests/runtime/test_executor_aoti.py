@@ -200,12 +200,14 @@ def test_kernels_that_others_loaded_are_never_called(tmp_path):
 
 
 def test_engine_over_the_artifact(artifact_folder, toy_weights):
-    engine = Engine(EngineConfig(artifact=str(artifact_folder), threads=1, num_blocks=40))
+    engine = Engine(EngineConfig(artifact=str(artifact_folder), threads=1, num_blocks=40, max_num_seqs=2))
     assert {"verify", "load", "load.code", "load.weights", "bind", "kv", "canary"} <= set(engine.ready.startup_ms)
-    prompts = {"a": [3, 4, 5], "b": list(range(2, 22)), "c": [17]}
-    events = run_all(engine, [request(name, prompt, temperature=0.0, max_tokens=9, ignore_eos=True) for name, prompt in prompts.items()])
-    for name, prompt in prompts.items():
-        assert tokens_of(events[name]) == toy_greedy(toy_weights, prompt, 9)[0]
+    wanted = {"a": ([3, 4, 5], 30), "b": (list(range(2, 22)), 9), "c": ([17], 12)}  # c takes the place that b leaves
+    events = run_all(
+        engine, [request(name, prompt, temperature=0.0, max_tokens=count, ignore_eos=True) for name, (prompt, count) in wanted.items()]
+    )
+    for name, (prompt, count) in wanted.items():
+        assert tokens_of(events[name]) == toy_greedy(toy_weights, prompt, count)[0]
     engine.close()
 
 

@@ -52,6 +52,11 @@ def test_every_row_of_a_vocabulary(dtype: str, shift: float) -> None:
         np.testing.assert_array_equal(logits.to_float32().view(np.uint32) >> 16, bits)
 
 
+def test_zeros_of_either_sign_are_equal() -> None:
+    rows = np.array([[0xBF80, 0x8000, 0x0000], [0xBF80, 0x0000, 0x8000], [0x8000, 0x8000, 0xBF80]], dtype=np.uint16)
+    assert Logits(rows, LogitsBuffer("bfloat16")).largest() == [1, 1, 0]
+
+
 def test_rows_are_widened_once_and_may_be_changed() -> None:
     logits = Logits(np.full((2, 3), 0x3F80, dtype=np.uint16), LogitsBuffer("bfloat16"))
     logits.to_float32()[1] = 5.0
