@@ -57,16 +57,25 @@ def kernels(gm: GraphModule) -> list[dict[str, Any]]:
     """The program's matrix products, embeddings and attentions, equal ones together, the largest first.
 
     Fields: op, rows (outputs N; of an embedding the table's rows), columns (inputs K), count per step, weight_bytes and padding_bytes of
-    one, flop_per_token of one; of attention kv_bytes_per_token of one layer. Bytes are predicted: each weight is read once per step.
+    one, flop_per_token of one; of attention kv_bytes_per_token of one layer; per: "logits" where all calls compute only rows that want
+    logits, else "token". Bytes are predicted: each weight is read once per step.
     """
+    wanted = G.placeholder(gm, "logits_indices")
+    num_logits = None if wanted is None else G.size_expr(G.val(wanted).shape[0])
     found: Counter[tuple[Any, ...]] = Counter()
+    pruned: Counter[tuple[Any, ...]] = Counter()
     for node in gm.graph.nodes:
         if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "llmc":
             facts = _kernel(node)
             if facts is not None:
                 found[facts] += 1
+                first = next(i.meta["val"] for i in node.all_input_nodes if not G.is_constant(i))
+                pruned[facts] += num_logits is not None and num_logits in map(G.size_expr, first.shape)
     names = ("op", "dtype", "rows", "columns", "weight_bytes", "padding_bytes", "flop_per_token", "kv_bytes_per_token")
-    rows = [dict(zip(names, facts, strict=True)) | {"count": count} for facts, count in found.items()]
+    rows = [
+        dict(zip(names, facts, strict=True)) | {"count": count, "per": "logits" if pruned[facts] == count else "token"}
+        for facts, count in found.items()
+    ]
     return sorted(rows, key=lambda row: (-row["count"] * row["weight_bytes"], row["op"], row["rows"]))
 
 

@@ -3,6 +3,7 @@
     {"artifact": DIR, "threads": 2, "rows": [1, 8, 512], "context": 512, "seconds": 1.0, "megabytes": 256}
     -> {"bandwidth_gb_s", "peak_gflop_s", "rows": [{"name", "rows", "count", "us", "bytes", "flop"}], "left_out": [names]}
 
+Rows up to 64 are sequences that decode, more are one prompt, of which the last row alone wants logits.
 Every call reads another copy of the weights, so that none comes from a cache; the limits are the best of several runs, in the same
 process: reading (a sum and a matrix-vector product over huge pages) and computing (a square product in torch), or what a kernel reached
 where that is more. Attention's caches are small, so what it reads per second is no measure of the memory.
@@ -22,8 +23,8 @@ import torch
 
 from llmc.artifacts.verify import open_artifact
 from llmc.compiler.report_page import kernel_name
-from llmc.errors import LlmcError
-from llmc.kernels.linear.bench import GROUP, huge_page_tensor, in_turns, weight_copies
+from llmc.errors import InternalError, LlmcError
+from llmc.kernels.linear.bench import huge_page_tensor, in_turns, weight_copies
 from llmc.kernels.native import NativeKernels
 from llmc.kernels.packing import packed_shape
 from llmc.kernels.paged_attention.bench import Case, contenders
@@ -31,6 +32,7 @@ from llmc.kernels.paged_attention.compiled import CompiledPagedAttention
 
 _READ_BYTES = 512 << 20
 _SQUARE = 2048
+_MOST_DECODING = 64  # rows that are sequences with a token each
 
 
 def read_gb_s() -> float:
@@ -66,9 +68,26 @@ def time_linear(native: NativeKernels, kernel: dict[str, Any], m: int, dtype: to
         eight = kernel["dtype"] == "int8"
         shape, held = ((panels, pairs, 16, 2), torch.int8) if eight else ((panels, pairs, 16), torch.uint8)
         weights = weight_copies(shape, held, budget)
-        scales = weight_copies((panels, -(-k // GROUP), 16), dtype, max(1, budget // 16))
-        call = {"it": lambda turn: native.quantized_linear(x, weights[turn % len(weights)], scales[turn % len(scales)], None, n, GROUP)}
+        group = group_of(kernel, dtype)
+        scales = weight_copies((panels, -(-k // group), 16), dtype, max(1, budget // 16))
+        call = {"it": lambda turn: native.quantized_linear(x, weights[turn % len(weights)], scales[turn % len(scales)], None, n, group)}
     return 1e6 * statistics.median(in_turns(call, request["seconds"])["it"])
+
+
+def group_of(kernel: dict[str, Any], dtype: torch.dtype) -> int:
+    """Inputs that share a scale: what is stored beside the integers are scales, 16 for every panel and group.
+
+    Raises:
+        InternalError: no group gives so many bytes.
+    """
+    n, k = kernel["rows"], kernel["columns"]
+    panels, padded = -(-n // 16), -(-k // 32) * 32
+    integers = panels * 16 * padded // (1 if kernel["dtype"] == "int8" else 2)
+    count, rest = divmod(kernel["weight_bytes"] - integers, panels * 16 * dtype.itemsize)
+    for group in (*(32 << power for power in range(padded.bit_length())), *range(32, padded + 32, 32)):  # powers of two are the usual ones
+        if rest == 0 and -(-k // group) == count:
+            return group
+    raise InternalError(f"{kernel_name(kernel)}: {kernel['weight_bytes']} bytes are no integers with scales; please report this")
 
 
 def time_attention(kernels_so: Path, case: Case, request: dict[str, Any]) -> float:
@@ -90,9 +109,10 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         for m in request["rows"]:
             row = {"name": kernel_name(kernel), "rows": m, "count": kernel["count"], "streams": kernel["op"] != "paged_attention"}
             if kernel["op"] in ("linear", "quantized_linear"):
-                row |= {"us": time_linear(native, kernel, m, dtype, request)}
-                moved = kernel["weight_bytes"] + m * (kernel["rows"] + kernel["columns"]) * dtype.itemsize
-                row |= {"bytes": moved, "flop": m * kernel["flop_per_token"]}
+                computed = 1 if m > _MOST_DECODING and kernel.get("per") == "logits" else m
+                row |= {"us": time_linear(native, kernel, computed, dtype, request)}
+                moved = kernel["weight_bytes"] + computed * (kernel["rows"] + kernel["columns"]) * dtype.itemsize
+                row |= {"bytes": moved, "flop": computed * kernel["flop_per_token"]}
             elif kernel["op"] == "paged_attention" and kernel["dtype"] == manifest.model.dtype:
                 case = _case(kernel, m, request["context"], manifest.kv.block_size, dtype)
                 row |= {"us": time_attention(kernels_so, case, request), "bytes": case.kv_bytes, "flop": case.flop}
@@ -113,7 +133,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 def _case(kernel: dict[str, Any], m: int, context: int, block_size: int, dtype: torch.dtype) -> Case:
     """Up to 64 rows are that many sequences that decode; more are one prompt."""
     kv_heads = kernel["kv_bytes_per_token"] // (2 * kernel["columns"] * dtype.itemsize)
-    batch, queries, keys = (m, 1, context) if m <= 64 else (1, m, m)
+    batch, queries, keys = (m, 1, context) if m <= _MOST_DECODING else (1, m, m)
     return Case(
         batch=batch,
         context=keys,

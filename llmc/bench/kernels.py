@@ -49,12 +49,12 @@ def bench_kernels(config: KernelsConfig, say: Say) -> BenchResult:
     columns = [
         Column(key="name", title="kernel"),
         Column(key="rows", title="rows"),
-        Column(key="count", title="calls a step"),
+        Column(key="count", title="calls"),
         Column(key="us", title="one call", unit="µs"),
-        Column(key="gb_s", title="reads and writes", unit="GB/s", better="higher"),
+        Column(key="gb_s", title="moves", unit="GB/s", better="higher"),
         Column(key="gflop_s", title="computes", unit="GFLOP/s", better="higher"),
         Column(key="of_limit", title="of the limit", unit="%", better="higher", digits=0),
-        Column(key="share", title="of these kernels' time", unit="%", digits=0),
+        Column(key="share", title="share", unit="%", digits=0),
     ]
     rows: list[dict[str, Cell]] = [
         {

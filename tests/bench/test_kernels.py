@@ -11,7 +11,7 @@ from llmc.bench.kernels import KernelsConfig, against_limits
 from llmc.bench.show import html
 from llmc.bench.sweep import Measured, SweepConfig, pareto, summarised
 from llmc.cli import main
-from llmc.errors import ConfigError
+from llmc.errors import ConfigError, InternalError
 
 
 def row(name: str, rows: int, us: float, moved: int, flop: int, count: int = 1) -> dict[str, object]:
@@ -76,6 +76,23 @@ def test_commands_say_what_is_wrong(tmp_path: object, capsys: pytest.CaptureFixt
     assert "--batch 'x': expected integers" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("columns", "group", "num_scales"), [(192, 32, 6), (192, 128, 2), (1024, 128, 8), (3072, 32, 96), (96, 96, 1), (100, 32, 4)]
+)
+def test_the_group_of_a_kernel_follows_from_its_bytes(columns: int, group: int, num_scales: int) -> None:
+    import torch
+
+    from llmc.bench.kernel_worker import group_of
+
+    padded = -(-columns // 32) * 32
+    for dtype, integers in (("int8", 48 * padded), ("uint8", 24 * padded)):
+        kernel = {"op": "quantized_linear", "dtype": dtype, "rows": 40, "columns": columns, "kv_bytes_per_token": 0}
+        found = group_of({**kernel, "weight_bytes": integers + 48 * num_scales * 2}, torch.bfloat16)
+        assert -(-columns // found) == num_scales and (found == group or columns == 96)
+        with pytest.raises(InternalError, match="no integers with scales"):
+            group_of({**kernel, "weight_bytes": integers + 7}, torch.bfloat16)
+
+
 def test_the_worker_times_the_shapes_of_a_report() -> None:
     """Small shapes by the machine's own kernels: times are positive, and the bytes are those of the shapes."""
     import torch
@@ -88,8 +105,9 @@ def test_the_worker_times_the_shapes_of_a_report() -> None:
 
     built = build_kernels(resolve_target("cpu").isa, cache_root() / "kernels", 2)
     native, request = NativeKernels(built.kernels_so, 1), {"megabytes": 1, "seconds": 0.01, "threads": 1}
-    for op, dtype in (("linear", "bfloat16"), ("quantized_linear", "int8"), ("quantized_linear", "uint8")):
-        taken = time_linear(native, {"op": op, "dtype": dtype, "rows": 48, "columns": 64}, 3, torch.bfloat16, request)
+    for op, dtype, stored in (("linear", "bfloat16", 6144), ("quantized_linear", "int8", 3168), ("quantized_linear", "uint8", 1728)):
+        shape = {"op": op, "dtype": dtype, "rows": 48, "columns": 64, "weight_bytes": stored, "kv_bytes_per_token": 0}
+        taken = time_linear(native, shape, 3, torch.bfloat16, request)
         assert math.isfinite(taken) and taken > 0
     kernel = {"rows": 4, "columns": 32, "kv_bytes_per_token": 2 * 2 * 32 * 2}
     decode, prefill = (_case(kernel, m, 40, 16, torch.bfloat16) for m in (2, 65))

@@ -212,6 +212,7 @@ def test_kernels_have_the_bytes_of_their_weights(demo_graphs: tuple[Any, Any]) -
     found = kernels(demo_graphs[1])
     linears = [k for k in found if k["op"].startswith("linear")]
     assert sum(k["count"] for k in linears) == 4 * 4 + 1  # qkv, o, gate and up, down per layer; the head
+    assert [(k["rows"], k["count"]) for k in found if k["per"] == "logits"] == [(2048, 1)]  # the head alone
     assert {k["padding_bytes"] for k in linears} == {0}  # 192 and 512 are multiples of 32
     assert all(k["weight_bytes"] == 2 * k["rows"] * k["columns"] and k["flop_per_token"] == 2 * k["rows"] * k["columns"] for k in linears)
     (attention,) = [k for k in found if k["kv_bytes_per_token"]]
