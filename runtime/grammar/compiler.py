@@ -139,6 +139,6 @@ def short_reason(text: str) -> str:
     """The first line of an error and what it points at, short and printable; long quotes of the client's input are left out."""
     lines = text.strip().splitlines() or ["no reason was given"]
     pointed_at = [line.removeprefix("error:") for line in lines[1:] if line.startswith("error:")]  # under a drawing of the place
-    line = "".join([lines[0], *pointed_at[:1]])
-    line = "".join(char if char.isprintable() else " " for char in _LONG_QUOTE.sub('"..."', line))
+    line = "".join(_LONG_QUOTE.sub('"..."', line) for line in [lines[0], *pointed_at[:1]])
+    line = "".join(char if char.isprintable() else " " for char in line)
     return line if len(line) <= _MAX_REASON_CHARS else line[: _MAX_REASON_CHARS - 3] + "..."
