@@ -58,7 +58,8 @@ def kernels(gm: GraphModule) -> list[dict[str, Any]]:
 
     Fields: op, rows (outputs N; of an embedding the table's rows), columns (inputs K), count per step, weight_bytes and padding_bytes of
     one, flop_per_token of one; of attention kv_bytes_per_token of one layer; per: "logits" where all calls compute only rows that want
-    logits, else "token". Bytes are predicted: each weight is read once per step.
+    logits, else "token"; experts in the weight and choices of them per token, 1 and 1 of others. Bytes are predicted: each weight is read
+    once per step.
     """
     wanted = G.placeholder(gm, "logits_indices")
     num_logits = None if wanted is None else G.size_expr(G.val(wanted).shape[0])
@@ -71,7 +72,8 @@ def kernels(gm: GraphModule) -> list[dict[str, Any]]:
                 found[facts] += 1
                 first = next(i.meta["val"] for i in node.all_input_nodes if not G.is_constant(i))
                 pruned[facts] += num_logits is not None and num_logits in map(G.size_expr, first.shape)
-    names = ("op", "dtype", "rows", "columns", "weight_bytes", "padding_bytes", "flop_per_token", "kv_bytes_per_token")
+    names = ("op", "dtype", "rows", "columns", "weight_bytes", "padding_bytes", "flop_per_token", "kv_bytes_per_token",
+             "experts", "choices")  # fmt: skip
     rows = [
         dict(zip(names, facts, strict=True)) | {"count": count, "per": "logits" if pruned[facts] == count else "token"}
         for facts, count in found.items()
@@ -100,7 +102,7 @@ def _kernel(node: Node) -> tuple[Any, ...] | None:
         cache = arguments["k_cache"].meta["val"]
         each = 2 * int(cache.shape[1]) * int(cache.shape[3]) * cache.dtype.itemsize
         query = arguments["q"].meta["val"]
-        return (op, _dtype(cache), int(query.shape[-2]), int(query.shape[-1]), 0, 0, 0, each)
+        return (op, _dtype(cache), int(query.shape[-2]), int(query.shape[-1]), 0, 0, 0, each, 1, 1)
     weight = arguments.get("weight")
     if not isinstance(weight, Node) or weight.meta["val"].dim() < 2:
         return None  # norms: a vector
@@ -108,11 +110,20 @@ def _kernel(node: Node) -> tuple[Any, ...] | None:
     scales = arguments.get("scales")
     stored = _nbytes(value) + (_nbytes(scales.meta["val"]) if isinstance(scales, Node) else 0)
     if "embedding_dim" in arguments:
-        return (op, _dtype(value), int(value.shape[0]) * 16, int(arguments["embedding_dim"]), stored, 0, 0, 0)
+        return (op, _dtype(value), int(value.shape[0]) * 16, int(arguments["embedding_dim"]), stored, 0, 0, 0, 1, 1)
     columns = int(arguments["x"].meta["val"].shape[-1])
     rows = int(arguments.get("out_features") or value.shape[-2])
-    experts = int(value.shape[0]) if "expert_ids" in arguments else 1
-    return (op, _dtype(value), rows, columns, stored, _padding(value, experts * rows * columns, scales), 2 * rows * columns, 0)
+    experts, choices = 1, 1
+    if "expert_ids" in arguments:
+        experts, choices = int(value.shape[0]), _multiple(arguments["expert_ids"].meta["val"].shape[0])
+    padding, flop = _padding(value, experts * rows * columns, scales), 2 * rows * columns * choices
+    return (op, _dtype(value), rows, columns, stored, padding, flop, 0, experts, choices)
+
+
+def _multiple(size: Any) -> int:
+    """The 8 of 8 T; 1 of a number."""
+    expression = G.size_expr(size)
+    return 1 if isinstance(expression, int) else int(expression.as_coeff_Mul()[0])
 
 
 def _padding(value: torch.Tensor, elements: int, scales: Any) -> int:

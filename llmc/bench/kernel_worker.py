@@ -74,6 +74,18 @@ def time_linear(native: NativeKernels, kernel: dict[str, Any], m: int, dtype: to
     return 1e6 * statistics.median(in_turns(call, request["seconds"])["it"])
 
 
+def time_experts(native: NativeKernels, kernel: dict[str, Any], m: int, dtype: torch.dtype, request: dict[str, Any]) -> tuple[float, float]:
+    """Median microseconds of one call for m tokens, each of which chooses its experts at random, and the mean number of experts chosen."""
+    n, k, experts, choices = (kernel[name] for name in ("rows", "columns", "experts", "choices"))
+    shape = (experts, *packed_shape(n, k, "float32" if dtype == torch.float32 else "float16"))
+    weights = weight_copies(shape, dtype, request["megabytes"] << 20)
+    ids = [torch.stack([torch.randperm(experts)[:choices] for _ in range(m)]).reshape(-1) for _ in range(16)]
+    x = torch.randn(m * choices, k).to(dtype)
+    call = {"it": lambda turn: native.grouped_linear(x, weights[turn % len(weights)], ids[turn % len(ids)], None, n)}
+    taken = 1e6 * statistics.median(in_turns(call, request["seconds"])["it"])
+    return taken, statistics.mean(float(chosen.unique().numel()) for chosen in ids)
+
+
 def group_of(kernel: dict[str, Any], dtype: torch.dtype) -> int:
     """Inputs that share a scale: what is stored beside the integers are scales, 16 for every panel and group.
 
@@ -113,6 +125,11 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
                 row |= {"us": time_linear(native, kernel, computed, dtype, request)}
                 moved = kernel["weight_bytes"] + computed * (kernel["rows"] + kernel["columns"]) * dtype.itemsize
                 row |= {"bytes": moved, "flop": computed * kernel["flop_per_token"]}
+            elif kernel["op"] == "grouped_linear" and "choices" in kernel:
+                us, chosen = time_experts(native, kernel, m, dtype, request)
+                vectors = m * kernel["choices"] * (kernel["rows"] + kernel["columns"]) * dtype.itemsize
+                moved = round(kernel["weight_bytes"] * chosen / kernel["experts"]) + vectors
+                row |= {"us": us, "bytes": moved, "flop": m * kernel["flop_per_token"]}
             elif kernel["op"] == "paged_attention" and kernel["dtype"] == manifest.model.dtype:
                 case = _case(kernel, m, request["context"], manifest.kv.block_size, dtype)
                 row |= {"us": time_attention(kernels_so, case, request), "bytes": case.kv_bytes, "flop": case.flop}

@@ -98,7 +98,7 @@ def test_the_worker_times_the_shapes_of_a_report() -> None:
     import torch
 
     from llmc.artifacts.stamps import cache_root
-    from llmc.bench.kernel_worker import _case, time_attention, time_linear
+    from llmc.bench.kernel_worker import _case, time_attention, time_experts, time_linear
     from llmc.kernels.build import build_kernels
     from llmc.kernels.isa import resolve_target
     from llmc.kernels.native import NativeKernels
@@ -109,6 +109,10 @@ def test_the_worker_times_the_shapes_of_a_report() -> None:
         shape = {"op": op, "dtype": dtype, "rows": 48, "columns": 64, "weight_bytes": stored, "kv_bytes_per_token": 0}
         taken = time_linear(native, shape, 3, torch.bfloat16, request)
         assert math.isfinite(taken) and taken > 0
+    layer = {"op": "grouped_linear", "rows": 48, "columns": 64, "experts": 4, "choices": 2}
+    taken, chosen = time_experts(native, layer, 1, torch.bfloat16, request)
+    assert math.isfinite(taken) and taken > 0 and chosen == 2
+    assert 2 <= time_experts(native, layer, 3, torch.bfloat16, request)[1] <= 4
     kernel = {"rows": 4, "columns": 32, "kv_bytes_per_token": 2 * 2 * 32 * 2}
     decode, prefill = (_case(kernel, m, 40, 16, torch.bfloat16) for m in (2, 65))
     assert (decode.batch, decode.queries, decode.context, decode.num_kv_heads) == (2, 1, 40, 2)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llmc.compiler.capture import capture
 from llmc.compiler.model import read_model
@@ -17,7 +18,9 @@ from llmc.compiler.report_layer import activations, kernels, layer_graph
 from llmc.compiler.report_page import contents, gpu_padding, memory_plan, render_html, report_files, spans, startup_spans, write_measured
 from llmc.compiler.report_svg import activations_svg, layer_svg, roofline_svg
 from llmc.passes.base import PassContext
+from llmc.passes.lower_experts import LowerExperts
 from llmc.passes.runner import run_passes
+from tests.passes.test_lower_experts import Experts, experts
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo_model"
 
@@ -224,3 +227,14 @@ def test_a_step_holds_most_where_the_mlp_is_widest_or_the_logits_are(demo_graphs
     assert found["tokens"] == 64 and len(found["bytes"]) > 4 * 6
     assert found["peak_op"] == "linear" and max(found["bytes"]) == found["bytes"][-1]  # the head: 2048 logits a token
     assert max(found["bytes"]) == 64 * (2048 + 2 * 192) * 2  # beside what the last add_rms_norm gives: the sum and its norm
+
+
+def test_experts_say_how_many_there_are_and_how_many_a_token_chooses() -> None:
+    class Chosen(Experts):
+        def forward(self, x: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.repeat_interleave(2, 0), expert_ids.repeat_interleave(2, 0))
+
+    after, _ = experts(Chosen()).apply(LowerExperts())
+    found = kernels(after.gm)
+    assert [(k["experts"], k["choices"], k["flop_per_token"]) for k in found] == [(3, 2, 2 * 2 * 20 * 12)] * 2
+    assert {k["count"] for k in kernels(experts(Experts()).apply(LowerExperts())[0].gm)} == {1}
