@@ -124,10 +124,11 @@ class RequestModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, value: Any) -> Any:
-        """`null` means "as if absent", at every depth; a null under a name nobody knows is still refused."""
-        if not isinstance(value, dict) or None not in value.values():
+        """`null` means "as if absent", at every depth, as does a value that asks for nothing of what is not built; a null under a name
+        nobody knows is still refused."""
+        if not isinstance(value, dict) or (None not in value.values() and ASKS_NOTHING.keys().isdisjoint(value)):
             return value
-        return {k: v for k, v in value.items() if v is not None or not (k in cls.model_fields or k in NOT_BUILT)}
+        return {k: v for k, v in value.items() if not (v is None if k in cls.model_fields else k in NOT_BUILT and is_absent(k, v))}
 
 
 class StreamOptions(RequestModel):
@@ -359,6 +360,7 @@ NOT_BUILT: dict[str, str] = {
     "whitespace_pattern": "white space in JSON is up to the model; leave it out",
     "disable_any_whitespace": "white space in JSON is up to the model; leave it out",
     "disable_additional_properties": "not built; say additionalProperties false in the schema",
+    "disable_fallback": "grammars are followed by llguidance alone; leave it out",
     "structural_tag": "not built; use json, regex, choice or grammar",
     "chat_template": "the chat template is fixed in the artifact; its operator may change it with --chat-template",
     "documents": "not built yet",
@@ -393,6 +395,7 @@ ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "function_call": ("none",),
     "disable_any_whitespace": (False,),
     "disable_additional_properties": (False,),
+    "disable_fallback": (False,),
     "documents": ([],),
     "use_beam_search": (False,),
     "length_penalty": (1,),

@@ -79,6 +79,16 @@ def test_values_that_ask_for_nothing_are_as_if_absent() -> None:
     bare = {"messages": [{"role": "user", "content": "x"}]}
     read = parse_body(json.dumps(bare | nothing | {"length_penalty": 1.0}).encode(), schemas.ChatCompletionRequest)
     assert read == parse_body(json.dumps(bare).encode(), schemas.ChatCompletionRequest)
+    choice = {
+        "choice": ["a"],
+        "regex": None,
+        "disable_fallback": False,
+        "disable_any_whitespace": False,
+        "structural_tag": None,
+    }  # vLLM's own
+    assert (
+        parse_body(json.dumps(bare | {"structured_outputs": choice}).encode(), schemas.ChatCompletionRequest).structured_outputs is not None
+    )
     for name, value in {
         "use_beam_search": 0,
         "length_penalty": True,
