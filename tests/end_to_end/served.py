@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llmc import LLM, RequestOutput, SamplingParams
-from llmc.runtime.batch import LogitsRows
+from llmc.runtime.executors.logits import Logits
 from llmc.runtime.step import SampledToken, ScheduledSequence, StepPlan
 
 # A step takes 24 tokens: prompts come in chunks, and while one is read others decode in the same steps.
@@ -72,16 +72,16 @@ class Recorder:
             before = logits.copy()  # sampling changes its row
             return recorded(before, sequence, sample(logits, sequence))
 
-        def argmaxes(sequences: Sequence[ScheduledSequence], places: Sequence[LogitsRows], logits: np.ndarray) -> dict[str, SampledToken]:
-            found = plain(sequences, places, logits)
+        def together(sequences: Sequence[ScheduledSequence], logits: Logits) -> dict[str, SampledToken]:
+            found = plain(sequences, logits)
             return {
-                sequence.request_id: recorded(logits[place.sample].copy(), sequence, found[sequence.request_id])
-                for sequence, place in zip(sequences, places, strict=True)
-                if sequence.request_id in found and place.sample is not None
+                sequence.request_id: recorded(row.copy(), sequence, found[sequence.request_id])
+                for sequence, row in zip(sequences, logits.to_float32(), strict=True)
+                if sequence.request_id in found
             }
 
         runner.submit = counted  # type: ignore[method-assign]
-        sampler.sample, sampler.plain = sampled, argmaxes  # type: ignore[method-assign]
+        sampler.sample, sampler.plain = sampled, together  # type: ignore[method-assign]
 
 
 def continuation(model: nn.Module, prompt: list[int], count: int) -> Continuation:
