@@ -86,6 +86,7 @@ def facts(
             }
             for p in manifest.passes
         ],
+        "choice": str(manifest.settings.get("passes") or ""),  # the value of --passes, what -O3 left out included
         "layer": _layer(manifest, captured, lowered),
         "kernels": [] if lowered is None else kernels(lowered),
         "activations": None if lowered is None else activations(lowered),

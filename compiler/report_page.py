@@ -32,11 +32,11 @@ def render_html(report: Mapping[str, Any], measured: Mapping[str, Any] | None = 
     environment.filters["count"] = lambda n: f"{n:,}".replace(",", " ")
     environment.globals.update(layer_svg=layer_svg, roofline_svg=roofline_svg, spans=spans, startup_spans=startup_spans)
     environment.globals.update(gpu_rows=table_rows, gpu_columns=COLUMNS, gpu_padding=gpu_padding)
-    environment.globals.update(activations_svg=activations_svg, close_bound=close_bound)
+    environment.globals.update(activations_svg=activations_svg, close_bound=close_bound, choice_text=choice_text)
     environment.globals.update(memory_plan=memory_plan, contents=contents, kernel_name=kernel_name, roof_points=roof_points)
     source = (files("llmc.compiler") / "report_template.html").read_text(encoding="utf-8")
     whole = {"layer": None, "kernels": [], "quantization": None, "kv_quantization": None, "gpu": None, "predicted": None, **report}
-    whole.setdefault("activations", None)
+    whole = {"activations": None, "choice": "", **whole}
     return environment.from_string(source).render(report=whole, measured=measured)
 
 
@@ -119,6 +119,20 @@ def memory_plan(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**row, "weights_share": round(100 * row["weights"] / top, 2), "kv_share": round(100 * row["kv"] / top, 2)} for row in rows]
 
 
+def choice_text(choice: str, level: str) -> str:
+    """ "left out: fuse-silu-mul; ..." of a value of --passes.
+
+    Args:
+        choice: "+name,-name"; not empty.
+        level: as "-O3", which leaves out what did not pay.
+    """
+    names = {sign: [part[1:] for part in choice.replace(" ", "").split(",") if part.startswith(sign)] for sign in "-+"}
+    said = [f"{what}: {', '.join(names[sign])}" for sign, what in (("-", "left out"), ("+", "added")) if names[sign]]
+    why = "by --passes, or because the step was not faster with them (stage search)" if level == "-O3" else "by --passes"
+    text = "; ".join(said)
+    return f"{text[:1].upper()}{text[1:]}, {why}."
+
+
 def close_bound(report: Mapping[str, Any]) -> str:
     """ "; a close one's result is within ...", or nothing for a report that does not say."""
     bound = report.get("close_within")
@@ -127,7 +141,8 @@ def close_bound(report: Mapping[str, Any]) -> str:
 
 def gpu_padding(plans: Sequence[Mapping[str, Any]]) -> list[str]:
     """Of each plan the most rows that are padding: a step runs on the smallest plan of its kind that has room for it."""
-    found, before = [], {}
+    found: list[str] = []
+    before: dict[str, int] = {}
     for plan in plans:
         kind, _, size = plan["size"].rpartition(" ")
         rows, smaller = int(size), before.get(kind, 0)

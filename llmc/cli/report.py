@@ -151,7 +151,7 @@ def _show(artifact: Path, report: dict[str, Any], measured: dict[str, Any]) -> N
     from rich.table import Table
 
     from llmc.cli.console import console as tables
-    from llmc.compiler.report_page import kernel_name
+    from llmc.compiler.report_page import choice_text, kernel_name
 
     console = tables()
     model, target = report["model"], report["target"]
@@ -165,6 +165,8 @@ def _show(artifact: Path, report: dict[str, Any], measured: dict[str, Any]) -> N
         nodes = f"{one['nodes_before']} -> {one['nodes_after']}"
         passes.add_row(one["name"], one["numerics"], str(one["matches"]), nodes, escape(reasons))
     console.print(passes)
+    if report.get("choice"):
+        console.print(choice_text(report["choice"], target["level"]), soft_wrap=True)
     if report.get("kernels"):
         kernels = Table(title="kernels, predicted", title_justify="left")
         for column in ("kernel", "calls a step", "reads, per step"):

@@ -107,6 +107,16 @@ def test_what_a_pass_saves_is_shown_and_called_predicted() -> None:
     assert "bytes saved" not in page_of(render_html(REPORT)).text
 
 
+def test_passes_that_were_left_out_are_named() -> None:
+    searched = {**REPORT, "choice": "+merge-qkv,-fuse-silu-mul,-fuse-gelu-mul", "target": {"name": "cpu", "level": "-O3"}}
+    text = page_of(render_html(searched)).text
+    assert (
+        "Left out: fuse-silu-mul, fuse-gelu-mul; added: merge-qkv, by --passes, or because the step was not faster with them "
+        "(stage search)." in text
+    )
+    assert "Left out: fuse-silu-mul, by --passes." in page_of(render_html({**REPORT, "choice": "-fuse-silu-mul"})).text
+
+
 def test_facts_alone_and_a_report_of_an_earlier_version_are_pages_too() -> None:
     page = page_of(render_html(REPORT))
     assert (page.outside, page.open) == ([], []) and "Where the time went" not in page.text and "Kernels, measured" not in page.text
