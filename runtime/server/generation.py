@@ -111,6 +111,7 @@ class Generation:
         self._stop_token_ids = frozenset(sampling.stop_token_ids or ())
         self._first_token_s: float | None = None
         self._num_output: dict[int, int] = {}  # by choice
+        self._client_left = False
         request.scope["llmc.generation"] = self  # for traces
         base, salt = request.scope["llmc.request_id"], cache_salt_of(request, cache_salt)
         messages = []
@@ -161,6 +162,8 @@ class Generation:
                 deltas = [delta for event in events if (delta := self._take(event)) is not None]
                 if deltas:
                     yield deltas
+            if self._client_left:  # while the caller sent something, which then waits
+                raise ClientGone
         finally:
             self.close()
 
@@ -201,6 +204,7 @@ class Generation:
         """Free the sequences as soon as the client is gone, whatever the handler is waiting for."""
         while (await receive())["type"] != "http.disconnect":
             continue
+        self._client_left = bool(self._sequences)
         for request_id in list(self._sequences):
             self._end(request_id, "abort")
         self._front.client.abort_stream(self._stream)

@@ -12,7 +12,8 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import msgspec
@@ -21,9 +22,11 @@ import zmq
 
 from llmc.runtime.engine_client import EngineClient
 from llmc.runtime.engine_spawn import EngineHandle
-from llmc.runtime.messages import AbortRequest
+from llmc.runtime.messages import AbortRequest, SamplingParams, TokenEvent
 from llmc.runtime.request_stream import RequestStream
-from tests.server.running import WORDS, RunningServer, alive, assert_error, children
+from llmc.runtime.server.generation import ClientGone, Generation
+from llmc.runtime.server.metrics import Metrics
+from tests.server.running import TOKENIZER, WORDS, RunningServer, alive, assert_error, children
 
 LONG = {"ignore_eos": True, "max_tokens": 400}
 
@@ -102,6 +105,32 @@ def test_a_slow_reader_is_cut(slow: RunningServer) -> None:
         fast.await_log('"event":"(slow_reader_cut)"', timeout_s=90)
         fast.wait_for_load(0, 0)
         connection.close()
+
+
+def test_a_client_that_leaves_while_its_answer_waits_to_be_sent() -> None:
+    """Its sequences end while nobody waits for them: the answer is not over, and must not be taken for whole."""
+
+    async def leave() -> None:
+        left, stream = asyncio.Event(), RequestStream(["r-0"], lambda _: None)
+
+        async def receive() -> dict[str, str]:
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        client = SimpleNamespace(submit=lambda _: stream, abort_stream=lambda s: s.close(), stats=None)
+        model, settings = SimpleNamespace(tokenizer=TOKENIZER), SimpleNamespace(engine={})
+        front: Any = SimpleNamespace(model=model, settings=settings, client=client, metrics=Metrics("tiny", cast(Any, client)))
+        request: Any = SimpleNamespace(scope={"llmc.request_id": "r", "llmc.abort": None}, receive=receive)
+        generation = Generation(front, request, [[105]], SamplingParams())
+        stream.put(TokenEvent(request_id="r-0", token_ids=[106]))
+        deltas = generation.deltas()
+        assert (await anext(deltas))[0].token_ids == [106]
+        left.set()
+        await asyncio.sleep(0.01)  # the answer's send would wait here
+        with pytest.raises(ClientGone):
+            await anext(deltas)
+
+    asyncio.run(leave())
 
 
 def test_a_reader_is_not_slow_because_the_engine_is_fast() -> None:
