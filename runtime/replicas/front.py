@@ -21,6 +21,7 @@ from llmc.runtime.replicas.upstream import Call, Head, ReplicaLost
 from llmc.runtime.server.answers import json_answer
 from llmc.runtime.server.errors import error_object, error_response
 from llmc.runtime.server.logs import log
+from llmc.runtime.server.messages_frame import framed
 from llmc.runtime.server.settings import ServerSettings
 from llmc.runtime.server.sse import DONE, event, named_event
 
@@ -148,7 +149,7 @@ def _last_event(path: str) -> bytes:
     """What ends a stream whose replica was lost; at the start, whatever part of an event went before."""
     error = error_object(_LOST, status=503, code="replica_lost")
     if path.endswith("/v1/messages"):
-        return b"\n\n" + named_event({"type": "error", "error": {"type": "api_error", "message": _LOST}})
+        return b"\n\n" + named_event(framed(error, 503))
     return b"\n\n" + event(error) + DONE
 
 
