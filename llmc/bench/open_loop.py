@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.bench.contenders import STARTUP_PROMPT, Say
-from llmc.bench.figure import percentile
+from llmc.bench.figure import figure, percentile
 from llmc.bench.openai_client import connect, first_token_seconds, served_model, stream_completion
 from llmc.bench.processes import RunningServer, serve_command, server
 from llmc.bench.result import BenchResult, Cell, Chart, Column, Gate, Point, Table, at_least, at_most
@@ -185,9 +185,12 @@ def summarised(config: LoadConfig, where: str, model: str, answers: Sequence[Ans
     }
     titles = {"ttft": "first token (TTFT)", "itl": "between tokens (ITL)", "e2e": "whole answer"}
     columns = [Column(key="what", title="latency"), *(Column(key=f"p{p}", title=f"p{p}", unit="ms", digits=1) for p in (50, 90, 99))]
-    rows: list[dict[str, Cell]] = [
-        {"what": titles[name], **{f"p{p}": percentile(values, p / 100) for p in (50, 90, 99)}} for name, values in lasting.items() if values
-    ]
+    rows: list[dict[str, Cell]] = []
+    for name, values in lasting.items():
+        if values:
+            tails: dict[str, Cell] = {f"p{p}": percentile(values, p / 100) for p in (90, 99)}
+            # gaps of one answer follow each other, so they are no independent samples, and their median has no such interval
+            rows.append({"what": titles[name], "p50": percentile(values, 0.5) if name == "itl" else figure(values), **tails})
     good = sum(_is_good(answer, dict(config.goodput)) for answer in done)
     counts = {
         "requests answered": len(done),

@@ -73,7 +73,7 @@ def interval_note(result: BenchResult) -> str:
     counts = sorted({(len(cell.samples), cell.interval[2]) for cell in cells if len(cell.samples) > 1})
     if not counts:
         return ""
-    described = "; ".join(f"{count} runs, {100 * coverage:.0f} %" for count, coverage in counts)
+    described = "; ".join(f"{count} samples, {100 * coverage:.0f} %" for count, coverage in counts)
     return f"median [interval of the median] ({described})"
 
 

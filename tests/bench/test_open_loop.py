@@ -71,6 +71,9 @@ def test_what_fails_is_counted_and_named_and_the_rest_goes_on() -> None:
     with stub_server(reply) as url:
         result = bench_serve(config(url), say)
     assert (counts(result)["requests answered"], counts(result)["failed"]) == (8, 4)
+    middle = {row["what"]: row["p50"] for row in result.tables[0].rows}
+    assert len(middle["first token (TTFT)"].samples) == len(middle["whole answer"].samples) == 8  # type: ignore[union-attr]
+    assert isinstance(middle["between tokens (ITL)"], float)
     notes = " ".join(result.tables[1].notes)
     for part in ("status 503: busy", "no usable answer", "engine died", "without a token"):
         assert part in notes

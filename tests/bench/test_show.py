@@ -49,7 +49,7 @@ def test_a_wide_table_stands_as_it_is_and_a_narrow_terminal_turns_it() -> None:
     assert re.search(r"decode \(tok/s\) ↑\s+│\s+100\.0 \[90\.0, 110\.0\]\s+│\s+200\.0", narrow)
     for text in (wide, narrow):
         assert "0.000004" in text and "gate --max-kl 1e-09: FAILED, measured 4e-06" in text
-        assert "[interval of the median] (3 runs, 75 %)" in text
+        assert "[interval of the median] (3 samples, 75 %)" in text
 
 
 class Page(HTMLParser):
