@@ -100,7 +100,7 @@ def quantized_weights(
             kv_facts = msgspec.structs.replace(kv_facts, **cost.facts())
     if config.max_kl is not None and not cost.mean_kl <= config.max_kl:
         raise ConfigError(
-            f"{' with '.join(asked)} costs a {cost}, above --max-kl {config.max_kl:g}; "
+            f"{' with '.join(asked)} costs too much: {cost}, above --max-kl {config.max_kl:g}; "
             "raise the bound, take more bits, or compile without quantisation"
         )
     return Quantized(facts=facts, kv_facts=kv_facts, fetch=fetch)
