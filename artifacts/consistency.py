@@ -43,7 +43,7 @@ def check_manifest(manifest: Manifest, where: str) -> None:
     names = _check_tensors(manifest.tensors, weights, where)
     _check_entries(manifest, files, names, where)
     _check_lora(manifest, where)
-    for path in (manifest.tokenizer.tokenizer_json, manifest.tokenizer.chat_template):
+    for path in (manifest.tokenizer.tokenizer_json, manifest.tokenizer.chat_template, manifest.tokenizer.reply_formats):
         if path is not None:
             _known(path, files, where, "tokenizer")
 

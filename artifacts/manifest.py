@@ -215,6 +215,7 @@ class TokenizerFacts(_Record, frozen=True):
     pad_token_id: int | None
     special_tokens: dict[str, str]  # bos_token, eos_token, ... as the template sees them
     num_tokens: int  # tokenizer's own length, may differ from the width of the logits
+    reply_formats: str | None = None  # path in the artifact; since version 3; null: read off the chat template
 
 
 class Canary(_Record, frozen=True):

@@ -48,7 +48,7 @@ from llmc.compiler.ranks import divided, rank_entries
 from llmc.compiler.stages import Stage, StageLog
 from llmc.compiler.target_facts import implementations, requirements, target_record
 from llmc.compiler.targets import Target
-from llmc.compiler.tokenizer_files import Render, TokenizerBundle, generation_defaults, read_tokenizer
+from llmc.compiler.tokenizer_files import TextSide, TokenizerBundle, generation_defaults, read_tokenizer
 from llmc.compiler.tvm.program import check_convertible, tvm_program
 from llmc.config.compile import CompileConfig
 from llmc.config.human import human_bytes
@@ -90,7 +90,7 @@ def build_artifact(
     scratch: Path,
     *,
     log: StageLog,
-    render: Render | None,
+    text: TextSide | None,
     store: Store | None,
 ) -> BuiltArtifact:
     """Put every file of the artifact into `writer` and make its manifest.
@@ -117,7 +117,7 @@ def build_artifact(
             eos_token_ids=source.eos_token_ids,
             bos_token_id=source.bos_token_id,
             pad_token_id=source.pad_token_id,
-            render=render,
+            text=text,
         )
         calibrated = fitted(config, source, tokenizer.encode, limits.max_model_len, scratch, log)
         given, source = source, source if calibrated is None else calibrated.source

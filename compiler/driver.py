@@ -21,7 +21,7 @@ from llmc.compiler.input_key import input_key
 from llmc.compiler.search import OPTIONAL, refuse_unmeasurable, search, without
 from llmc.compiler.stages import Checked, Silent, StageLog, StageObserver
 from llmc.compiler.targets import Target, find_target
-from llmc.compiler.tokenizer_files import Render
+from llmc.compiler.tokenizer_files import TextSide
 from llmc.config.compile import CompileConfig
 from llmc.errors import ConfigError
 
@@ -35,7 +35,7 @@ def compile_model(
     config: CompileConfig,
     *,
     observer: StageObserver | None = None,
-    render: Render | None = None,
+    text: TextSide | None = None,
     check: Check | None = None,
     store: Store | None = None,
     time_decode: TimeDecode | None = None,
@@ -44,7 +44,7 @@ def compile_model(
 
     Args:
         observer: told of each stage as it starts and ends.
-        render: the runtime's chat-template engine, to be compared with Jinja2.
+        text: the runtime's chat-template engine, to be compared with Jinja2, and its formats of replies.
         check: run on the finished folder before it gets its name.
         store: the compile cache, for whole artifacts and for lowered code; None compiles without one.
         time_decode: times an artifact's decode step in a process of its own; -O3 needs it.
@@ -63,18 +63,18 @@ def compile_model(
         if time_decode is None:
             raise ConfigError("-O3 times programs: compile with `llmc compile -O3`, or pass time_decode")
     if store is None:
-        _build(_searched(config, log, render, store, time_decode), target, log, render, check, None)
+        _build(_searched(config, log, text, store, time_decode), target, log, text, check, None)
         return result(config, key, log, hit=False)
     with store.lock(key):  # of several compiles of one input, the first works and the others find its result
         if config.use_cache and (hit := publish_from_cache(config, store, key, log)) is not None:
             return hit
-        _build(_searched(config, log, render, store, time_decode), target, log, render, check, store)
+        _build(_searched(config, log, text, store, time_decode), target, log, text, check, store)
         remember(config, store, key, log)
     return result(config, key, log, hit=False)
 
 
 def _searched(
-    config: CompileConfig, log: StageLog, render: Render | None, store: Store | None, time_decode: TimeDecode | None
+    config: CompileConfig, log: StageLog, text: TextSide | None, store: Store | None, time_decode: TimeDecode | None
 ) -> CompileConfig:
     """At -O3, the configuration with the fusions left out that do not pay here; any other as it is."""
     if config.level != 3:
@@ -88,7 +88,7 @@ def _searched(
                 # Other integers take the same time: what is timed is rounded to nearest, and bound by nothing.
                 trial = replace(config, calibration="rtn", calibration_data=None, max_kl=None, trial=True)
                 variant = replace(trial, level=2, passes=without(config.passes, removed), out=out, report=None, force=False)
-                compile_model(variant, render=render, store=store)
+                compile_model(variant, text=text, store=store)
             return out
 
         matched = {p["name"] for p in json.loads((artifact(frozenset()) / "manifest.json").read_bytes())["passes"] if p["matches"]}
@@ -97,13 +97,13 @@ def _searched(
     return replace(config, passes=without(config.passes, frozenset(found.name for found in judged if not found.pays)))
 
 
-def _build(config: CompileConfig, target: Target, log: StageLog, render: Render | None, check: Check | None, store: Store | None) -> None:
+def _build(config: CompileConfig, target: Target, log: StageLog, text: TextSide | None, check: Check | None, store: Store | None) -> None:
     with log.stage("imports") as note:
         from llmc.compiler.build import build_artifact
 
         note.detail = "torch, transformers"
     with ArtifactWriter(config.out, force=config.force) as writer, tempfile.TemporaryDirectory(prefix="llmc-") as scratch:
-        built = build_artifact(config, target, writer, Path(scratch), log=log, render=render, store=store)
+        built = build_artifact(config, target, writer, Path(scratch), log=log, text=text, store=store)
 
         startup_ms: dict[str, float] = {}
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
+
 from llmc.artifacts.manifest import TokenizerFacts
 from llmc.compiler.model import read_json
 from llmc.compiler.template_reference import reference_texts
@@ -14,11 +16,23 @@ from llmc.errors import UnsupportedModel
 
 TOKENIZER_PATH = "tokenizer/tokenizer.json"
 TEMPLATE_PATH = "tokenizer/chat_template.jinja"
+REPLY_FORMATS_PATH = "tokenizer/reply_formats.json"
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 # (template source, special tokens, messages, add_generation_prompt) -> text; raises ValueError when the template does
 Render = Callable[[str, Mapping[str, str], list[dict[str, Any]], bool], str]
+# template source, or None -> the file that holds how the model writes reasoning and tool calls
+ReplyFormats = Callable[[str | None], bytes]
 Parity = Literal["same", "differs", "untested", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSide:
+    """What a compile asks of the runtime's text side, which it may not import."""
+
+    render: Render
+    reply_formats: ReplyFormats
+
 
 # Conversations on which the runtime's template engine is held against Jinja2.
 PROBES: tuple[tuple[list[dict[str, Any]], bool], ...] = (
@@ -60,14 +74,14 @@ def read_tokenizer(
     eos_token_ids: tuple[int, ...],
     bos_token_id: int | None,
     pad_token_id: int | None,
-    render: Render | None,
+    text: TextSide | None,
 ) -> TokenizerBundle:
     """Read the tokenizer of a model folder.
 
     Args:
         folder: with tokenizer.json and, for chat, a template in tokenizer_config.json, chat_template.jinja or chat_template.json.
         eos_token_ids, bos_token_id, pad_token_id: as the model's configuration states them.
-        render: the runtime's template engine, to compare with Jinja2; None leaves the comparison out and says so.
+        text: the runtime's template engine, to compare with Jinja2, and its formats of replies; None leaves both out and says so.
 
     A folder without tokenizer.json gives an artifact that serves token ids alone.
 
@@ -95,7 +109,9 @@ def read_tokenizer(
     parity: Parity = "none"
     if template is not None:
         files[TEMPLATE_PATH] = template.encode("utf-8")
-        parity = template_parity(template, special, render) if render is not None else "untested"
+        parity = template_parity(template, special, text.render) if text is not None else "untested"
+    if text is not None:
+        files[REPLY_FORMATS_PATH] = text.reply_formats(template)
     facts = _facts(
         TOKENIZER_PATH,
         TEMPLATE_PATH if template is not None else None,
@@ -106,6 +122,8 @@ def read_tokenizer(
         special,
         num_tokens,
     )
+    if REPLY_FORMATS_PATH in files:
+        facts = msgspec.structs.replace(facts, reply_formats=REPLY_FORMATS_PATH)
     return TokenizerBundle(facts=facts, files=files)
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from llmc.artifacts.manifest import Manifest
     from llmc.artifacts.store import Store
     from llmc.compiler.cached import CompileResult
+    from llmc.compiler.tokenizer_files import TextSide
 
 
 class CompileCommand(SettingsCommand):
@@ -119,7 +120,7 @@ def _compile(config: CompileConfig, *, check: bool) -> None:
         result = compile_model(
             config,
             observer=view,
-            render=_render,
+            text=text_side(config),
             check=_run_canaries if check else None,
             store=_store() if config.use_cache else None,
             time_decode=_time_decode,
@@ -131,6 +132,17 @@ def _store() -> Store:
     from llmc.artifacts.store import Store
 
     return Store()
+
+
+def text_side(config: CompileConfig) -> TextSide:
+    """What the compiler takes of the runtime."""
+    from llmc.compiler.tokenizer_files import TextSide
+    from llmc.runtime.text import choose_formats, stored_formats
+
+    def formats(template: str | None) -> bytes:
+        return stored_formats(choose_formats(reasoning=config.reasoning_parser, tools=config.tool_call_parser, template=template))
+
+    return TextSide(render=_render, reply_formats=formats)
 
 
 def _render(template: str, special: Mapping[str, str], messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:

@@ -39,6 +39,8 @@ class CompileConfig:
     calibration_data: Path | None = None  # None: the built-in text
     passes: str = ""  # "+name,-name": added to the level's list, left out of it
     max_kl: float | None = None  # nats per token; more fails the compile
+    reasoning_parser: str = ""  # how the model writes reasoning; "": read off the chat template
+    tool_call_parser: str | None = None  # and tool calls
     pooling: str | None = None  # "mean", "last", "cls": the artifact embeds; None: it generates
     normalize: bool = True  # an embedding has length 1; says nothing of an artifact that generates
     cudagraph_capture_sizes: tuple[int, ...] | None = None  # sequences of a decode step that gets a plan; CUDA targets
@@ -88,6 +90,10 @@ class CompileConfig:
         if self.quantized_kv is not None and self.embed:
             raise ConfigError(
                 f"--kv-cache-dtype {self.kv_cache_dtype}: what it costs an embedding is not measured, so it is not built; use auto"
+            )
+        if self.embed and (self.reasoning_parser or self.tool_call_parser):
+            raise ConfigError(
+                "--reasoning-parser and --tool-call-parser say how a model replies, and --task embed has no replies; drop them"
             )
         if self.embed and self.quantization is not None:
             raise ConfigError(
@@ -237,6 +243,8 @@ def compile_config(
         compile_sizes=_sizes(settings["compile_sizes"]),
         tensor_parallel_size=settings["tensor_parallel_size"],
         **_lora(settings),
+        reasoning_parser=settings["reasoning_parser"],
+        tool_call_parser=settings["tool_call_parser"],
         seed=settings["seed"],
         pooling=pooling[0] if pooling is not None else None,
         normalize=pooling[1] if pooling is not None else True,

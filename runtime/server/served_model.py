@@ -9,7 +9,7 @@ from pathlib import Path
 from llmc.artifacts.verify import open_artifact
 from llmc.errors import ArtifactError, ConfigError
 from llmc.runtime.server.settings import ServerSettings
-from llmc.runtime.text import ChatTemplate, ReplyFormats, Tokenizer, choose_formats
+from llmc.runtime.text import ChatTemplate, ReplyFormats, Tokenizer, choose_formats, read_stored_formats
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,13 +36,13 @@ class ServedModel:
         return self.tokenizer.special_ids(self.replies.markers)
 
 
-def reply_formats(settings: ServerSettings, template: str | None) -> ReplyFormats:
-    """The formats the settings name, or those that are certain from the chat template.
+def reply_formats(settings: ServerSettings, template: str | None, own: ReplyFormats | None = None) -> ReplyFormats:
+    """The formats the settings name, or the artifact's own, or those that are certain from the chat template.
 
     Raises:
         ConfigError: an unknown name, formats that exclude each other, or no tool format where one is asked for.
     """
-    formats = choose_formats(reasoning=settings.reasoning_parser, tools=settings.tool_call_parser, template=template)
+    formats = choose_formats(reasoning=settings.reasoning_parser, tools=settings.tool_call_parser, template=template, own=own)
     if settings.enable_auto_tool_choice and formats.tools is None:
         raise ConfigError(
             "enable_auto_tool_choice needs a tool-call format, and the chat template shows none for certain; add --tool-call-parser"
@@ -69,7 +69,10 @@ def load_served_model(settings: ServerSettings) -> ServedModel:
         source = settings.chat_template
         if source is None and facts.chat_template is not None:
             source = artifact.read(facts.chat_template).decode()
-        replies = reply_formats(settings, source)
+        own = None
+        if facts.reply_formats is not None and settings.chat_template is None:  # they were chosen for the artifact's template
+            own = read_stored_formats(artifact.read(facts.reply_formats), f"{settings.artifact}/{facts.reply_formats}")
+        replies = reply_formats(settings, source, own)
         return ServedModel(
             names=settings.served_model_names or (manifest.model.name,),
             tokenizer=tokenizer,

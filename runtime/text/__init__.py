@@ -9,7 +9,15 @@ from llmc.runtime.text.chat_template import ChatTemplate
 from llmc.runtime.text.detokenizer import Detokenizer
 from llmc.runtime.text.forced_reply import ForcedReply
 from llmc.runtime.text.reply import Piece, Reply, ReplyParser
-from llmc.runtime.text.reply_formats import ChannelFormat, ReasoningFormat, ReplyFormats, ToolFormat, choose_formats
+from llmc.runtime.text.reply_formats import (
+    ChannelFormat,
+    ReasoningFormat,
+    ReplyFormats,
+    ToolFormat,
+    choose_formats,
+    read_stored_formats,
+    stored_formats,
+)
 from llmc.runtime.text.stop import StopMatcher
 from llmc.runtime.text.tagged_reply import TaggedReply
 from llmc.runtime.text.text_stream import TextStream
@@ -32,4 +40,6 @@ __all__ = [
     "Tokenizer",
     "ToolFormat",
     "choose_formats",
+    "read_stored_formats",
+    "stored_formats",
 ]

@@ -1,20 +1,28 @@
-"""Which way a model writes reasoning and tool calls, read from reply_formats.toml, chosen by name or from the chat template."""
+"""Which way a model writes reasoning and tool calls: chosen by name or from the chat template when it is compiled, kept in the artifact.
+
+What can be chosen stands in reply_formats.toml. An artifact holds its own two in whole, so that it is read the same by a later llmc.
+"""
 
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any, Literal, TypeVar
 
-from llmc.errors import ConfigError
+import msgspec
+
+from llmc.errors import ArtifactError, ConfigError
 
 NONE = "none"
+MAX_STORED_BYTES = 64 << 10
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Detect:
+class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Read from files."""
+
+
+class Detect(_Record, frozen=True):
     """Texts of a chat template that make a format certain."""
 
     all: tuple[str, ...]
@@ -24,8 +32,7 @@ class Detect:
         return all(text in template for text in self.all) and not any(text in template for text in self.none)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ChannelFormat:
+class ChannelFormat(_Record, frozen=True):
     """Replies made of messages on channels. Fields as reply_formats.toml explains them."""
 
     start: str
@@ -42,8 +49,7 @@ class ChannelFormat:
         return (self.start, self.channel, self.message, self.constrain, *self.ends)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReasoningFormat:
+class ReasoningFormat(_Record, frozen=True):
     """Reasoning between two tags, or in a channel."""
 
     name: str
@@ -55,8 +61,7 @@ class ReasoningFormat:
     detect: Detect | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ToolFormat:
+class ToolFormat(_Record, frozen=True):
     """Tool calls as JSON between marks, or in a channel."""
 
     name: str
@@ -73,8 +78,7 @@ class ToolFormat:
     detect: Detect | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReplyFormats:
+class ReplyFormats(_Record, frozen=True):
     """What is known of one model's replies."""
 
     reasoning: ReasoningFormat | None = None
@@ -101,26 +105,84 @@ class ReplyFormats:
 _Format = TypeVar("_Format", ReasoningFormat, ToolFormat)
 
 
-def choose_formats(*, reasoning: str | None, tools: str | None, template: str | None) -> ReplyFormats:
-    """The formats of a served model.
+def choose_formats(*, reasoning: str | None, tools: str | None, template: str | None, own: ReplyFormats | None = None) -> ReplyFormats:
+    """The formats of a model.
 
     Args:
         reasoning: name of a reasoning format; "none": leave replies as they are; None or "": from the template, where certain.
         tools: the same for tool calls.
         template: source of the model's chat template.
+        own: what the artifact holds. It stands in place of the template, and for its own names in place of reply_formats.toml.
 
     Raises:
         ConfigError: an unknown name, or two formats that exclude each other.
     """
     known_reasoning, known_tools = _formats()
-    chosen_reasoning = _choose("reasoning_parser", reasoning, known_reasoning, template)
-    chosen_tools = _choose("tool_call_parser", tools, known_tools, template)
+    if own is None:
+        chosen_reasoning = _choose("reasoning_parser", reasoning, known_reasoning, template)
+        chosen_tools = _choose("tool_call_parser", tools, known_tools, template)
+    else:
+        chosen_reasoning = _choose_own("reasoning_parser", reasoning, known_reasoning, own.reasoning)
+        chosen_tools = _choose_own("tool_call_parser", tools, known_tools, own.tools)
     chosen = ReplyFormats(reasoning=chosen_reasoning, tools=chosen_tools)
-    parts = [part for part in (chosen_reasoning, chosen_tools) if part is not None]
-    if len({part.channels for part in parts}) > 1:
-        names = " and ".join(part.name for part in parts)
+    if _mixed(chosen):
+        names = " and ".join(part.name for part in (chosen_reasoning, chosen_tools) if part is not None)
         raise ConfigError(f"the formats {names} exclude each other: one is written in channels, the other in tags; choose one kind")
     return chosen
+
+
+def stored_formats(formats: ReplyFormats) -> bytes:
+    """What an artifact holds of them: JSON, without what only choosing needs."""
+
+    def plain(part: _Format | None) -> _Format | None:
+        return None if part is None else msgspec.structs.replace(part, detect=None)
+
+    kept = ReplyFormats(reasoning=plain(formats.reasoning), tools=plain(formats.tools))
+    return msgspec.json.format(msgspec.json.encode(kept), indent=1) + b"\n"
+
+
+def read_stored_formats(data: bytes, where: str) -> ReplyFormats:
+    """The formats that `stored_formats` wrote.
+
+    Args:
+        where: names the file in errors.
+
+    Raises:
+        ArtifactError: something else.
+    """
+    if len(data) > MAX_STORED_BYTES:
+        raise ArtifactError(f"{where}: {len(data)} bytes are more than formats of replies take ({MAX_STORED_BYTES}); compile again")
+    try:
+        found = msgspec.json.decode(data, type=ReplyFormats)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ArtifactError(f"{where}: no formats of replies: {error}; compile again") from None
+    if (fault := _fault(found)) is not None:
+        raise ArtifactError(f"{where}: {fault}, which no reply can be read by; compile again")
+    return found
+
+
+def _fault(formats: ReplyFormats) -> str | None:
+    """What the parsers rely on and these do not hold, if anything: they look for the first mark and go on behind it."""
+    for part in (formats.reasoning, formats.tools):
+        if part is None:
+            continue
+        if part.channels is not None:
+            needed = [*part.channels.markers, part.channels.recipient, *part.channels.ends[:1]] if part.channels.ends else [""]
+        elif isinstance(part, ReasoningFormat):
+            needed = [part.open, part.close]
+        else:
+            needed = [part.begin, part.name_key, *(part.arguments_keys or [""])]
+        if not all(needed):
+            return f"the format {part.name!r} has an empty mark or key"
+    if _mixed(formats):
+        return "one format is written in channels, the other in tags"
+    marks = set(formats.markers)
+    held = [(a, b) for a in marks for b in marks if a != b and a in b]
+    return f"the mark {held[0][1]!r} holds another, {held[0][0]!r}" if held else None
+
+
+def _mixed(formats: ReplyFormats) -> bool:
+    return len({part.channels for part in (formats.reasoning, formats.tools) if part is not None}) > 1
 
 
 def format_names() -> tuple[list[str], list[str]]:
@@ -138,6 +200,12 @@ def _choose(setting: str, name: str | None, known: dict[str, _Format], template:
         return known[name]
     certain = [f for f in known.values() if template and f.detect is not None and f.detect.certain(template)]
     return certain[0] if len(certain) == 1 else None
+
+
+def _choose_own(setting: str, name: str | None, known: dict[str, _Format], own: _Format | None) -> _Format | None:
+    if not name or (own is not None and name == own.name):
+        return own
+    return _choose(setting, name, known, None)
 
 
 @cache

@@ -13,12 +13,16 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from llmc.cli.compile import text_side
 from llmc.compiler.model import read_model
 from llmc.compiler.supported import SUPPORTED
 from llmc.compiler.template_reference import reference_texts
-from llmc.compiler.tokenizer_files import PROBES, generation_defaults, template_parity
+from llmc.compiler.tokenizer_files import PROBES, generation_defaults, read_tokenizer, template_parity
+from llmc.config.compile import CompileConfig
 from llmc.errors import ArtifactError, ConfigError, UnsupportedModel
 from tests.architectures import NAMES, save_tiny_model, tiny_config
+
+DEMO_MODEL = Path(__file__).parents[2] / "examples" / "demo_model"
 
 
 @pytest.fixture
@@ -193,6 +197,23 @@ def test_a_template_that_never_ends_is_refused() -> None:
     loops = "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}"
     with pytest.raises(UnsupportedModel, match="within 3 s of processor time"):
         reference_texts(loops, {}, PROBES, cpu_s=3)
+
+
+def test_formats_of_replies_are_chosen_for_the_artifact(folder: Path) -> None:
+    (folder / "tokenizer.json").write_bytes((DEMO_MODEL / "tokenizer.json").read_bytes())
+    (folder / "chat_template.jinja").write_text("{# [INST] [TOOL_CALLS] #}")
+
+    def names(**settings: str) -> list[str | None]:
+        side = text_side(CompileConfig(model=folder, out=folder / "out", **settings))  # type: ignore[arg-type]
+        bundle = read_tokenizer(folder, eos_token_ids=(2,), bos_token_id=None, pad_token_id=None, text=side)
+        assert bundle.facts.reply_formats == "tokenizer/reply_formats.json"
+        found = json.loads(bundle.files[bundle.facts.reply_formats])
+        return [found[part] and found[part]["name"] for part in ("reasoning", "tools")]
+
+    assert names() == [None, "mistral"]
+    assert names(reasoning_parser="qwen3", tool_call_parser="none") == ["qwen3", None]
+    with pytest.raises(ConfigError, match="--task embed has no replies"):
+        CompileConfig(model=folder, out=folder / "out", tool_call_parser="hermes", pooling="mean")
 
 
 def test_sampling_defaults_that_a_request_could_not_ask_for_are_refused() -> None:

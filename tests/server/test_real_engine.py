@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -17,6 +18,10 @@ import tokenizers
 from llmc.artifacts.manifest import TokenizerFacts
 from llmc.artifacts.weight_file import WeightTensor
 from llmc.artifacts.writer import ArtifactWriter
+from llmc.errors import ArtifactError
+from llmc.runtime.server.served_model import load_served_model
+from llmc.runtime.server.settings import ServerSettings
+from llmc.runtime.text import choose_formats, stored_formats
 from tests.runtime.conftest import toy_folder, toy_weights  # noqa: F401
 from tests.runtime.toy_artifact import EOS, toy_entry, toy_greedy, toy_manifest
 from tests.runtime.toy_program import VOCAB
@@ -39,8 +44,14 @@ def artifact(tmp_path_factory: pytest.TempPathFactory, toy_folder: Path, toy_wei
     return write_artifact(tmp_path_factory.mktemp("served") / "toy", toy_folder, toy_weights)
 
 
-def write_artifact(out: Path, toy_folder: Path, toy_weights: dict[str, np.ndarray], tokenizer: bytes | None = None) -> Path:  # noqa: F811
-    """An artifact of the toy program with these weights."""
+def write_artifact(
+    out: Path,
+    toy_folder: Path,  # noqa: F811
+    toy_weights: dict[str, np.ndarray],  # noqa: F811
+    tokenizer: bytes | None = None,
+    formats: bytes | None = None,
+) -> Path:
+    """An artifact of the toy program with these weights. formats: of its replies."""
     with ArtifactWriter(out) as writer:
         image = writer.add_image((toy_folder / "toy.so").read_bytes(), "model")
         tensors = [
@@ -50,7 +61,10 @@ def write_artifact(out: Path, toy_folder: Path, toy_weights: dict[str, np.ndarra
         weight_file, records = writer.add_weights("weights/model.safetensors", tensors)
         writer.add_file("tokenizer/tokenizer.json", tokenizer or toy_tokenizer())
         writer.add_file("tokenizer/chat_template.jinja", b"{% for m in messages %}{{ m.content }} {% endfor %}")
+        if formats is not None:
+            writer.add_file("tokenizer/reply_formats.json", formats)
         facts = TokenizerFacts(
+            reply_formats="tokenizer/reply_formats.json" if formats is not None else None,
             tokenizer_json="tokenizer/tokenizer.json",
             chat_template="tokenizer/chat_template.jinja",
             template_parity="same",
@@ -70,6 +84,21 @@ def write_artifact(out: Path, toy_folder: Path, toy_weights: dict[str, np.ndarra
         )
         writer.finish(manifest)
     return out
+
+
+def test_replies_are_read_as_the_artifact_says(tmp_path: Path, toy_folder: Path, toy_weights: dict[str, np.ndarray]) -> None:  # noqa: F811
+    def served(artifact: Path, **settings: Any) -> tuple[str | None, str | None]:
+        replies = load_served_model(ServerSettings(artifact=artifact, engine={}, **settings)).replies
+        return replies.reasoning and replies.reasoning.name, replies.tools and replies.tools.name
+
+    formats = stored_formats(choose_formats(reasoning="deepseek_r1", tools="hermes", template=None))
+    artifact = write_artifact(tmp_path / "own", toy_folder, toy_weights, formats=formats)
+    assert served(artifact) == ("deepseek_r1", "hermes")
+    assert served(artifact, tool_call_parser="mistral", reasoning_parser="none") == (None, "mistral")
+    assert served(artifact, chat_template="[INST] [TOOL_CALLS]") == (None, "mistral"), "an operator's template is read off anew"
+    broken = write_artifact(tmp_path / "broken", toy_folder, toy_weights, formats=b'{"tools":{"name":"x"}}')
+    with pytest.raises(ArtifactError, match="reply_formats.json: the format 'x' has an empty mark or key"):
+        load_served_model(ServerSettings(artifact=broken, engine={}))
 
 
 @pytest.fixture(scope="module")

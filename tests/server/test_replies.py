@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmc.errors import ConfigError
+from llmc.errors import ArtifactError, ConfigError
 from llmc.runtime.server.chat_reply import ChatReply
 from llmc.runtime.text.channel_reply import ChannelReply
 from llmc.runtime.text.reply import Piece, Reply, ReplyParser
-from llmc.runtime.text.reply_formats import choose_formats, format_names
+from llmc.runtime.text.reply_formats import choose_formats, format_names, read_stored_formats, stored_formats
 from llmc.runtime.text.tagged_reply import TaggedReply
 from tests.server.test_chat_template import CHATML, TOOLS_LIKE
 
 NAMES = frozenset({"get_weather", "f"})
 CALL = '{"name": "get_weather", "arguments": {"city": "Paris \\u00e9 \\"x\\"", "days": [1, 2.5e3, null, true]}}'
+HARMONY = choose_formats(reasoning="openai_gptoss", tools="openai", template=None)
 ARGUMENTS = CALL.partition('"arguments": ')[2][:-1]
 
 
@@ -249,6 +251,50 @@ def test_names_that_are_not_known_or_do_not_fit_are_refused() -> None:
         choose_formats(reasoning="magic", tools=None, template=None)
     with pytest.raises(ConfigError, match="exclude each other"):
         choose_formats(reasoning="openai_gptoss", tools="hermes", template=None)
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "tools"), [("qwen3", "hermes"), ("openai_gptoss", "openai"), ("none", "llama3_json"), ("none", "none")]
+)
+def test_an_artifact_keeps_its_formats(reasoning: str, tools: str) -> None:
+    """A later llmc reads replies by what the artifact holds, whatever its own table says by then."""
+    chosen = choose_formats(reasoning=reasoning, tools=tools, template=None)
+    data = stored_formats(chosen)
+    own = read_stored_formats(data, "a")
+    assert stored_formats(own) == data and own.markers == chosen.markers
+    assert choose_formats(reasoning="", tools=None, template="[INST] [TOOL_CALLS]", own=own) == own
+    if own.tools is not None and own.tools.begin:
+        other = read_stored_formats(data.replace(own.tools.begin.encode(), b"<call>"), "a")
+        named = choose_formats(reasoning="none", tools=tools, template=None, own=other).tools
+        assert named is not None and named.begin == "<call>", "its own, where its name is asked for"
+        elsewhere = choose_formats(reasoning="none", tools="mistral", template=None, own=other).tools
+        assert elsewhere is not None and elsewhere.begin == "[TOOL_CALLS]"
+    nothing = choose_formats(reasoning="none", tools="none", template=None, own=own)
+    assert nothing.reasoning is None and nothing.tools is None
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda d: d["tools"].update(begin=""), "'hermes' has an empty mark"),
+        (lambda d: d["tools"].update(arguments_keys=[]), "'hermes' has an empty mark or key"),
+        (lambda d: d["reasoning"].update(close=""), "'qwen3' has an empty mark"),
+        (lambda d: d["reasoning"].update(close="<think>x"), "holds another, '<think>'"),
+        (
+            lambda d: d["tools"].update(channels=json.loads(stored_formats(HARMONY))["tools"]["channels"]),
+            "one format is written in channels",
+        ),
+        (lambda d: d["tools"].update(extra=1), "unknown field"),
+        (lambda d: d["tools"].update(begin=7), "Expected `str`"),
+        (lambda d: d.update(reasoning=[]), "Expected"),
+        (lambda d: d["tools"].update(begin="x" * 70_000), "more than formats of replies take"),
+    ],
+)
+def test_formats_that_no_reply_can_be_read_by_are_refused(change: Callable[[Any], None], says: str) -> None:
+    formats = json.loads(stored_formats(choose_formats(reasoning="qwen3", tools="hermes", template=None)))
+    change(formats)
+    with pytest.raises(ArtifactError, match=says):
+        read_stored_formats(json.dumps(formats).encode(), "tokenizer/reply_formats.json")
 
 
 def test_no_mark_of_a_format_holds_another() -> None:
