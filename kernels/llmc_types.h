@@ -26,7 +26,7 @@ enum {
   LLMC_BAD_DTYPE = 2,
   LLMC_BAD_SHAPE = 3,
   LLMC_BAD_INDEX = 4,    /* an id lies outside the matrix */
-  LLMC_NO_HARDWARE = 5,  /* the kernel would not let this process use AMX */
+  LLMC_NO_HARDWARE = 5,  /* this process may not use AMX, or the level lacks the instructions */
   LLMC_NO_MEMORY = 6,
   LLMC_PEER_LOST = 7,    /* another process of the group ended; what was to be written is not whole */
 };

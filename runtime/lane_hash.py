@@ -40,7 +40,7 @@ class LaneHash:
 
     @classmethod
     def of(cls, kernels: ctypes.CDLL) -> LaneHash | None:
-        """The image's, or None: it was compiled before there was one, or this processor has no AVX-512."""
+        """The image's, or None: it was compiled before there was one, or for a level without AVX-512."""
         if not hasattr(kernels, "llmc_sha256"):
             return None
         found = cls(kernels)

@@ -14,13 +14,22 @@ from llmc.runtime.lane_hash import LaneHash
 from tests.kernels.matmul_world import kernel_cache, runnable_levels
 
 
+def image(level: str, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return ctypes.CDLL(str(build_kernels(level, kernel_cache(tmp_path_factory)).kernels_so))
+
+
 @pytest.fixture(scope="module")
 def lanes(tmp_path_factory: pytest.TempPathFactory) -> LaneHash:
-    library = ctypes.CDLL(str(build_kernels(runnable_levels()[0].name, kernel_cache(tmp_path_factory)).kernels_so))
-    found = LaneHash.of(library)
-    if found is None:
+    level = runnable_levels()[-1].name
+    if level == "x86-64-v3":
         pytest.skip("this processor has no AVX-512")
+    found = LaneHash.of(image(level, tmp_path_factory))
+    assert found is not None
     return found
+
+
+def test_a_level_without_the_instructions_leaves_it_to_hashlib(tmp_path_factory: pytest.TempPathFactory) -> None:
+    assert LaneHash.of(image("x86-64-v3", tmp_path_factory)) is None
 
 
 @pytest.mark.parametrize("count", [1, 7, 16])

@@ -3,7 +3,7 @@
 // One message is a chain: each round waits for the one before, also in the processor's SHA instructions (1.1 GB/s on the Xeon measured).
 // Chunks of a weight file are independent of each other: 16 of them keep both vector units busy, at 3.7 GB/s.
 //
-// The instructions are asked for here and the processor is asked at run time, so every level of an artifact has them.
+// Levels without AVX-512 have no instruction of it, here neither: hashlib hashes there.
 // Source: FIPS 180-4, sections 4.1.2, 4.2.2, 5.1.1, 5.3.3 and 6.2.2; names as there.
 
 #include "sha256/cpu/sha256.h"
@@ -12,12 +12,11 @@
 
 #include <cstring>
 
-#define LLMC_AVX512 __attribute__((target("avx512f,avx512bw")))
-
 // GCC 12 takes the undefined operand that its own intrinsics pass for ours (https://gcc.gnu.org/PR105593); gone in 13.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
+#if defined(__AVX512F__) && defined(__AVX512BW__)
 namespace {
 
 constexpr int LANES = LLMC_SHA256_LANES;
@@ -37,21 +36,21 @@ constexpr uint32_t H0[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x51
 // Truth tables of three-operand logic (first operand is the high bit of the row).
 constexpr int XOR3 = 0x96, CH = 0xca, MAJ = 0xe8;
 
-LLMC_AVX512 inline __m512i big_sigma_0(__m512i x) {
+inline __m512i big_sigma_0(__m512i x) {
   return _mm512_ternarylogic_epi32(_mm512_ror_epi32(x, 2), _mm512_ror_epi32(x, 13), _mm512_ror_epi32(x, 22), XOR3);
 }
-LLMC_AVX512 inline __m512i big_sigma_1(__m512i x) {
+inline __m512i big_sigma_1(__m512i x) {
   return _mm512_ternarylogic_epi32(_mm512_ror_epi32(x, 6), _mm512_ror_epi32(x, 11), _mm512_ror_epi32(x, 25), XOR3);
 }
-LLMC_AVX512 inline __m512i small_sigma_0(__m512i x) {
+inline __m512i small_sigma_0(__m512i x) {
   return _mm512_ternarylogic_epi32(_mm512_ror_epi32(x, 7), _mm512_ror_epi32(x, 18), _mm512_srli_epi32(x, 3), XOR3);
 }
-LLMC_AVX512 inline __m512i small_sigma_1(__m512i x) {
+inline __m512i small_sigma_1(__m512i x) {
   return _mm512_ternarylogic_epi32(_mm512_ror_epi32(x, 17), _mm512_ror_epi32(x, 19), _mm512_srli_epi32(x, 10), XOR3);
 }
 
 // rows[l] holds 16 words of message l; afterwards rows[t] holds word t of 16 messages.
-LLMC_AVX512 inline void transpose(__m512i* rows) {
+inline void transpose(__m512i* rows) {
   __m512i t[16];
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
@@ -76,7 +75,7 @@ LLMC_AVX512 inline void transpose(__m512i* rows) {
 }
 
 // Take `blocks` blocks of every message into the state: 8 words, each of 16 messages.
-LLMC_AVX512 void compress(__m512i* state, const uint8_t* const* messages, int64_t blocks) {
+void compress(__m512i* state, const uint8_t* const* messages, int64_t blocks) {
   const __m512i big_endian = _mm512_broadcast_i32x4(_mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203));
   for (int64_t block = 0; block < blocks; block++) {
     __m512i w[16];
@@ -109,7 +108,7 @@ LLMC_AVX512 void compress(__m512i* state, const uint8_t* const* messages, int64_
   }
 }
 
-LLMC_AVX512 void hash(const LlmcSha256Args& args) {
+void hash(const LlmcSha256Args& args) {
   const int64_t whole = args.message_bytes / BLOCK, rest = args.message_bytes % BLOCK;
   const int64_t tail_blocks = rest + 9 > BLOCK ? 2 : 1;  // 0x80 and the length, 8 bytes, must fit
   const uint8_t* messages[LANES];
@@ -134,11 +133,15 @@ LLMC_AVX512 void hash(const LlmcSha256Args& args) {
 }
 
 }  // namespace
+#endif
 
 int32_t llmc_sha256(const LlmcSha256Args* args) {
   if (args->struct_bytes != sizeof(LlmcSha256Args)) return LLMC_BAD_STRUCT;
-  if (args->num_messages < 1 || args->num_messages > LANES || args->message_bytes < 0 || args->message_bytes > int64_t{1} << 60) return LLMC_BAD_SHAPE;
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw")) return LLMC_NO_HARDWARE;
+  if (args->num_messages < 1 || args->num_messages > LLMC_SHA256_LANES || args->message_bytes < 0 || args->message_bytes > int64_t{1} << 60) return LLMC_BAD_SHAPE;
+#if defined(__AVX512F__) && defined(__AVX512BW__)
   hash(*args);
   return LLMC_OK;
+#else
+  return LLMC_NO_HARDWARE;
+#endif
 }

@@ -14,7 +14,7 @@ typedef struct {
   int64_t message_bytes;       /* of each, 0 to 2^60 */
 } LlmcSha256Args;
 
-/* LLMC_NO_HARDWARE where there is no AVX-512. */
+/* LLMC_NO_HARDWARE from a build for a level without AVX-512. */
 LLMC_API int32_t llmc_sha256(const LlmcSha256Args* args);
 
 #endif
