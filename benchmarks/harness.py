@@ -62,9 +62,10 @@ def compiled(model: Path, out: Path, *options: str) -> float:
     return time.perf_counter() - started
 
 
-def finish(name: str, result: dict[str, Any], *, as_json: bool, table: str) -> None:
-    """Store the result under benchmarks/results/ and print it."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
+def finish(name: str, result: dict[str, Any], *, as_json: bool, table: str, keep: bool = True) -> None:
+    """Print the result, and store it under benchmarks/results/ unless it is a trial (keep=False)."""
     text = json.dumps({"benchmark": name, "environment": environment(), **result}, indent=2, sort_keys=True)
-    (RESULTS / f"{name}.json").write_text(text + "\n")
+    if keep:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(text + "\n")
     print(text if as_json else table)

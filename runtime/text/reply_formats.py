@@ -167,7 +167,7 @@ def _fault(formats: ReplyFormats) -> str | None:
         if part is None:
             continue
         if part.channels is not None:
-            needed = [*part.channels.markers, part.channels.recipient, *part.channels.ends[:1]] if part.channels.ends else [""]
+            needed = [*part.channels.markers, part.channels.recipient, "".join(part.channels.ends)]
         elif isinstance(part, ReasoningFormat):
             needed = [part.open, part.close]
         else:

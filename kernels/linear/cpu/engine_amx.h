@@ -7,6 +7,8 @@
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
 
+#include <type_traits>
+
 #include "engine_fma.h"
 
 namespace llmc {
@@ -65,6 +67,17 @@ inline void store_tiles(float (*c)[16][16]) {
   }
 }
 
+// Panels four at a time while there are four, then two and one: f(their number as a constant, the first of them).
+template <class F>
+inline void by_fours(int64_t panel, int64_t panel_end, F&& f) {
+  for (; panel + 4 <= panel_end; panel += 4) f(std::integral_constant<int, 4>(), panel);
+  if (panel + 2 <= panel_end) {
+    f(std::integral_constant<int, 2>(), panel);
+    panel += 2;
+  }
+  if (panel < panel_end) f(std::integral_constant<int, 1>(), panel);
+}
+
 // At most 16 rows of x by P tiles of weights that were stored just before, added to the accumulators: one step of depth 32.
 template <int P>
 inline void multiply_tiles(const uint16_t* x, int64_t row_bytes, const uint16_t (*w)[16 * 32]) {
@@ -93,12 +106,7 @@ struct AmxDriver {
   static void run(const Tile<BF16, X>& t, int64_t panel, int64_t panel_end, Out&& row_out) {
     asm volatile("" ::: "memory");  // tile loads do not declare what they read
     if (t.num_rows <= 16) {
-      for (; panel + 4 <= panel_end; panel += 4) few_rows<4>(t, panel, panel_end, row_out);
-      if (panel + 2 <= panel_end) {
-        few_rows<2>(t, panel, panel_end, row_out);
-        panel += 2;
-      }
-      if (panel < panel_end) few_rows<1>(t, panel, panel_end, row_out);
+      by_fours(panel, panel_end, [&](auto count, int64_t first) { few_rows<count()>(t, first, panel_end, row_out); });
       return;
     }
     alignas(64) Block blocks[2];

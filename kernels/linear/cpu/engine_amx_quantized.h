@@ -44,12 +44,7 @@ struct AmxQuantizedDriver {
       many.write_rows(t.num_rows, row_out);
       return;
     }
-    for (; panel + 4 <= panel_end; panel += 4) few_rows<4>(t, q, panel, panel_end, row_out);
-    if (panel + 2 <= panel_end) {
-      few_rows<2>(t, q, panel, panel_end, row_out);
-      panel += 2;
-    }
-    if (panel < panel_end) few_rows<1>(t, q, panel, panel_end, row_out);
+    by_fours(panel, panel_end, [&](auto count, int64_t first) { few_rows<count()>(t, q, first, panel_end, row_out); });
   }
 
  private:
