@@ -49,6 +49,7 @@ def engine_step_us(num_steps: int) -> dict[str, float]:
 
     from llmc.artifacts.manifest import KVFacts, KVGroup
     from llmc.runtime.batch import BatchBuilder
+    from llmc.runtime.executors.logits import Logits
     from llmc.runtime.messages import GenerateRequest, SamplingParams
     from llmc.runtime.runner import ModelRunner
     from llmc.runtime.sampler import Sampler
@@ -65,8 +66,8 @@ def engine_step_us(num_steps: int) -> dict[str, float]:
         def allocate_kv(self, num_blocks: int) -> None:
             """There is none."""
 
-        def run(self, batch: DeviceBatch) -> np.ndarray:
-            return self._logits[: len(batch.logits_indices)]
+        def run(self, batch: DeviceBatch) -> Logits:
+            return Logits(self._logits[: len(batch.logits_indices)])
 
         def close(self) -> None:
             """It holds nothing."""

@@ -42,6 +42,7 @@ def paced_engine(options: dict[str, Any]) -> Any:
 
     from llmc.artifacts.manifest import KVFacts, KVGroup
     from llmc.runtime.batch import BatchBuilder
+    from llmc.runtime.executors.logits import Logits
     from llmc.runtime.messages import EngineReady
     from llmc.runtime.runner import ModelRunner
     from llmc.runtime.sampler import Sampler
@@ -54,11 +55,11 @@ def paced_engine(options: dict[str, Any]) -> Any:
         def allocate_kv(self, num_blocks: int) -> None:
             """There is none."""
 
-        def run(self, batch: Any) -> np.ndarray:
+        def run(self, batch: Any) -> Logits:
             time.sleep(step_s)
             logits = np.zeros((len(batch.logits_indices), vocab), dtype=np.float32)
             logits[:, 7] = 1.0
-            return logits
+            return Logits(logits)
 
         def close(self) -> None:
             """It holds nothing."""

@@ -88,7 +88,7 @@ def _run(batch: Sequence[_Forced], manifest: Manifest, executor: Executor, build
         for share in shares:
             builder.check(share)
         built = builder.build(shares)
-        logits = executor.run(built.batch)
+        logits = executor.run(built.batch).to_float32()
         for (one, _), rows in zip(running, built.rows, strict=True):
             compared += _compare(one, *one.steps[number], logits[rows.first :], manifest.canary_tolerance)
     return compared

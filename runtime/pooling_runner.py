@@ -76,7 +76,7 @@ class PoolingRunner:
         """Run all at once; when that fails, each alone."""
         try:
             built = self._builder.build(sequences)
-            hidden = self._executor.run(built.batch)
+            hidden = self._executor.run(built.batch).to_float32()
         except DeviceLost:
             raise  # no sequence can run any more
         except Exception as error:

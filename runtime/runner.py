@@ -12,7 +12,7 @@ import numpy as np
 from llmc.errors import DeviceLost, InternalError
 from llmc.runtime.batch import BatchBuilder, BuiltBatch, LogitsRows
 from llmc.runtime.device_sampling import RowSampling, SamplingExecutor, merge_fed, rows_on_device, sampled_token
-from llmc.runtime.executors.logits import LazyExecutor, Logits
+from llmc.runtime.executors.logits import Logits
 from llmc.runtime.messages import TokenLogprobs
 from llmc.runtime.sampler import Sampler
 from llmc.runtime.step import Executor, SampledToken, ScheduledSequence, StepOutput, StepPlan
@@ -70,7 +70,6 @@ class ModelRunner:
         self.grammars: GrammarService | None = None  # set by the engine with its first structured request
         self._submitted: deque[_Submitted] = deque()
         self._sampling = cast(SamplingExecutor, executor) if hasattr(executor, "sampling_limits") else None
-        self._lazy = cast(LazyExecutor, executor) if hasattr(executor, "compute") else None
         self.steps = SampledSteps()
 
     def submit(self, plan: StepPlan) -> None:
@@ -228,8 +227,7 @@ class ModelRunner:
         """Run all at once; when that fails, each alone, so that only the one at fault ends. Writes errors to `failed`."""
         try:
             built = built if built is not None else self._builder.build(sequences)
-            given = self._lazy.compute(built.batch) if self._lazy is not None else Logits(self._executor.run(built.batch))
-            return [(sequences, built, given)]
+            return [(sequences, built, self._executor.run(built.batch))]
         except DeviceLost:
             raise  # no sequence can run any more
         except Exception as error:

@@ -6,12 +6,15 @@ Sequence (scheduler) -> StepPlan (scheduler.plan) -> DeviceBatch (batch.build) -
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 import numpy as np
 
 from llmc.runtime.messages import SamplingParams, TokenLogprobs
+
+if TYPE_CHECKING:
+    from llmc.runtime.executors.logits import Logits
 
 
 # One of these and one SampledToken per sequence and step: a msgspec struct is made in a sixth of a frozen dataclass's time, which is why
@@ -88,8 +91,8 @@ class Executor(Protocol):
     def allocate_kv(self, num_blocks: int) -> None:
         """Allocate the K and V tensors of every layer, zeroed."""
 
-    def run(self, batch: DeviceBatch) -> np.ndarray:
-        """Run one step. Returns logits float32 [N, vocab_size], valid until the next call."""
+    def run(self, batch: DeviceBatch) -> Logits:
+        """Run one step. Returns logits [N, vocab_size] as the program gave them, valid until the next call."""
 
     def close(self) -> None:
         """Free what it holds."""

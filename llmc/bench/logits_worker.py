@@ -41,7 +41,8 @@ def logits_of(model: LoadedModel, token_ids: list[int], decode: int) -> np.ndarr
             needs_prompt_logprobs=True,  # asks for the logits of every row
         )
         model.builder.check(share)
-        parts.append(np.array(model.executor.run(model.builder.build([share]).batch)[: end - start], dtype=np.float32))
+        logits = model.executor.run(model.builder.build([share]).batch).to_float32()
+        parts.append(logits[: end - start].copy())
     return np.concatenate(parts)
 
 

@@ -27,7 +27,7 @@ from llmc.runtime.cuda.staging import InputLayout
 from llmc.runtime.cuda.weights import DeviceTensor
 from llmc.runtime.device_sampling import DeviceLimits, Fed, RowSampling, SampledRows
 from llmc.runtime.executors.kv_cache import cache_input
-from llmc.runtime.executors.logits import LogitsBuffer
+from llmc.runtime.executors.logits import Logits, LogitsBuffer
 from llmc.runtime.memory import round_up
 from llmc.runtime.step import DeviceBatch
 
@@ -173,8 +173,8 @@ class PlanExecutor:
                 program.samples[kind] = build_graph(self._device, [(tail.plan, addresses)], self._modules, self._stream)
         program.executable = build_graph(self._device, parts, self._modules, self._stream)
 
-    def run(self, batch: DeviceBatch) -> np.ndarray:
-        """One step. Returns float32 [N, vocab_size], valid until the next call.
+    def run(self, batch: DeviceBatch) -> Logits:
+        """One step. Returns logits [N, vocab_size], valid until the next call.
 
         Raises:
             DeviceLost: a kernel failed; this process cannot use the GPU any more.
@@ -183,10 +183,10 @@ class PlanExecutor:
         program = choose_program(self._programs, batch)
         rows, most = len(batch.logits_indices), program.record.num_logits
         if rows <= most:
-            return self._run_rows(program, batch, slice(0, rows))
+            return Logits(self._run_rows(program, batch, slice(0, rows)), self._wide)
         # Writing the same K and V again changes nothing, so a step is run as often as its rows ask for
         parts = [self._run_rows(program, batch, slice(first, min(first + most, rows))).copy() for first in range(0, rows, most)]
-        return np.concatenate(parts)
+        return Logits(np.concatenate(parts), self._wide)
 
     def start(self, batch: DeviceBatch, sampling: RowSampling, fed: Sequence[Fed]) -> bool:
         """Begin a step whose tokens are chosen on the GPU. At most two may be begun and not finished.
@@ -291,7 +291,7 @@ class PlanExecutor:
         self._device.copy_in(self._input_address, self._staging[slot].ctypes.data, program.layout.nbytes, self._stream)
 
     def _run_rows(self, program: Program, batch: DeviceBatch, rows: slice) -> np.ndarray:
-        """Logits of some of the rows a step asks for."""
+        """Logits of some of the rows a step asks for, valid until the next call."""
         stream, output = self._stream, program.logits
         if self._begun:
             raise InternalError("a step's logits were asked for while another step runs; please report this")
@@ -302,7 +302,7 @@ class PlanExecutor:
         nbytes = nbytes_of(output.dtype, shape)
         self._device.copy_out(self._result.ctypes.data, self._arena_address + output.offset, nbytes, stream)
         self._device.synchronize(stream)
-        return self._wide.to_float32(self._result[:nbytes].view(NUMPY[output.dtype]).reshape(shape))
+        return self._result[:nbytes].view(NUMPY[output.dtype]).reshape(shape)
 
     def _addresses(self, program: Program) -> list[int]:
         """The address of each region of a plan."""

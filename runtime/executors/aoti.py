@@ -106,11 +106,7 @@ class AotiExecutor:
                 array = self._cache.tensor(*owner)
                 self._fixed.append((self._tensors.tensor(array.ctypes.data, array.shape, spec.dtype), place))
 
-    def run(self, batch: DeviceBatch) -> np.ndarray:
-        """One step. Returns float32 [N, vocab_size], valid until the next call. Raises what `compute` does."""
-        return self.compute(batch).to_float32()
-
-    def compute(self, batch: DeviceBatch) -> Logits:
+    def run(self, batch: DeviceBatch) -> Logits:
         """One step. Returns logits [N, vocab_size], valid until the next call.
 
         Raises:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 
 from llmc.errors import ArtifactError
-from llmc.runtime.step import DeviceBatch, Executor
 
 _KEEP_BYTES = 64 << 20  # a larger conversion (prompt log-probabilities) is not worth holding on to
 _INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00}  # the bits of the positive one
@@ -73,13 +70,6 @@ class Logits:
             return _largest_of_bits(self._given.view(np.uint16), _INFINITY[self._buffer.dtype])
         found = self._wide.argmax(axis=1)  # the first NaN if there is one
         return np.where(np.isfinite(self._wide[np.arange(len(found)), found]), found, -1).tolist()
-
-
-class LazyExecutor(Executor, Protocol):
-    """An executor that leaves the logits as its program gave them."""
-
-    def compute(self, batch: DeviceBatch) -> Logits:
-        """Run one step, as `run`."""
 
 
 def _largest_of_bits(bits: np.ndarray, infinity: int) -> list[int]:

@@ -21,6 +21,7 @@ from llmc.artifacts.manifest import Entry, KVFacts
 from llmc.errors import ArtifactError, InternalError
 from llmc.runtime.executors.kernel_abi import KERNEL_DTYPES, LoraAddArgs, PagedAttentionArgs, bind_lora_add, bind_paged_attention
 from llmc.runtime.executors.kv_cache import KVCache, cache_input
+from llmc.runtime.executors.logits import Logits
 from llmc.runtime.step import DeviceBatch
 from llmc.runtime.weights import Weights
 
@@ -128,8 +129,8 @@ class NodesExecutor:
                 self._fixed[spec.name.replace(".", "_")] = _as_torch(cache.tensor(*owner), spec.dtype)
         self._has_cache = True
 
-    def run(self, batch: DeviceBatch) -> np.ndarray:
-        """One step. Returns float32 [N, vocab_size], valid until the next call."""
+    def run(self, batch: DeviceBatch) -> Logits:
+        """One step. Returns logits [N, vocab_size], valid until the next call."""
         if not self._has_cache:
             raise InternalError("a step ran before the KV cache was allocated; please report this")
         if threading.get_ident() != self._thread:
@@ -148,7 +149,7 @@ class NodesExecutor:
                 except Exception as error:
                     raise InternalError(f"{step.where} failed: {str(error).splitlines()[0] if str(error) else error!r}") from error
             logits: np.ndarray = values[self._output].float().contiguous().numpy()
-        return logits
+        return Logits(logits)
 
     def close(self) -> None:
         """Drop weights and KV cache."""

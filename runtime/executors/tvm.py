@@ -96,11 +96,7 @@ class TvmExecutor:
                 array = self._cache.tensor(*owner)
                 self._give(place, _described(spec.dtype, array.ctypes.data, array.shape))
 
-    def run(self, batch: DeviceBatch) -> np.ndarray:
-        """One step. Returns float32 [N, vocab_size], valid until the next call. Raises what `compute` does."""
-        return self.compute(batch).to_float32()
-
-    def compute(self, batch: DeviceBatch) -> Logits:
+    def run(self, batch: DeviceBatch) -> Logits:
         """One step. Returns logits [N, vocab_size], valid until the next call.
 
         Raises:

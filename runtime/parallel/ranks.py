@@ -10,10 +10,9 @@ import subprocess
 import sys
 import threading
 
-import numpy as np
-
 from llmc.errors import ArtifactError, DeviceLost
 from llmc.runtime.engine_config import EngineConfig
+from llmc.runtime.executors.logits import Logits
 from llmc.runtime.parallel.group import Group
 from llmc.runtime.parallel.messages import AllocateKV, Failed, Message, Ready, receive, send, step_of
 from llmc.runtime.step import DeviceBatch, Executor
@@ -56,8 +55,8 @@ class RanksExecutor:
         self._tell(AllocateKV(num_blocks=num_blocks))
         self._executor.allocate_kv(num_blocks)
 
-    def run(self, batch: DeviceBatch) -> np.ndarray:
-        """One step, on all ranks at once.
+    def run(self, batch: DeviceBatch) -> Logits:
+        """One step, on all ranks at once; rank 0's logits.
 
         Raises:
             DeviceLost: a rank ended, or the program failed: ranks no longer agree on which sum is next, so none runs again.

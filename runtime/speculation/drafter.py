@@ -195,7 +195,7 @@ class ModelDrafter:
         for share in scheduled:
             builder.check(share)
         built = builder.build_decode(scheduled) or builder.build(scheduled)
-        logits = self._model.executor.run(built.batch)
+        logits = self._model.executor.run(built.batch).to_float32()
         if len(logits) < sum(share.samples for share in scheduled):
             raise InternalError(f"the draft gave {len(logits)} rows of logits for {len(scheduled)} sequences; please report this")
         return logits

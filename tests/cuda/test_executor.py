@@ -130,7 +130,7 @@ def test_a_step_that_wants_more_rows_than_its_plan_has_is_run_again(artifact: Pa
         seq_lens=np.array([40], dtype=np.int32),
         query_start_loc=np.array([0, 40], dtype=np.int32),
     )
-    found = engine._executor.run(batch)
+    found = engine._executor.run(batch).to_float32()
     assert driver.get("launches") == 3 * (len(KERNELS) + 1)  # 40 rows by 16
     expected = np.stack([toy_logits(weights, tokens[: end + 1]) for end in range(40)])
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

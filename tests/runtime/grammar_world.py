@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from llmc.runtime.engine import Engine, EngineConfig
+from llmc.runtime.executors.logits import Logits
 from llmc.runtime.kept_file import KeptFile
 from llmc.runtime.load import LoadedModel, make_builder
 from llmc.runtime.messages import GenerateRequest, SamplingParams, StructuredOutputsParams, TokenEvent
@@ -36,10 +37,10 @@ class NoiseExecutor:
         self._positions = random.normal(size=(64, 24)).astype(np.float32)
         self._head = random.normal(size=(24, VOCAB)).astype(np.float32)
 
-    def run(self, batch: DeviceBatch) -> np.ndarray:
+    def run(self, batch: DeviceBatch) -> Logits:
         rows = batch.logits_indices
         # row by row: a product of many rows may round otherwise
-        return np.stack([(self._tokens[batch.input_ids[r]] + self._positions[batch.positions[r] % 64]) @ self._head for r in rows])
+        return Logits(np.stack([(self._tokens[batch.input_ids[r]] + self._positions[batch.positions[r] % 64]) @ self._head for r in rows]))
 
     def allocate_kv(self, num_blocks: int) -> None: ...
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from llmc.runtime.batch import BatchBuilder
 from llmc.runtime.engine import Engine, EngineConfig
+from llmc.runtime.executors.logits import Logits
 from llmc.runtime.load import LoadedModel, make_builder
 from llmc.runtime.messages import GenerateRequest, SamplingParams, TokenEvent
 from llmc.runtime.scheduler import SchedulerConfig
@@ -28,7 +29,7 @@ class RecallExecutor:
     def allocate_kv(self, num_blocks: int) -> None:
         self.cache = np.full((len(self.windows), num_blocks * self.block_size), -1, dtype=np.int64)
 
-    def run(self, batch: DeviceBatch) -> np.ndarray:
+    def run(self, batch: DeviceBatch) -> Logits:
         self.num_steps += 1
         if self.explode in batch.input_ids:
             raise RuntimeError("the kernel failed")
@@ -44,7 +45,7 @@ class RecallExecutor:
             logits[index] = np.random.default_rng(abs(hash(seen))).normal(size=VOCAB) * 2
             if batch.input_ids[row] == self.poison:
                 logits[index, 5] = np.nan
-        return logits
+        return Logits(logits)
 
     def _seen(self, group: int, table: np.ndarray, position: int) -> tuple[int, ...]:
         window = self.windows[group]

@@ -12,6 +12,7 @@ from llmc.artifacts.manifest import Canary, Manifest
 from llmc.errors import ArtifactError
 from llmc.runtime.batch import BatchBuilder
 from llmc.runtime.canary import run_canaries
+from llmc.runtime.executors.logits import Logits
 from llmc.runtime.step import DeviceBatch, Executor
 
 VOCAB, BLOCK, GROUPS = 50, 4, 2
@@ -28,12 +29,12 @@ class Recorder:
         self.tokens: list[list[int]] = []
         self.slots: list[np.ndarray] = []
 
-    def run(self, batch: DeviceBatch) -> np.ndarray:
+    def run(self, batch: DeviceBatch) -> Logits:
         self.tokens.append(np.diff(batch.query_start_loc).tolist())
         self.slots.append(batch.slot_mapping.copy())
         logits = np.zeros((len(batch.logits_indices), VOCAB), dtype=np.float32)
         logits[np.arange(len(logits)), [following(int(t)) for t in batch.input_ids[batch.logits_indices]]] = 1
-        return logits
+        return Logits(logits)
 
 
 def canary(prompt_tokens: int, new_tokens: int, first: int = 1) -> Canary:

@@ -68,10 +68,10 @@ def test_steps_give_the_programs_logits(toy_folder, toy_weights):
     one, two = [3, 4, 5, 9, 10], list(range(20))
     for _ in range(2):  # the second round meets cached handles
         batch = builder.build([_share("1", one, 0, 4, [5]), _share("2", two, 0, 20, [2, 7])]).batch
-        logits = executor.run(batch)
+        logits = executor.run(batch).to_float32()
         assert logits.shape == (1, VOCAB)  # the first sequence goes on
         np.testing.assert_allclose(logits[0], toy_logits(toy_weights, two), rtol=1e-4, atol=1e-4)
-        logits = executor.run(builder.build([_share("1", one, 4, 5, [5])]).batch)  # reads what the step before wrote
+        logits = executor.run(builder.build([_share("1", one, 4, 5, [5])]).batch).to_float32()  # reads what the step before wrote
         np.testing.assert_allclose(logits[0], toy_logits(toy_weights, one), rtol=1e-4, atol=1e-4)
     executor.close()
     executor.close()
@@ -82,7 +82,7 @@ def test_weights_are_used_in_place(toy_folder, toy_weights):
     executor, builder = _executor(toy_folder, arrays), _builder()
     executor.allocate_kv(4)
     arrays["head"][:] = 0.0
-    assert not executor.run(builder.build([_share("1", [3, 4], 0, 2, [1])]).batch).any()
+    assert not executor.run(builder.build([_share("1", [3, 4], 0, 2, [1])]).batch).to_float32().any()
     executor.close()
 
 
@@ -94,7 +94,7 @@ def test_a_failing_program_says_why_and_goes_on(toy_folder, toy_weights, capfd):
     with pytest.raises(InternalError, match="failed in a step of 1 tokens: index out of bounds"):
         executor.run(batch)
     batch.input_ids[0] = 4
-    assert np.isfinite(executor.run(batch)).all()
+    assert np.isfinite(executor.run(batch).to_float32()).all()
     executor.close()
 
 

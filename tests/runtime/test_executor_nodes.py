@@ -122,7 +122,7 @@ def test_every_kind_of_value(toy_weights, tmp_path):
     row = toy_weights["embed"][7]
     expected = (row - row.max()) @ toy_weights["head"].T
     for _ in range(2):
-        np.testing.assert_allclose(executor.run(_batch([3, 7]))[0], expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(executor.run(_batch([3, 7])).to_float32()[0], expected, rtol=1e-5, atol=1e-5)
     executor.close()
 
 
@@ -142,7 +142,7 @@ ATTENTION = [
 def test_attention_hands_the_kernel_what_it_needs(toy_weights, tmp_path):
     kernels = _Kernels()
     executor = _executor(_program(ATTENTION), toy_weights, tmp_path, kernels)
-    assert executor.run(_batch([3, 7, 8])).shape == (1, VOCAB)
+    assert executor.run(_batch([3, 7, 8])).to_float32().shape == (1, VOCAB)
     (args,) = kernels.calls
     assert (args.struct_size, args.dtype, args.kv_dtype) == (ctypes.sizeof(PagedAttentionArgs), 0, 0)
     assert (args.num_tokens, args.num_seqs, args.num_heads, args.num_kv_heads, args.head_dim) == (3, 1, 2, 1, 8)

@@ -48,7 +48,7 @@ def share(name: str, token_ids: list[int], start: int, end: int, blocks: list[in
 
 
 def steps(executor: Executor, builder: BatchBuilder, *batches: list[ScheduledSequence]) -> list[np.ndarray]:
-    return [executor.run(builder.build(batch).batch).copy() for batch in batches]
+    return [executor.run(builder.build(batch).batch).to_float32().copy() for batch in batches]
 
 
 @needs_tvm
