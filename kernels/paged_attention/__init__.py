@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 from .reference import (
+    ATTEND_C_SHIM,
     ATTEND_SCHEMA,
     C_SHIM,
     SCHEMA,
@@ -13,7 +14,7 @@ from .reference import (
 )
 
 reference, fake = paged_attention_reference, paged_attention_fake
-attend = SimpleNamespace(SCHEMA=ATTEND_SCHEMA, reference=paged_attend_reference, fake=paged_attend_fake)
+attend = SimpleNamespace(SCHEMA=ATTEND_SCHEMA, C_SHIM=ATTEND_C_SHIM, reference=paged_attend_reference, fake=paged_attend_fake)
 
 __all__ = [
     "C_SHIM",

@@ -15,7 +15,7 @@ SCHEMA = (
     "float softcap, Tensor? sinks) -> Tensor"
 )
 
-# The same without writing, for keys and values that another op has put into the cache (rope_kv_write). GPU graphs only.
+# The same without writing, for keys and values that another op has put into the cache (rope_kv_write).
 ATTEND_SCHEMA = (
     "paged_attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor seq_lens, Tensor query_start_loc, "
     "int layer, int group, float scale, int window, float softcap, Tensor? sinks) -> Tensor"
@@ -27,6 +27,11 @@ C_SHIM = (
     "AtenTensorHandle k_cache, AtenTensorHandle v_cache, AtenTensorHandle slot_mapping, AtenTensorHandle block_tables, "
     "AtenTensorHandle seq_lens, AtenTensorHandle query_start_loc, int64_t layer, int64_t group, double scale, int64_t window, "
     "double softcap, AtenTensorHandle* sinks, AtenTensorHandle* ret)"
+)
+ATTEND_C_SHIM = (
+    "AOTITorchError aoti_torch_cpu_llmc_paged_attend(AtenTensorHandle q, AtenTensorHandle k_cache, AtenTensorHandle v_cache, "
+    "AtenTensorHandle block_tables, AtenTensorHandle seq_lens, AtenTensorHandle query_start_loc, int64_t layer, int64_t group, "
+    "double scale, int64_t window, double softcap, AtenTensorHandle* sinks, AtenTensorHandle* ret)"
 )
 
 

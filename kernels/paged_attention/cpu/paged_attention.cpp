@@ -108,7 +108,7 @@ class Call {
       for (int64_t i = 0; i < num_joins; ++i) run_join(plan_.joins[i], plan_.scratch.data());
       return;
     }
-    const bool write_alone = a_.num_tokens * a_.num_kv_heads * a_.head_dim < kSerialWrite;
+    const bool write_alone = a_.slot_mapping == nullptr || a_.num_tokens * a_.num_kv_heads * a_.head_dim < kSerialWrite;
     if (write_alone) write_tokens(0, a_.num_tokens);
 #pragma omp parallel num_threads(threads)
     {
@@ -176,6 +176,7 @@ class Call {
   }
 
   void write_tokens(int64_t begin, int64_t end) {
+    if (a_.slot_mapping == nullptr) return;  // written by who called
     for (int64_t t = begin; t < end; ++t) {
       const int64_t slot = a_.slot_mapping[t];
       if (slot < 0) continue;

@@ -1,4 +1,4 @@
-// C entry point of llmc::paged_attention on a CPU. No torch, usable from C, C++ and ctypes.
+// C entry point of llmc::paged_attention and llmc::paged_attend on a CPU. No torch, usable from C, C++ and ctypes.
 //
 // Cache tensors are [num_blocks, num_kv_heads, block_size, head_dim], for LLMC_INT8 head_dim + 4: the scales take four bytes per
 // token. The order inside one tile is private to this kernel (paged_attention_layout.h, paged_attention_quantized.h); zeroed
@@ -41,11 +41,11 @@ typedef struct llmc_paged_attention_args {
   int64_t block_size;
   int64_t max_blocks;             // M
   const void* q;                  // [T, H, D]
-  const void* k;                  // [T, Hkv, D]
-  const void* v;                  // [T, Hkv, D]
+  const void* k;                  // [T, Hkv, D]; null with v and slot_mapping: paged_attend, nothing is written
+  const void* v;                  // [T, Hkv, D] or null
   void* k_cache;                  // [NB, Hkv, block_size, D (+ 4)], written
   void* v_cache;                  // [NB, Hkv, block_size, D (+ 4)], written
-  const int64_t* slot_mapping;    // [T], negative: not written
+  const int64_t* slot_mapping;    // [T], negative: not written; or null
   const int32_t* block_tables;    // [B, M]
   const int32_t* seq_lens;        // [B]
   const int32_t* query_start_loc; // [B + 1]
@@ -59,7 +59,7 @@ typedef struct llmc_paged_attention_args {
   int64_t block_table_stride;
 } llmc_paged_attention_args;
 
-// Write k and v of every token with a slot, then attend. The bits of an output row depend on its own sequence up to its
+// Write k and v (if given) of every token with a slot, then attend. The bits of an output row depend on its own sequence up to its
 // own position alone: not on the batch, the chunking of the prompt, block ids or the number of threads.
 LLMC_API int llmc_paged_attention(const llmc_paged_attention_args* args);
 

@@ -35,11 +35,12 @@ static inline int check(const Args& a) {
     return LLMC_PA_BAD_SHAPE;
   if (a.window < 0 || !(a.softcap >= 0.0f) || !std::isfinite(a.softcap) || !std::isfinite(a.scale)) return LLMC_PA_BAD_NUMBER;
   const bool tokens = a.num_tokens > 0, seqs = a.num_seqs > 0;
-  if (tokens && (!a.q || !a.k || !a.v || !a.out || !a.slot_mapping)) return LLMC_PA_BAD_POINTER;
+  const bool writes = a.k || a.v || a.slot_mapping;  // without all three, K and V are in the caches already
+  if (tokens && (!a.q || !a.out || (writes && (!a.k || !a.v || !a.slot_mapping)))) return LLMC_PA_BAD_POINTER;
   if (tokens && a.num_blocks > 0 && (!a.k_cache || !a.v_cache)) return LLMC_PA_BAD_POINTER;
   if (!a.query_start_loc || (seqs && !a.seq_lens) || (seqs && a.max_blocks > 0 && !a.block_tables)) return LLMC_PA_BAD_POINTER;
   if (a.query_start_loc[0] != 0) return LLMC_PA_BAD_QUERY_START;
-  for (int64_t t = 0; t < a.num_tokens; ++t)
+  for (int64_t t = 0; writes && t < a.num_tokens; ++t)
     if (a.slot_mapping[t] >= a.num_blocks * a.block_size) return LLMC_PA_BAD_SLOT;
   for (int64_t b = 0; b < a.num_seqs; ++b) {
     const int64_t end = a.query_start_loc[b + 1], length = a.seq_lens[b];
