@@ -11,7 +11,7 @@ from llmc.errors import DeviceLost, RequestRejected
 from llmc.runtime.engine_config import EngineConfig
 from llmc.runtime.load import LoadedModel, load_model
 from llmc.runtime.lora import AdapterPath
-from llmc.runtime.messages import AdapterChange, EngineReady, EngineStats, FinishReason, GenerateRequest, TokenEvent
+from llmc.runtime.messages import AdapterChange, EngineReady, EngineStats, FinishReason, GenerateRequest, TokenEvent, refusal
 from llmc.runtime.pooling_runner import PoolingRunner
 from llmc.runtime.runner import ModelRunner
 from llmc.runtime.sampler import Sampler
@@ -266,10 +266,7 @@ class Engine:
                     raise problem
                 self._scheduler.add(request, adapter)
             except RequestRejected as error:
-                failure = TokenEvent(
-                    request_id=request.request_id, token_ids=[], finish_reason="error", error=str(error), error_status=error.status
-                )
-                events.append(failure)
+                events.append(refusal(request.request_id, error))
         return self._forget_finished(events)
 
     def _forget_finished(self, events: list[TokenEvent]) -> list[TokenEvent]:

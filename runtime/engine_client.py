@@ -155,7 +155,7 @@ class EngineClient:
             raise RequestRejected("the engine was stopped before it answered; try again later", status=503, code="engine_busy")
         (event,) = events
         if event.error is not None:
-            raise RequestRejected(event.error, status=event.error_status, code="bad_adapter")
+            raise RequestRejected(event.error, status=event.error_status, param=event.error_param, code=event.error_code or "bad_adapter")
 
     def drain(self) -> None:
         """Refuse new requests from now on; running ones go on."""

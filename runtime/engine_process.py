@@ -36,6 +36,7 @@ from llmc.runtime.messages import (
     GenerateRequest,
     Shutdown,
     TokenEvent,
+    refusal,
 )
 from llmc.runtime.quick_imports import without_collections
 from llmc.runtime.stream_interval import StreamInterval
@@ -198,12 +199,13 @@ def _take_in(engine: EngineLike, request: GenerateRequest | AbortRequest | Adapt
             return [TokenEvent(request_id=request.request_id, token_ids=[], finish_reason="stop")]
         return list(engine.add(request) or [])
     except ConfigError as error:
-        return [_refusal(request.request_id, str(error), 400)]
+        return [refusal(request.request_id, RequestRejected(str(error)))]
     except RequestRejected as error:
-        return [_refusal(request.request_id, str(error), error.status)]
+        return [refusal(request.request_id, error)]
     except Exception as error:
         _log_fault("request_failed_in_engine", error)
-        return [_refusal(request.request_id, "the engine could not take this request; the server's log has the reason", 500)]
+        untold = RequestRejected("the engine could not take this request; the server's log has the reason", status=500)
+        return [refusal(request.request_id, untold)]
 
 
 def _log_fault(event: str, error: Exception) -> None:
@@ -211,10 +213,6 @@ def _log_fault(event: str, error: Exception) -> None:
     way = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
     line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "level": "error", "event": event}
     print(json.dumps(line | {"error": type(error).__name__, "at": way}), file=sys.stderr, flush=True)
-
-
-def _refusal(request_id: str, message: str, status: int) -> TokenEvent:
-    return TokenEvent(request_id=request_id, token_ids=[], finish_reason="error", error=message, error_status=status)
 
 
 def _make_engine(options: dict[str, Any]) -> EngineLike:

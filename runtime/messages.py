@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from llmc.errors import RequestRejected
 from llmc.runtime.lora.modules import AdapterPath
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -117,6 +118,21 @@ class TokenEvent(_Message, frozen=True, gc=False, omit_defaults=True):  # one pe
     embedding: bytes | None = None  # float32, little-endian [hidden], of a request that pools
     error: str | None = None  # with finish_reason "error": one sentence for the client
     error_status: int = 500
+    error_param: str | None = None  # the field of the request that is at fault, in the words of SamplingParams and GenerateRequest
+    error_code: str | None = None
+
+
+def refusal(request_id: str, error: RequestRejected) -> TokenEvent:
+    """The only event of a request that cannot run."""
+    return TokenEvent(
+        request_id=request_id,
+        token_ids=[],
+        finish_reason="error",
+        error=str(error),
+        error_status=error.status,
+        error_param=error.param,
+        error_code=error.code,
+    )
 
 
 class EngineReady(_Message, frozen=True):

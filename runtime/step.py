@@ -74,6 +74,7 @@ class SampledToken(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     more: tuple[SampledToken, ...] = ()  # those behind it, one for each guess that was right
     error: str | None = None
     error_status: int = 500  # 400 where the request itself left nothing to choose
+    error_param: str | None = None  # its field that did, if it is one
 
 
 class StepOutput(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,13 +11,12 @@ from llmc.errors import RequestRejected
 from llmc.runtime.grammar.matcher import Matcher
 from llmc.runtime.grammar.process import START_S, WorkerDied, WorkerProcess
 from llmc.runtime.grammar.protocol import Compile, Compiled
-from llmc.runtime.grammar.spec import GrammarSpec, grammar_of
+from llmc.runtime.grammar.spec import FIELD, GrammarSpec, grammar_of
 from llmc.runtime.messages import GenerateRequest
 
 COMPILE_S = 4.0
 _MAX_REMEMBERED = 256  # grammars known good or bad
 _MAX_LOST = 3  # times a grammar is sent anew because the matcher was restarted for other sequences
-_PARAM, _CODE = "structured_outputs", "invalid_grammar"
 
 
 @dataclass(slots=True)
@@ -192,4 +191,7 @@ class Admission:
 
 
 def _rejected(problem: str, status: int = 400) -> RequestRejected:
-    return RequestRejected(f"structured output: {problem}", status=status, param=_PARAM, code=_CODE)
+    message = f"structured output: {problem}"
+    if status != 400:
+        return RequestRejected(message, status=status)
+    return RequestRejected(message, param=FIELD, code="invalid_grammar")

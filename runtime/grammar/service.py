@@ -11,6 +11,7 @@ from llmc.runtime.grammar.admission import Admission
 from llmc.runtime.grammar.matcher import Matcher
 from llmc.runtime.grammar.process import COMMAND, WorkerDied, WorkerProcess
 from llmc.runtime.grammar.protocol import Configure, MaskRow
+from llmc.runtime.grammar.spec import FIELD
 from llmc.runtime.messages import GenerateRequest
 from llmc.runtime.sampler import Sampler
 from llmc.runtime.step import SampledToken, ScheduledSequence
@@ -93,7 +94,8 @@ class GrammarService:
         for sequence, row in rows:
             mask = masks[sequence.request_id]
             if mask.error is not None:
-                tokens[sequence.request_id] = SampledToken(token_id=-1, error=mask.error, error_status=400 if mask.at_fault else 500)
+                status, param = (400, FIELD) if mask.at_fault else (500, None)
+                tokens[sequence.request_id] = SampledToken(token_id=-1, error=mask.error, error_status=status, error_param=param)
                 continue
             kept = row.copy() if mask.way_out >= 0 else row
             token = self._sample_one(sampler, row, sequence, unpacked(mask, self._vocab_size))

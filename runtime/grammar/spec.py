@@ -17,7 +17,7 @@ MAX_CHOICES = 4096
 _OPENING, _CLOSING = frozenset("([{"), frozenset(")]}")
 
 Kind = Literal["json", "regex", "choice", "grammar"]
-_PARAM = "structured_outputs"
+FIELD = "structured_outputs"  # of the request
 _ANY_OBJECT = '{"type":"object"}'
 
 
@@ -97,4 +97,4 @@ def _check_depth(spec: GrammarSpec) -> None:
 
 
 def _rejected(rest: str) -> RequestRejected:
-    return RequestRejected(f"structured output {rest}", param=_PARAM, code="invalid_grammar")
+    return RequestRejected(f"structured output {rest}", param=FIELD, code="invalid_grammar")

@@ -18,7 +18,7 @@ from llmc.artifacts.manifest import KVFacts
 from llmc.errors import ConfigError, InternalError, RequestRejected
 from llmc.runtime.kv import KVManager, max_tokens_that_fit
 from llmc.runtime.lora.slots import LoraSlots
-from llmc.runtime.messages import EngineStats, FinishReason, GenerateRequest, TokenEvent
+from llmc.runtime.messages import EngineStats, FinishReason, GenerateRequest, TokenEvent, refusal
 from llmc.runtime.scheduler.admission import SlotQueue, chunk, digests, leave_slot, match, next_digest, take_slot
 from llmc.runtime.scheduler.ahead import extend_all, going_on
 from llmc.runtime.scheduler.config import SchedulerConfig
@@ -258,8 +258,7 @@ class Scheduler:
                 problem = problem_of(sequence, share, samples, sampled, output)
                 if problem is not None:
                     # Nothing of this step is offered to the prefix cache: its K and V may be what is wrong.
-                    status = sampled.error_status if sampled is not None and sampled.error is not None else 500
-                    events.append(self._finish_with_error(sequence, problem, status))
+                    events.append(self._finish_with_error(sequence, problem, sampled))
                     continue
             sequence.num_computed = end
             if end // block_size > sequence.blocks.num_published:
@@ -430,9 +429,10 @@ class Scheduler:
         self._remove(sequence)
         return TokenEvent(request_id=sequence.request_id, token_ids=[], embedding=embedding, finish_reason="stop")
 
-    def _finish_with_error(self, sequence: Sequence, message: str, status: int) -> TokenEvent:
+    def _finish_with_error(self, sequence: Sequence, message: str, sampled: SampledToken | None) -> TokenEvent:
         self._remove(sequence)
-        return TokenEvent(request_id=sequence.request_id, token_ids=[], finish_reason="error", error=message, error_status=status)
+        status, param = (sampled.error_status, sampled.error_param) if sampled is not None else (500, None)
+        return refusal(sequence.request_id, RequestRejected(message, status=status, param=param))
 
     def _remove(self, sequence: Sequence) -> None:
         """Forget a live sequence and free its blocks."""

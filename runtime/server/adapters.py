@@ -16,6 +16,7 @@ from starlette.responses import PlainTextResponse
 from llmc.errors import RequestRejected
 from llmc.runtime.lora import AdapterPath
 from llmc.runtime.messages import AdapterChange
+from llmc.runtime.server.errors import name_fields
 from llmc.runtime.server.front import Front
 from llmc.runtime.server.logs import log
 from llmc.runtime.server.parse import parse_body
@@ -92,6 +93,7 @@ def adapters_router(adapters: Adapters) -> Router:
     async def unload_lora_adapter(request: Request) -> Any:
         """Take no more requests for a LoRA adapter."""
         body = parse_body(await request.body(), UnloadAdapterRequest)
+        name_fields(request.scope, model="lora_name")
         await adapters.unload(body.lora_name, request.scope["llmc.request_id"])
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 

@@ -13,7 +13,7 @@ from llmc.runtime.server import sse
 from llmc.runtime.server.answers import json_answer
 from llmc.runtime.server.chat_prompt import chat_prompt
 from llmc.runtime.server.chat_run import ChatRun, start_chat
-from llmc.runtime.server.errors import error_object
+from llmc.runtime.server.errors import error_object, name_fields
 from llmc.runtime.server.front import Front
 from llmc.runtime.server.generation import Delta
 from llmc.runtime.server.message_blocks import MessageBlocks
@@ -33,6 +33,7 @@ from llmc.runtime.server.schemas_messages import (
 from llmc.runtime.server.tool_choice import check_tools
 
 _STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
+_OWN_NAMES = {"stop": "stop_sequences", "response_format": "output_config", "reasoning_effort": "output_config"}  # of the chat's fields
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
@@ -43,6 +44,7 @@ def messages_router(front: Front) -> Router:
     @router.post("/v1/messages")
     async def messages(request: Request) -> Any:
         body = parse_body(await request.body(), MessagesRequest)
+        name_fields(request.scope, **_OWN_NAMES)
         run = await start_chat(front, request, validated(_as_chat(front, body), ChatCompletionRequest))
         answer = _Answer(body.model, run, request.scope["llmc.request_id"])
         if body.stream:
@@ -55,6 +57,7 @@ def messages_router(front: Front) -> Router:
     @router.post("/v1/messages/count_tokens")
     async def count_tokens(request: Request) -> Any:
         body = parse_body(await request.body(), CountTokensRequest)
+        name_fields(request.scope, **_OWN_NAMES)
         front.check_model(body.model)
         chat = validated(_as_chat(front, body), ChatCompletionRequest)
         check_tools(front, chat)

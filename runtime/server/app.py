@@ -84,9 +84,9 @@ def _description_router(app: Starlette, root_path: str) -> Router:
 
 
 def _add_error_answers(app: Starlette) -> None:
-    async def rejected(_request: Request, error: Exception) -> Response:
+    async def rejected(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestRejected)
-        return rejection_response(error)
+        return rejection_response(error, request.scope)
 
     async def http_error(_request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

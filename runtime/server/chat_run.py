@@ -11,10 +11,12 @@ from llmc.errors import RequestRejected
 from llmc.runtime.server import sse
 from llmc.runtime.server.chat_prompt import chat_prompt
 from llmc.runtime.server.chat_reply import ChatReply, chat_replies
+from llmc.runtime.server.errors import name_fields
 from llmc.runtime.server.front import Front
 from llmc.runtime.server.generation import Generation, check_task
 from llmc.runtime.server.sampling import bad_word_ids, sampling_params, truncated
 from llmc.runtime.server.schemas import ChatCompletionRequest
+from llmc.runtime.server.structured import structured_field
 from llmc.runtime.server.tool_choice import check_tools, forced_calls
 
 
@@ -38,6 +40,13 @@ async def start_chat(front: Front, request: Request, body: ChatCompletionRequest
     _check_fields(body)
     check_tools(front, body)
     forced = forced_calls(body)
+    name_fields(
+        request.scope,
+        prompt="messages",
+        max_tokens="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
+        logprobs="top_logprobs",
+        structured_outputs="tools" if forced is not None else structured_field(body),
+    )
     rendered = await chat_prompt(
         front,
         body.messages,

@@ -12,6 +12,7 @@ from llmc.errors import RequestRejected
 from llmc.runtime.messages import SamplingParams
 from llmc.runtime.sampling_params import check_token_ids
 from llmc.runtime.server.answers import json_answer
+from llmc.runtime.server.errors import name_fields
 from llmc.runtime.server.front import Front
 from llmc.runtime.server.generation import Generation, check_task
 from llmc.runtime.server.parse import parse_body
@@ -32,6 +33,7 @@ def embeddings_router(front: Front) -> Router:
     @router.post("/v1/embeddings")
     async def embeddings(request: Request) -> Any:
         body = parse_body(await request.body(), EmbeddingsRequest)
+        name_fields(request.scope, prompt="input")
         check_task(front, pool=True)
         front.check_model(body.model)
         given: Any = [body.input] if isinstance(body.input, str) else body.input

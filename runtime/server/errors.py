@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, MutableMapping
+from typing import Any
 
 import orjson
 from starlette.responses import Response
@@ -24,6 +25,7 @@ _TYPES = {
     431: "invalid_request_error",
     503: "service_unavailable_error",
 }
+_NAMES = "llmc.names"  # of fields, in a request's scope
 _RETRY_AFTER_S = {429: "1", 503: "2"}
 
 
@@ -52,8 +54,25 @@ def error_response(
     return Response(body, status_code=status, media_type="application/json", headers=extra)
 
 
-def rejection_response(error: RequestRejected) -> Response:
-    return error_response(str(error), status=error.status, param=error.param, code=error.code)
+def rejection_response(error: RequestRejected, scope: Mapping[str, Any]) -> Response:
+    """The answer to the request of `scope`."""
+    return error_response(str(error), status=error.status, param=client_field(scope, error.param), code=error.code)
+
+
+def name_fields(scope: MutableMapping[str, Any], **names: str) -> None:
+    """Have refusals of a request name the client's own field: where the engine says `prompt`, its `messages` or its `input`.
+
+    Args:
+        scope: the request's. Names given before are those of an API around this one, and go on from these.
+        names: the client's word for a field, by ours.
+    """
+    around = scope.get(_NAMES, {})
+    scope[_NAMES] = around | {ours: around.get(name, name) for ours, name in names.items()}
+
+
+def client_field(scope: Mapping[str, Any], param: str | None) -> str | None:
+    """What the client calls the field `param`; None: no field is at fault."""
+    return None if param is None else scope.get(_NAMES, {}).get(param, param)
 
 
 def validation_rejection(problems: Iterable[tuple[str, str]], num_problems: int) -> RequestRejected:

@@ -215,8 +215,9 @@ class Generation:
             return None
         if event.finish_reason == "error":
             self._end(event.request_id, "error")
-            code = _ENGINE_CODES.get(event.error_status, "engine_error")
-            raise RequestRejected(event.error or "the engine failed on this request", status=event.error_status, code=code)
+            status, message = event.error_status, event.error or "the engine failed on this request"
+            code = event.error_code or _ENGINE_CODES.get(status, "engine_error")
+            raise RequestRejected(message, status=status, param=event.error_param, code=code)
         finish = event.finish_reason
         stop_reason: int | str | None = event.stop_token_id if event.stop_token_id in self._stop_token_ids else None
         before = sequence.text.num_tokens

@@ -12,6 +12,7 @@ from llmc.errors import RequestRejected
 from llmc.runtime.messages import TokenLogprobs
 from llmc.runtime.server import sse
 from llmc.runtime.server.answers import json_answer
+from llmc.runtime.server.errors import name_fields
 from llmc.runtime.server.front import Front
 from llmc.runtime.server.generation import Delta, Generation, check_task
 from llmc.runtime.server.logprobs import TokenNames, completion_logprobs, prompt_logprobs, with_top
@@ -19,6 +20,7 @@ from llmc.runtime.server.parse import parse_body
 from llmc.runtime.server.routes import Router
 from llmc.runtime.server.sampling import bad_word_ids, sampling_params, truncated
 from llmc.runtime.server.schemas import CompletionRequest
+from llmc.runtime.server.structured import structured_field
 
 _DEFAULT_MAX_TOKENS = 16  # as OpenAI has it
 
@@ -33,6 +35,7 @@ def completions_router(front: Front) -> Router:
         check_task(front, pool=False)
         lora = front.check_model(body.model)
         _check_fields(body)
+        name_fields(request.scope, structured_outputs=structured_field(body))
         prompts = truncated(front, body, await _prompts(front, body), body.max_tokens)
         sampling = sampling_params(
             front,

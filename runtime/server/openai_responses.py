@@ -11,6 +11,7 @@ from llmc.errors import RequestRejected
 from llmc.runtime.server import sse
 from llmc.runtime.server.answers import json_answer
 from llmc.runtime.server.chat_run import ChatRun, start_chat
+from llmc.runtime.server.errors import name_fields
 from llmc.runtime.server.front import Front
 from llmc.runtime.server.parse import parse_body, validated
 from llmc.runtime.server.response_items import ResponseItems
@@ -26,6 +27,13 @@ from llmc.runtime.server.schemas_responses import (
     ResponsesRequest,
 )
 
+_OWN_NAMES = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text",
+    "reasoning_effort": "reasoning",
+}  # of the chat's fields
 _AS_THEY_ARE = ("seed", "top_k", "repetition_penalty", "stop", "cache_salt", "priority")  # fields that are the chat's too
 
 
@@ -36,6 +44,7 @@ def responses_router(front: Front) -> Router:
     @router.post("/v1/responses")
     async def responses(request: Request) -> Any:
         body = parse_body(await request.body(), ResponsesRequest)
+        name_fields(request.scope, **_OWN_NAMES)
         run = await start_chat(front, request, validated(_as_chat(body), ChatCompletionRequest))
         answer = _Answer(front, body, run, request.scope["llmc.request_id"])
         if body.stream:

@@ -144,7 +144,9 @@ def _output_limit(front: Front, longest: int, max_tokens: int | None, min_tokens
     if room < 1 or (max_tokens is not None and max_tokens > room):
         asked = f" and max_tokens {max_tokens}" if max_tokens is not None else ""
         raise RequestRejected(
-            f"the context is {context} tokens, but the prompt has {longest}{asked}", param="max_tokens", code="context_length_exceeded"
+            f"the context is {context} tokens, but the prompt has {longest}{asked}",
+            param="prompt" if room < 1 else "max_tokens",
+            code="context_length_exceeded",
         )
     if max_tokens is not None:
         return max_tokens

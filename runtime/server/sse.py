@@ -9,7 +9,7 @@ import orjson
 from starlette.responses import Response
 
 from llmc.errors import RequestRejected
-from llmc.runtime.server.errors import error_object
+from llmc.runtime.server.errors import client_field, error_object
 from llmc.runtime.server.generation import ClientGone
 from llmc.runtime.server.logs import log_exception
 from llmc.runtime.server.schemas import SamplingFields
@@ -72,7 +72,7 @@ class EventStream(Response):
         except ClientGone:
             return
         except RequestRejected as error:
-            failure = self._failure(str(error), error.status, error.param, error.code)
+            failure = self._failure(str(error), error.status, client_field(scope, error.param), error.code)
             await send({"type": "http.response.body", "body": failure, "more_body": True})
         except Exception as error:
             log_exception("stream_failed", error, request=scope["llmc.request_id"])

@@ -11,28 +11,21 @@ def structured_outputs(request: SamplingFields) -> StructuredOutputsParams | Non
     """What the output must be; None: anything.
 
     Raises:
-        RequestRejected: both fields ask for something, or what they ask is too large or too deep.
+        RequestRejected: both fields ask for something.
     """
-    wanted, param = _from_format(request), "response_format"
-    given = request.structured_outputs
-    if given is not None:
-        if wanted is not None:
-            raise RequestRejected("response_format and structured_outputs both say what the output must be; send one", param=param)
-        wanted, param = (
-            StructuredOutputsParams(
-                json=given.json_, json_object=given.json_object, regex=given.regex, choice=given.choice, grammar=given.grammar
-            ),
-            "structured_outputs",
-        )
-    if wanted is None:
-        return None
-    from llmc.runtime.grammar.spec import grammar_of  # most requests ask for nothing
+    wanted, given = _from_format(request), request.structured_outputs
+    if given is None:
+        return wanted
+    if wanted is not None:
+        raise RequestRejected("response_format and structured_outputs both say what the output must be; send one", param="response_format")
+    return StructuredOutputsParams(
+        json=given.json_, json_object=given.json_object, regex=given.regex, choice=given.choice, grammar=given.grammar
+    )
 
-    try:
-        grammar_of(wanted)
-    except RequestRejected as error:
-        raise RequestRejected(str(error), param=param, code=error.code) from None
-    return wanted
+
+def structured_field(request: SamplingFields) -> str:
+    """The field that says what the output must be."""
+    return "response_format" if _from_format(request) is not None else "structured_outputs"
 
 
 def _from_format(request: SamplingFields) -> StructuredOutputsParams | None:

@@ -100,6 +100,7 @@ class Output(msgspec.Struct, kw_only=True):
     finish_reason: str | None = None
     error: str | None = None
     status: int = 0
+    param: str | None = None
 
     @property
     def text(self) -> str:
@@ -109,7 +110,8 @@ class Output(msgspec.Struct, kw_only=True):
         assert self.finish_reason is None, "a request ended twice"
         self.token_ids += event.token_ids
         if event.finish_reason is not None:
-            self.finish_reason, self.error, self.status = event.finish_reason, event.error, event.error_status
+            self.finish_reason, self.error = event.finish_reason, event.error
+            self.status, self.param = event.error_status, event.error_param
 
 
 def run(engine: Engine, requests: list[GenerateRequest], *, steps: int = 1 << 30) -> dict[str, Output]:

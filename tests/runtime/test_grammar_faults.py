@@ -99,11 +99,11 @@ def test_hostile_grammars_are_bounded(shared: Engine, fields: dict, problem: str
     assert found["neighbour"].finish_reason == "stop" and json.loads(found["neighbour"].text)
     hostile = found["hostile"]
     if problem is not None:
-        assert (hostile.finish_reason, hostile.status) == ("error", 400), hostile
+        assert (hostile.finish_reason, hostile.status, hostile.param) == ("error", 400, "structured_outputs"), hostile
         assert problem in str(hostile.error) and hostile.error.startswith("structured output: ")
         assert len(str(hostile.error)) < 300 and "\n" not in str(hostile.error)
     elif hostile.finish_reason == "error":
-        assert hostile.status == 400 and hostile.error and len(hostile.error) < 300
+        assert (hostile.status, hostile.param) == (400, "structured_outputs") and hostile.error and len(hostile.error) < 300
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,8 @@ class FakeEngine:
 
     def add(self, request: GenerateRequest) -> None:
         if self._has(request, "reject"):
-            raise RequestRejected("this prompt is refused by the engine", status=400, param="prompt")
+            at_fault = "prompt" if request.sampling.structured_outputs is None else "structured_outputs"
+            raise RequestRejected("this prompt is refused by the engine", status=400, param=at_fault)
         if self._has(request, "bug"):
             raise KeyError("secret words of the prompt")
         if self._has(request, "die"):
@@ -95,7 +96,9 @@ class FakeEngine:
             reason = "stop"
         if self._has(request, "token_error") and done == 3:
             del self._running[request.request_id]
-            return TokenEvent(request_id=request.request_id, token_ids=[], finish_reason="error", error="this sequence failed alone")
+            return TokenEvent(
+                request_id=request.request_id, token_ids=[], finish_reason="error", error="this sequence failed alone", error_param="prompt"
+            )
         if reason is not None:
             del self._running[request.request_id]
         return TokenEvent(

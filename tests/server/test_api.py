@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import pytest
 
@@ -196,4 +197,31 @@ def test_an_error_in_a_stream_is_an_event(server: RunningServer) -> None:
     text = server.complete("bad " + WORDS["token_error"], stream=True, max_tokens=8).text
     *_, last = events(text)
     assert last["error"]["message"] == "this sequence failed alone" and last["error"]["type"] == "server_error"
-    assert_error(server.complete("bad " + WORDS["reject"], stream=True), 400)
+    assert last["error"]["param"] == "prompt"
+    assert_error(server.complete("bad " + WORDS["reject"], stream=True), 400, param="prompt")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "field", "given"),
+    [
+        ("/v1/completions", "prompt", "{}"),
+        ("/v1/chat/completions", "messages", [{"role": "user", "content": "{}"}]),
+        ("/v1/responses", "input", "{}"),
+        ("/v1/messages", "messages", [{"role": "user", "content": "{}"}]),
+    ],
+)
+def test_what_the_engine_refuses_names_the_clients_field(server: RunningServer, path: str, field: str, given: Any, stream: bool) -> None:
+    limit = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+
+    def error_of(text: str, max_tokens: int = 9) -> dict[str, Any]:
+        filled = json.loads(json.dumps(given).replace("{}", text))
+        answer = server.post(path, {"model": "tiny", field: filled, "stream": stream, limit: max_tokens})
+        assert answer.status_code in (200, 400, 500)
+        lines = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")] or [answer.text]
+        return next(json.loads(line)["error"] for line in lines if '"error":{' in line)
+
+    assert (error_of("bad " + WORDS["reject"])["param"], error_of("bad " + WORDS["token_error"])["param"]) == (field, field)
+    long = error_of("x", 600)
+    assert (long["param"], long["code"]) == (limit, "context_length_exceeded")
+    assert error_of("a b " * 300)["param"] == field

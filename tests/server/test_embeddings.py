@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llmc.runtime.server.schemas_embeddings import EmbeddingsRequest, RerankRequest, ScoreRequest
-from tests.server.running import TOKENIZER, WORDS, RunningServer, assert_error
+from tests.server.running import TOKENIZER, TRIGGERS, WORDS, RunningServer, assert_error
 from tests.server.test_hostile import NASTY
 from tests.server.test_schemas import walk
 
@@ -59,6 +59,7 @@ def test_truncation_keeps_the_front(embedder: RunningServer) -> None:
     )
     long = {"input": [70] * 600}
     assert_error(embedder.post(EMBEDDINGS, long), 400, param="input", code="context_length_exceeded")
+    assert_error(embedder.post(EMBEDDINGS, {"input": [70, TRIGGERS["reject"]]}), 400, param="input", code="invalid_value")
     assert embedder.post(EMBEDDINGS, {**long, "truncate_prompt_tokens": -1}).json()["usage"]["prompt_tokens"] == 511
 
 

@@ -127,8 +127,8 @@ def test_products_are_bounded(server: RunningServer) -> None:
 
 
 def test_context_length(server: RunningServer) -> None:
-    assert_error(server.complete([105] * 512), 400, code="context_length_exceeded")
-    assert_error(server.complete([105] * 500, max_tokens=13), 400, code="context_length_exceeded")
+    assert_error(server.complete([105] * 512), 400, param="prompt", code="context_length_exceeded")
+    assert_error(server.complete([105] * 500, max_tokens=13), 400, param="max_tokens", code="context_length_exceeded")
     assert server.complete([105] * 500, max_tokens=12).status_code == 200
 
 

@@ -239,7 +239,7 @@ def test_an_output_schema_becomes_response_format(server: RunningServer) -> None
     answer = post(server, output_config={"format": {"type": "json_schema", "schema": {"type": "object"}}})
     assert answer.status_code == 200 and answer.json()["content"][0]["text"] == REPLY  # the fake engine knows no grammars
     effort = post(server, output_config={"effort": "low"})
-    assert effort.status_code == 400 and effort.json()["error"]["param"] == "reasoning_effort"
+    assert effort.status_code == 400 and effort.json()["error"]["param"] == "output_config"
 
 
 def test_arguments_that_are_no_object_are_text() -> None:

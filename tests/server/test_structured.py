@@ -39,6 +39,8 @@ SCHEMA: dict[str, Any] = {
     },
 }
 FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
+OCTOPUS = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "octopus"}}}
+LARGE = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"const": "x" * 140_000}}}
 
 
 @pytest.fixture(scope="module")
@@ -163,22 +165,25 @@ def test_too_little_room_ends_with_length(served: Served) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
-    ("fields", "problem"),
+    ("fields", "problem", "param"),
     [
-        ({"structured_outputs": {"regex": "(a"}}, "regex parse error: unclosed group"),
-        ({"structured_outputs": {"grammar": "start: nothing"}}, "unknown name"),
-        ({"structured_outputs": {"json": {"$ref": "http://127.0.0.1:9/x"}}}, "127.0.0.1"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "octopus"}}}}, "structured output"),
-        ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "send one"),
-        ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
-        ({"structured_outputs": {"regex": "(" * 100}}, "deeper"),
-        ({"structured_outputs": {"regex": "a", "json": {}}}, "exactly one"),
-        ({"guided_regex": "a"}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "(a"}}, "regex parse error: unclosed group", "structured_outputs"),
+        ({"structured_outputs": {"grammar": "start: nothing"}}, "unknown name", "structured_outputs"),
+        ({"structured_outputs": {"json": {"$ref": "http://127.0.0.1:9/x"}}}, "127.0.0.1", "structured_outputs"),
+        ({"response_format": OCTOPUS}, "structured output", "response_format"),
+        ({"response_format": LARGE}, "larger", "response_format"),
+        ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "send one", "response_format"),
+        ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos", "ignore_eos"),
+        ({"structured_outputs": {"regex": "(" * 100}}, "deeper", "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "json": {}}}, "exactly one", "structured_outputs"),
+        ({"guided_regex": "a"}, "structured_outputs", "guided_regex"),
     ],
 )
-def test_what_cannot_be_followed_is_refused_before_the_stream(served: Served, fields: dict[str, Any], problem: str, stream: bool) -> None:
+def test_what_cannot_be_followed_is_refused_before_the_stream(
+    served: Served, fields: dict[str, Any], problem: str, param: str, stream: bool
+) -> None:
     answer = served.chat(stream=stream, **fields)
-    assert_error(answer, 400)
+    assert_error(answer, 400, param=param)
     assert problem in answer.json()["error"]["message"] and len(answer.content) < 1000
 
 

@@ -222,6 +222,8 @@ def test_forced_calls_that_cannot_be(tooled: RunningServer) -> None:
     assert tooled.chat(tools=[tool], tool_choice="required").status_code == 400
     large = {"type": "function", "function": {"name": "f", "parameters": {"description": "x" * 140_000}}}
     assert_error(tooled.chat(tools=[large], tool_choice="required"), 400, param="tools")
+    # what the engine would say of their grammar
+    assert_error(tooled.chat(WORDS["reject"], tools=[WEATHER], tool_choice="required"), 400, param="tools")
 
 
 def test_marks_that_are_special_tokens_reach_the_parser() -> None:
