@@ -224,6 +224,9 @@ class Canary(_Record, frozen=True):
     prompt_token_ids: list[int]
     expected_token_ids: list[int]
     margins: list[float]
+    # Since version 3. Per step the ids whose logit is within canary_tolerance of the best, that one among them: an artifact may choose
+    # any of these. None of them: more than a canary holds, the step is not compared. Null: only steps with a greater margin are.
+    close_token_ids: list[list[int]] | None = None
 
 
 class CalibrationFacts(_Record, frozen=True):
@@ -318,7 +321,7 @@ class Manifest(_Record, frozen=True):
     tokenizer: TokenizerFacts
     generation_defaults: dict[str, float | int | bool | list[int]]
     canaries: list[Canary]
-    canary_tolerance: float  # positions whose margin is below are not compared
+    canary_tolerance: float  # logits that differ by no more may change places
     toolchain: dict[str, str]  # "torch", "transformers", "g++", ... -> version
     settings: dict[str, str | int | float | bool | None]  # resolved compile settings
     files: list[FileRecord]

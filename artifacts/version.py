@@ -17,6 +17,7 @@ History, one dated line per version:
                 recipe op in_rows, for quantised weights of a GPU.
                 dtype float8_e4m3fn and recipe ops quantize_fp8 and quantize_fp8_scales; quantization.scheme fp8, whose group is 0.
                 tokenizer.reply_formats, a file (absent before, which reads as null: from the chat template).
+                canaries[].close_token_ids, tokens as good as the expected one (absent before, which reads as null).
                 quantization.calibration, for integers that were fitted to a text (absent before, which reads as null).
 """
 

@@ -271,9 +271,10 @@ def _canaries(
         return []  # whatever checkpoint is bound later answers differently
     with log.stage("reference") as note:
         prompts = canary.prompts(source.vocab_size, tokenizer.encode)
-        made = canary.make_canaries(captured, fetch, prompts)
-        counts = canary.checked_positions(made, canary.TOLERANCE[source.dtype])
-        note.detail = f"{len(made)} prompts, {counts['compared']} tokens to compare, {counts['too_close']} too close to call"
+        made = canary.make_canaries(captured, fetch, prompts, canary.TOLERANCE[source.dtype])
+        counts = canary.checked_positions(made)
+        among = f" ({counts['among_close']} among others as close)" if counts["among_close"] else ""
+        note.detail = f"{len(made)} prompts, {counts['compared']} tokens to compare{among}, {counts['too_close']} too close to call"
     return made
 
 

@@ -1,8 +1,8 @@
 """Canary prompts: the captured graph, run as it was captured, says what a served artifact must answer.
 
 The reference is the graph before any pass, over torch, with the checkpoint's weights mapped from disk one tensor at a time: no
-copy of the model is held. The artifact carries prompt, expected tokens and the margin of each choice; positions whose margin
-is within what rounding can move are not compared.
+copy of the model is held. The artifact carries prompt, expected tokens, the margin of each choice and, where that is within what
+rounding can move, every token that comes as close: the artifact may choose any of them, and no other.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ NEW_TOKENS = 8
 # Difference between the two best logits below which a lowered program may choose the other: bfloat16 keeps 8 bits of
 # logits near 20, and hundreds of roundings stand between the weights and them.
 TOLERANCE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
+MOST_CLOSE = 64  # tokens that may be the best; where more come as close, the step says little and is not compared
 
 # name of a graph constant -> its tensor, real, in the dtype the graph says
 FetchConstant = Callable[[str], Tensor]
@@ -63,8 +64,8 @@ def spread_ids(vocab_size: int, count: int, first: int = 1) -> list[int]:
     return [(2654435761 * (first + i)) % vocab_size for i in range(count)]
 
 
-def make_canaries(traced: TracedModel, fetch: FetchConstant, token_prompts: list[list[int]]) -> list[Canary]:
-    """Greedy continuations of `token_prompts` by the reference.
+def make_canaries(traced: TracedModel, fetch: FetchConstant, token_prompts: list[list[int]], tolerance: float) -> list[Canary]:
+    """Greedy continuations of `token_prompts` by the reference, and at each step the tokens within `tolerance` of the best.
 
     All prompts run as one batch: first their prompts, then one token each, through the paged cache as a server would.
     """
@@ -74,6 +75,7 @@ def make_canaries(traced: TracedModel, fetch: FetchConstant, token_prompts: list
     caches = empty_caches(traced.kv, 1 + blocks_each * len(token_prompts))
     sequences = [list(p) for p in token_prompts]
     margins: list[list[float]] = [[] for _ in sequences]
+    close: list[list[list[int]]] = [[] for _ in sequences]
     done = [0] * len(sequences)
     with torch.no_grad():
         for _ in range(NEW_TOKENS):
@@ -84,10 +86,21 @@ def make_canaries(traced: TracedModel, fetch: FetchConstant, token_prompts: list
                 done[row] = len(sequence)
                 sequence.append(int(best.indices[row, 0]))
                 margins[row].append(round(float(best.values[row, 0] - best.values[row, 1]), 6))
+                close[row].append(close_tokens(logits[row].float(), tolerance))
     return [
-        Canary(prompt_token_ids=prompt, expected_token_ids=sequence[len(prompt) :], margins=margin)
-        for prompt, sequence, margin in zip(token_prompts, sequences, margins, strict=True)
+        Canary(prompt_token_ids=prompt, expected_token_ids=sequence[len(prompt) :], margins=margin, close_token_ids=near)
+        for prompt, sequence, margin, near in zip(token_prompts, sequences, margins, close, strict=True)
     ]
+
+
+def close_tokens(logits: Tensor, tolerance: float) -> list[int]:
+    """Ids whose logit lies within `tolerance` of the best, rising, the best among them; none if they are more than MOST_CLOSE.
+
+    Args:
+        logits: float32 [vocab_size].
+    """
+    ids: list[int] = (logits.max() - logits <= tolerance).nonzero().flatten().tolist()
+    return ids if len(ids) <= MOST_CLOSE else []
 
 
 def empty_caches(kv: KVFacts, num_blocks: int) -> list[Tensor]:
@@ -130,8 +143,11 @@ def step_inputs(
     ]
 
 
-def checked_positions(canaries: list[Canary], tolerance: float) -> Mapping[str, int]:
-    """How many expected tokens are compared, and how many are too close to call; for the report."""
-    margins = [margin for canary in canaries for margin in canary.margins]
-    compared = sum(margin > tolerance for margin in margins)
-    return {"compared": compared, "too_close": len(margins) - compared}
+def checked_positions(canaries: list[Canary]) -> Mapping[str, int]:
+    """How many expected tokens are compared, how many of these with others as close, how many are too close to call; for the report."""
+    steps = [close for canary in canaries for close in canary.close_token_ids or ()]
+    return {
+        "compared": sum(len(close) > 0 for close in steps),
+        "among_close": sum(len(close) > 1 for close in steps),
+        "too_close": sum(not close for close in steps),
+    }

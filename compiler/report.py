@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 from llmc.artifacts.element_sizes import nbytes_of
 from llmc.artifacts.kv_bytes import token_bytes
 from llmc.artifacts.manifest import Manifest, QuantizationFacts
+from llmc.compiler.canary import checked_positions
 from llmc.compiler.report_layer import activations, kernels, layer_graph
 from llmc.compiler.report_page import measured_facts, report_files, write_measured
 from llmc.passes.tolerances import TOLERANCES
@@ -97,8 +98,7 @@ def facts(
         "canaries": [
             {
                 "prompt_tokens": len(c.prompt_token_ids),
-                "compared": sum(m > manifest.canary_tolerance for m in c.margins),
-                "too_close": sum(m <= manifest.canary_tolerance for m in c.margins),
+                **checked_positions([c]),
                 "smallest_margin": min(c.margins, default=None),
             }
             for c in manifest.canaries

@@ -98,7 +98,19 @@ def test_another_token_is_told_with_its_canary_and_place(number: int, token: int
         run(canaries)
 
 
-def test_a_canary_without_margins_is_refused() -> None:
-    broken = msgspec.structs.replace(canary(3, 3), margins=[])
-    with pytest.raises(ArtifactError, match="canary 1 has no prompt, no tokens or not one margin per token"):
-        run([canary(3, 3), broken])
+@pytest.mark.parametrize("broken", [{"margins": []}, {"close_token_ids": [[1]]}, {"expected_token_ids": []}])
+def test_a_canary_without_margins_is_refused(broken: dict[str, Any]) -> None:
+    wrong = msgspec.structs.replace(canary(3, 3), **broken)
+    with pytest.raises(ArtifactError, match="canary 1 has no prompt, no tokens or not one margin and list of close tokens per token"):
+        run([canary(3, 3), wrong])
+
+
+def test_where_several_tokens_come_as_close_the_artifact_chooses_one_of_them() -> None:
+    one = canary(6, 3)
+    own = [[token] for token in one.expected_token_ids]
+    others = [[token - 1, token] if token else [token, token + 1] for token in one.expected_token_ids]
+    for close, compared in ((own, 3), (others, 3), ([own[0], [], others[2]], 2)):
+        assert run([msgspec.structs.replace(one, close_token_ids=close)])[0] == compared
+    wrong = [own[0], own[1], [(one.expected_token_ids[2] + step) % VOCAB for step in (1, 2)]]  # its margin is under the tolerance
+    with pytest.raises(ArtifactError, match=r"token 2 is \d+ where the reference gave \d+ \(margin 0.001, 1 more within 0.01 of it\)"):
+        run([msgspec.structs.replace(one, close_token_ids=wrong)])
