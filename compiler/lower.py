@@ -32,7 +32,8 @@ from llmc.kernels.isa import TargetSpec
 ROWWISE_CALLS = frozenset({"aoti_torch_cpu_topk"})
 # Library matrix products: right, but a row alone may get other bits than in a batch. Wanted only where llmc.linear is not used.
 GEMM_CALLS = frozenset({"aoti_torch_cpu_mm_out", "aoti_torch_cpu_addmm_out", "aoti_torch_cpu_bmm_out", "aoti_torch_cpu_baddbmm_out"})
-_ATTENTION = SHIM_NAMES["llmc::paged_attention"]
+# What may touch a KV cache.
+_CACHE_OPS = tuple(SHIM_NAMES[f"llmc::{name}"] for name in ("paged_attention", "rope_kv_write", "paged_attend"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,8 @@ def called_ops(code: GeneratedCode) -> Counter[str]:
 
 
 def check_caches(code: GeneratedCode, graph: GraphModule) -> None:
-    """Check that each KV cache goes into attention and nowhere else: a copy of a cache would be the slowest line of the program.
+    """Check that each KV cache goes into attention, and into what writes it before, and nowhere else: a copy of a cache would be the
+    slowest line of the program.
 
     Raises:
         InternalError: names the cache and the line.
@@ -113,10 +115,10 @@ def check_caches(code: GeneratedCode, graph: GraphModule) -> None:
             continue
         uses = [line.strip() for line in body.splitlines() if re.search(rf"\b{variable}\b", line) and "std::move(inputs[" not in line]
         harmless = (f"{variable}.reset();", f"auto {variable}_size = {variable}.sizes();", "if (_check_aoti_runtime_check_inputs_env())")
-        wrong = [line for line in uses if _ATTENTION not in line and not line.startswith(harmless)]
+        wrong = [line for line in uses if not any(f"{op}(" in line for op in _CACHE_OPS) and not line.startswith(harmless)]
         if wrong:
             raise InternalError(f"lowered code uses {name} outside attention: {wrong[0][:200]}; please report this model")
-        if not any(_ATTENTION in line for line in uses):
+        if not any(f"{op}(" in line for op in _CACHE_OPS for line in uses):
             raise InternalError(f"lowered code never passes {name} to attention; please report this model")
 
 

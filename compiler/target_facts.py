@@ -11,7 +11,7 @@ from llmc.artifacts.manifest import Target as TargetRecord
 from llmc.artifacts.version import FORMAT_VERSION
 from llmc.compiler.targets import Target
 from llmc.kernels.cuda_targets import CudaTarget
-from llmc.kernels.ops import COMPILED
+from llmc.kernels.ops import CACHE_OPS, COMPILED
 from llmc.kernels.registry import OPS
 
 # Machine code of CUDA 12's tools loads on every driver of CUDA 12 and later. Source: CUDA Compatibility guide, "minor version
@@ -75,6 +75,7 @@ def implementations(
     if executor == "nodes":
         return {**chosen, "everything else": "aten"}
     return {
-        **chosen, **{f"llmc.{name}": f"C++, {target.isa}" for name in COMPILED}, "everything else": f"Inductor C++, {target.isa}",
+        **chosen, **{f"llmc.{name}": f"C++, {target.isa}" for name in (*CACHE_OPS, *COMPILED)},
+        "everything else": f"Inductor C++, {target.isa}",
         "tensors": f"libtorch, for {', '.join(from_torch)}" if from_torch else f"llmc's tensor runtime, {target.isa}",
     }  # fmt: skip

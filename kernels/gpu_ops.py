@@ -1,7 +1,8 @@
 """The ops that graphs for a GPU are made of: SCHEMA, reference and fake of each.
 
 Their implementations for a GPU are in `registry.py`; plain_grouped_linear has none, since sort-experts makes it moe_linear in every plan.
-Those with a C_SHIM have a compiled CPU version too (norms and gated activations); no graph for a CPU should hold one of the others.
+Those with a C_SHIM have a compiled CPU version too (norms, gated activations, rotation with the KV write); no graph for a CPU should hold
+one of the others.
 """
 
 from __future__ import annotations

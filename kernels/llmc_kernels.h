@@ -11,6 +11,7 @@
 #include "quantized_embedding/cpu/quantized_embedding.h"
 #include "quantized_linear/cpu/quantized_linear.h"
 #include "rms_norm/cpu/rms_norm.h"
+#include "rope_kv_write/cpu/rope_kv_write.h"
 #include "silu_mul/cpu/silu_mul.h"
 
 #endif

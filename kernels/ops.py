@@ -40,6 +40,8 @@ COMPILED = (  # methods of NativeKernels
     "linear", "embedding", "grouped_linear", "quantized_linear", "quantized_embedding",
     "rms_norm", "add_rms_norm", "silu_mul", "gelu_mul", "lora_add",
 )  # fmt: skip
+# Compiled too, and not replaced one by one: what order a cache has inside is theirs alone.
+CACHE_OPS = ("rope_kv_write", "paged_attend")
 _ENTRY_POINTS = {"add_rms_norm": "llmc_rms_norm", "silu_mul": "llmc_gated", "gelu_mul": "llmc_gated"}  # where the name is another
 OP_NAMES: tuple[str, ...] = tuple(_MODULES)
 

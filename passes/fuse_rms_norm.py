@@ -44,6 +44,10 @@ class FuseRmsNorm(NodePass[RmsNorm]):
     even_rows: bool = False  # leave norms over heads inside a wider tensor to Inductor, which joins them with the rotation that follows
 
     def find(self, node: Node, ctx: PassContext) -> RmsNorm | Reject | None:
+        return self.root(node)
+
+    def root(self, node: Node) -> RmsNorm | Reject | None:
+        """The norm whose reciprocal root a node is, why it stays, or None if the node is no such root."""
         quotient = _quotient(node) if G.is_op(node, aten.rsqrt.default) else None
         if quotient is None:
             return None
@@ -60,6 +64,24 @@ class FuseRmsNorm(NodePass[RmsNorm]):
             arguments = (match.x, match.weight, match.eps, match.offset, match.round_first)
             new = G.call(gm, overload("rms_norm"), arguments)
         G.substitute(gm, match.result, new)
+
+
+def norm_of(result: Node) -> RmsNorm | None:
+    """The norm whose result this is, spelled in ops; None if it is none. The norm may have other readers inside or behind it."""
+    for rsqrt in _roots(result):
+        found = FuseRmsNorm().root(rsqrt)
+        if isinstance(found, RmsNorm) and found.result is result:
+            return found
+    return None
+
+
+def _roots(result: Node) -> list[Node]:
+    """The reciprocal roots at most four calls above: behind a cast, the weight, another cast and the product."""
+    found, level = [], [result]
+    for _ in range(4):
+        level = [n for below in level for n in below.all_input_nodes if n.op == "call_function"]
+        found += [n for n in level if G.is_op(n, aten.rsqrt.default)]
+    return found
 
 
 def _quotient(rsqrt: Node) -> tuple[Node, Node, float] | None:

@@ -4,7 +4,7 @@ Before:   q, k = rotations of (rms_norm of) q', k'; paged_attention(q, k, v, cac
 After:    q = llmc.rope_kv_write(q', k', v, positions, cos, sin, norms, caches, ...); paged_attend(q, caches, ...)
 Applies:  both rotated by the same tables, halves against halves, on all or the first dimensions of a head; norms over a head
 Why:      k and v go from the linear's result into the cache; two norms, two rotations and a write are one launch per layer
-Order:    after constant-fold-rope (it makes the tables) and fuse-rms-norm; only where attention reads what another op wrote
+Order:    after constant-fold-rope (it makes the tables) and fuse-rms-norm, which on CPUs leaves norms over heads as they are spelled
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from llmc.kernels.ops import overload
 from llmc.passes import graph as G
 from llmc.passes.base import NodePass, Numerics, PassContext, Reject
+from llmc.passes.fuse_rms_norm import RmsNorm, norm_of
 from llmc.passes.rotation import Rotation, rotation
 
 aten = torch.ops.aten
@@ -33,15 +34,12 @@ class Operand:
     views: tuple[Node, ...]
     turned: Rotation
     inner: tuple[Node, ...]
-    norm: Node | None
+    norm: RmsNorm | None
 
     @property
     def norm_settings(self) -> tuple[float, float, bool] | None:
         """eps, offset, round_first; None without a norm."""
-        if self.norm is None:
-            return None
-        eps, offset, round_first = G.args_of(self.norm)[2:5]
-        return eps, offset, round_first
+        return None if self.norm is None else (self.norm.eps, self.norm.offset, self.norm.round_first)
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class FuseRopeKVWrite(NodePass[RotatedAttention]):
         with gm.graph.inserting_before(attention):
             q, k = _source(gm, match.q), _source(gm, match.k)
             cos, sin = (_table(gm, ctx, read, turned.half) for read in (turned.cos, turned.sin))
-            norms = [None if o.norm is None else G.args_of(o.norm)[1] for o in (match.q, match.k)]
+            norms = [None if o.norm is None else o.norm.weight for o in (match.q, match.k)]
             arguments = (q, k, v, turned.positions, cos, sin, *norms, eps, offset, round_first, k_cache, v_cache, slots, group)
             written = G.call(gm, overload("rope_kv_write"), arguments)
             attended = (written, k_cache, v_cache, tables, lengths, starts, layer, group, *rest)
@@ -98,8 +96,14 @@ def _operand(value: Node) -> Operand | Reject:
     if G.val(value).dtype != G.val(turned.x).dtype:
         return Reject("rotating changes the dtype", (G.val(turned.x).dtype, G.val(value).dtype))
     inner, source = _views(turned.x)
-    norm = source if G.is_op(source, "llmc.rms_norm.default") else None
-    return Operand(views, turned, inner, norm)
+    return Operand(views, turned, inner, _norm(source))
+
+
+def _norm(result: Node) -> RmsNorm | None:
+    """The norm whose result this is, as one op or spelled in several."""
+    if G.is_op(result, "llmc.rms_norm.default"):
+        return RmsNorm(result, *G.args_of(result))
+    return norm_of(result)
 
 
 def _views(value: Node) -> tuple[tuple[Node, ...], Node]:
@@ -129,7 +133,7 @@ def _keeps_last(view: Node) -> bool:
 
 def _source(gm: GraphModule, operand: Operand) -> Node:
     """q or k before norm and rotation, in the shape attention wants it: the views done again on what they now skip to."""
-    source: Node = operand.turned.x if operand.norm is None else G.args_of(operand.norm)[0]
+    source: Node = operand.turned.x if operand.norm is None else operand.norm.x
     replayed: Sequence[Node] = operand.views if operand.norm is None else (*operand.views, *operand.inner)
     for view in reversed(replayed):
         source = G.call(gm, view.target, (source, *view.args[1:]), dict(view.kwargs))  # type: ignore[arg-type]

@@ -28,10 +28,11 @@ from llmc.kernels.linear.bench import huge_page_tensor, in_turns, weight_copies
 from llmc.kernels.native import NativeKernels
 from llmc.kernels.packing import packed_shape
 from llmc.kernels.paged_attention.bench import Case, contenders
-from llmc.kernels.paged_attention.compiled import CompiledPagedAttention
+from llmc.kernels.paged_attention.compiled import CompiledPagedAttention, PagedAttentionArgs
 
 _READ_BYTES = 512 << 20
 _SQUARE = 2048
+_ATTENTION = ("paged_attention", "paged_attend")
 _MOST_DECODING = 64  # rows that are sequences with a token each
 
 
@@ -102,9 +103,19 @@ def group_of(kernel: dict[str, Any], dtype: torch.dtype) -> int:
     raise InternalError(f"{kernel_name(kernel)}: {kernel['weight_bytes']} bytes are no integers with scales; please report this")
 
 
-def time_attention(kernels_so: Path, case: Case, request: dict[str, Any]) -> float:
+class CompiledPagedAttend(CompiledPagedAttention):
+    """The same kernel as `paged_attend`: what it was given to write stands in the caches already."""
+
+    def arguments(self, *given: Any, **named: Any) -> PagedAttentionArgs:
+        """As of paged_attention, nothing written."""
+        args = super().arguments(*given, **named)
+        args.k = args.v = args.slot_mapping = None
+        return args
+
+
+def time_attention(kernels_so: Path, op: str, case: Case, request: dict[str, Any]) -> float:
     """Median microseconds of one layer's attention."""
-    kernel = CompiledPagedAttention(kernels_so, request["threads"])
+    kernel = (CompiledPagedAttend if op == "paged_attend" else CompiledPagedAttention)(kernels_so, request["threads"])
     call = {"llmc": contenders(kernel, case, request["megabytes"] << 20)["llmc"]}
     return 1e6 * statistics.median(in_turns(call, request["seconds"])["llmc"])
 
@@ -119,7 +130,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     rows, left_out = [], []
     for kernel in report.get("kernels", []):
         for m in request["rows"]:
-            row = {"name": kernel_name(kernel), "rows": m, "count": kernel["count"], "streams": kernel["op"] != "paged_attention"}
+            row = {"name": kernel_name(kernel), "rows": m, "count": kernel["count"], "streams": kernel["op"] not in _ATTENTION}
             if kernel["op"] in ("linear", "quantized_linear"):
                 computed = 1 if m > _MOST_DECODING and kernel.get("per") == "logits" else m
                 row |= {"us": time_linear(native, kernel, computed, dtype, request)}
@@ -130,9 +141,9 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
                 vectors = m * kernel["choices"] * (kernel["rows"] + kernel["columns"]) * dtype.itemsize
                 moved = round(kernel["weight_bytes"] * chosen / kernel["experts"]) + vectors
                 row |= {"us": us, "bytes": moved, "flop": m * kernel["flop_per_token"]}
-            elif kernel["op"] == "paged_attention" and kernel["dtype"] == manifest.model.dtype:
+            elif kernel["op"] in _ATTENTION and kernel["dtype"] == manifest.model.dtype:
                 case = _case(kernel, m, request["context"], manifest.kv.block_size, dtype)
-                row |= {"us": time_attention(kernels_so, case, request), "bytes": case.kv_bytes, "flop": case.flop}
+                row |= {"us": time_attention(kernels_so, kernel["op"], case, request), "bytes": case.kv_bytes, "flop": case.flop}
             else:
                 left_out.append(row["name"])
                 break

@@ -44,7 +44,9 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Shim:
         handles = [handle(_pointer_of(capsule, None)) for capsule in capsules]
         result = handle()
         sinks_pointer = None if sinks is None else ctypes.pointer(handles[-1])
-        status = functions[len(tensors)](*handles[: len(tensors)], layer, group, scale, window, softcap, sinks_pointer, ctypes.byref(result))
+        status = functions[len(tensors)](
+            *handles[: len(tensors)], layer, group, scale, window, softcap, sinks_pointer, ctypes.byref(result)
+        )
         for capsule in capsules:
             torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(capsule)  # frees the handle
         return torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(_capsule_of(result, None, None)) if status == _SUCCESS else None
