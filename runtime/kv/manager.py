@@ -16,6 +16,8 @@ from llmc.errors import ConfigError
 from llmc.runtime.kv.block_pool import BlockPool
 from llmc.runtime.kv.prefix_cache import PrefixCache, PrefixHit
 
+_NEVER = 1 << 62  # tokens
+
 
 @dataclass(slots=True, eq=False)
 class SequenceBlocks:
@@ -25,7 +27,7 @@ class SequenceBlocks:
     num_returned: list[int]  # per KV group: leading entries that are -1
     root: bytes  # digest before the first block
     digests: list[bytes]  # of the full blocks known so far; empty without prefix caching
-    num_published: int = 0  # leading blocks that were offered to the prefix cache
+    publish_at: int  # tokens computed from which `publish` has another full block to offer
     ready_tokens: int = 0  # tokens that can be computed without asking the manager again
 
 
@@ -100,7 +102,11 @@ class KVManager:
         """An empty table for a sequence of an adapter (0: of the model itself), with the digests of its full blocks. Takes nothing from
         the pool."""
         blocks = SequenceBlocks(
-            groups=tuple([] for _ in self._windows), num_returned=[0] * len(self._windows), root=self._cache.root(salt, adapter), digests=[]
+            groups=tuple([] for _ in self._windows),
+            num_returned=[0] * len(self._windows),
+            root=self._cache.root(salt, adapter),
+            digests=[],
+            publish_at=self._publish_after(0),
         )
         if self._caching:
             self._cache.extend_digests(blocks.digests, blocks.root, token_ids, len(token_ids))
@@ -112,7 +118,7 @@ class KVManager:
             self.pool.hold(block for block in group if block >= 0)
         blocks.groups = tuple(list(group) for group in hit.block_ids)
         blocks.num_returned = [group.count(-1) for group in blocks.groups]
-        blocks.num_published = hit.num_blocks
+        blocks.publish_at = self._publish_after(hit.num_blocks)
         blocks.ready_tokens = 0
 
     def return_passed(self, blocks: SequenceBlocks, start: int) -> None:
@@ -147,13 +153,12 @@ class KVManager:
 
     def publish(self, blocks: SequenceBlocks, token_ids: list[int], num_computed: int) -> None:
         """Offer the full blocks among tokens [0, num_computed), now computed, to the prefix cache. Changes the pool's keys."""
-        if not self._caching:
+        if num_computed < blocks.publish_at:
             return
         full = num_computed // self.block_size
-        if full > blocks.num_published:
-            self._cache.extend_digests(blocks.digests, blocks.root, token_ids, num_computed)
-            self._cache.publish(blocks.digests, blocks.groups, blocks.num_published, full)
-            blocks.num_published = full
+        self._cache.extend_digests(blocks.digests, blocks.root, token_ids, num_computed)
+        self._cache.publish(blocks.digests, blocks.groups, blocks.publish_at // self.block_size - 1, full)
+        blocks.publish_at = self._publish_after(full)
 
     def free(self, blocks: SequenceBlocks) -> None:
         """Give back every block. Changes the pool. The old lists stay as they are: a step in flight may still read them."""
@@ -162,7 +167,7 @@ class KVManager:
             self.pool.release([block for block in reversed(table) if block >= 0])
         blocks.groups = tuple([] for _ in self._windows)
         blocks.num_returned = [0] * len(self._windows)
-        blocks.num_published = 0
+        blocks.publish_at = self._publish_after(0)
         blocks.ready_tokens = 0
 
     def drop_cache(self) -> int:
@@ -181,6 +186,10 @@ class KVManager:
                 holders.update(table)
         del holders[-1]
         self.pool.check(holders)
+
+    def _publish_after(self, num_blocks: int) -> int:
+        """`publish_at` of a sequence whose first `num_blocks` blocks were offered."""
+        return (num_blocks + 1) * self.block_size if self._caching else _NEVER
 
     def _blocks_between(self, num_blocks: int, num_tokens: int) -> int:
         missing = max(0, -(-num_tokens // self.block_size) - num_blocks)

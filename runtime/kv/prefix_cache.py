@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from array import array
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,6 +42,7 @@ class PrefixCache:
         self._pool = pool
         self._windows = tuple(windows)
         self._block_size = block_size
+        self._pack_block = struct.Struct(f"{block_size}i").pack
         secret = secrets.token_bytes(32) if secret is None else secret
         # Copied for each digest: half the time of keying a new one.
         self._salt_hasher = hashlib.blake2b(key=secret, digest_size=_DIGEST_BYTES, person=b"llmc-salt")
@@ -56,11 +57,10 @@ class PrefixCache:
 
         Digest i covers tokens [0, (i + 1) * block_size) through its parent. Changes `digests` only.
         """
-        size = self._block_size
+        size, pack = self._block_size, self._pack_block
         parent = digests[-1] if digests else root
         for index in range(len(digests), num_tokens // size):
-            content = parent + array("i", token_ids[index * size : (index + 1) * size]).tobytes()
-            parent = _digest(self._block_hasher, content)
+            parent = _digest(self._block_hasher, parent + pack(*token_ids[index * size : (index + 1) * size]))
             digests.append(parent)
 
     def match(self, digests: list[bytes], num_tokens: int) -> PrefixHit:

@@ -245,48 +245,33 @@ class Scheduler:
         if not self._in_flight or output.step != self._in_flight[0][0].step:
             raise InternalError(f"scheduler: results of step {output.step} came while step {self._step} was planned; commit each plan once")
         plan, sequences = self._in_flight.popleft()
-        tokens, block_size = output.tokens, self.config.block_size
+        tokens = output.tokens
         events: list[TokenEvent] = []
-        num_generated = 0
+        num_more = 0  # tokens beyond one for each event
         for sequence, share in zip(sequences, plan.sequences, strict=True):
             if sequence.state != "running":
                 continue  # aborted while the step was in flight
-            token_ids, end = sequence.token_ids, share.end - share.num_drafts
-            samples = end == len(token_ids)
-            sampled = tokens.get(sequence.request_id)
-            if sampled is None or sampled.error is not None or sequence.prompt_logprobs is not None:
-                problem = problem_of(sequence, share, samples, sampled, output)
-                if problem is not None:
-                    # Nothing of this step is offered to the prefix cache: its K and V may be what is wrong.
-                    events.append(self._finish_with_error(sequence, problem, sampled))
-                    continue
-            sequence.num_computed = end
-            if end // block_size > sequence.blocks.num_published:
+            request_id = sequence.request_id
+            sampled = tokens.get(request_id)
+            if sequence.prefilling or share.num_drafts or sampled is None or sampled.error is not None:
+                event = self._take_other(sequence, share, sampled, output)
+                if event is not None:
+                    events.append(event)
+                    num_more += len(event.token_ids) - 1
+                continue
+            # One token of one that decodes: most of what is committed, and most of the scheduler's time
+            token_ids, token = sequence.token_ids, sampled.token_id
+            end = sequence.num_computed = share.end
+            if end >= sequence.blocks.publish_at:
                 self._kv.publish(sequence.blocks, token_ids, end)
-            if not samples or sampled is None:
-                continue
-            if sampled.embedding is not None:
-                events.append(self._finish_pooled(sequence, sampled.embedding))
-                continue
-            if share.num_drafts:
-                events.append(self._verified_tokens(sequence, share, sampled))
-                num_generated += len(events[-1].token_ids)
-                continue
-            token = sampled.token_id
             token_ids.append(token)
-            num_generated += 1
-            if (
-                sequence.prefilling
-                or token in sequence.stop_token_ids
-                or len(token_ids) >= sequence.max_length
-                or sampled.logprobs is not None
-            ):
+            if token in sequence.stop_token_ids or len(token_ids) >= sequence.max_length or sampled.logprobs is not None:
                 events.append(self._notable_token(sequence, sampled))
             else:
-                events.append(TokenEvent(request_id=sequence.request_id, token_ids=[token]))
+                events.append(TokenEvent(request_id=request_id, token_ids=[token]))
         for slot in output.lost_lora_slots:
             self._loras.forget(slot)
-        self._counters.generation_tokens += num_generated
+        self._counters.generation_tokens += len(events) + num_more
         self._counters.last_progress = self._clock()
         return events
 
@@ -378,6 +363,27 @@ class Scheduler:
 
     # Parts of commit.
 
+    def _take_other(
+        self, sequence: Sequence, share: ScheduledSequence, sampled: SampledToken | None, output: StepOutput
+    ) -> TokenEvent | None:
+        """What became of a sequence that prefills, had guesses or failed; None: it goes on without a token."""
+        end = share.end - share.num_drafts
+        samples = end == len(sequence.token_ids)
+        problem = problem_of(sequence, share, samples, sampled, output)
+        if problem is not None:
+            # Nothing of this step is offered to the prefix cache: its K and V may be what is wrong.
+            return self._finish_with_error(sequence, problem, sampled)
+        sequence.num_computed = end
+        self._kv.publish(sequence.blocks, sequence.token_ids, end)
+        if not samples or sampled is None:
+            return None
+        if sampled.embedding is not None:
+            return self._finish_pooled(sequence, sampled.embedding)
+        if share.num_drafts:
+            return self._verified_tokens(sequence, share, sampled)
+        sequence.token_ids.append(sampled.token_id)
+        return self._notable_token(sequence, sampled)
+
     def _notable_token(self, sequence: Sequence, sampled: SampledToken) -> TokenEvent:
         """The event of a token that is the first, may be the last, or carries more than its id."""
         token, length = sampled.token_id, len(sequence.token_ids)
@@ -411,8 +417,7 @@ class Scheduler:
         token_ids = sequence.token_ids
         self._counters.accepted_tokens += len(given) - 1
         sequence.num_computed = len(token_ids) - 1  # guesses that were right are computed; the slots of the others are written again
-        if sequence.num_computed // self.config.block_size > sequence.blocks.num_published:
-            self._kv.publish(sequence.blocks, token_ids, sequence.num_computed)
+        self._kv.publish(sequence.blocks, token_ids, sequence.num_computed)
         if finish_reason is not None:
             self._remove(sequence)
         return TokenEvent(
