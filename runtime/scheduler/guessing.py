@@ -7,8 +7,9 @@ from typing import Protocol
 import msgspec
 
 from llmc.runtime.kv import KVManager
-from llmc.runtime.messages import FinishReason
+from llmc.runtime.messages import FinishReason, TokenEvent
 from llmc.runtime.scheduler.config import SchedulerConfig
+from llmc.runtime.scheduler.counters import Counters
 from llmc.runtime.scheduler.request import Sequence
 from llmc.runtime.step import SampledToken, ScheduledSequence
 
@@ -71,13 +72,27 @@ def add_guesses(
             )
 
 
-def take_checked(sequence: Sequence, sampled: SampledToken) -> tuple[list[SampledToken], FinishReason | None]:
-    """Append the tokens of a step with guesses, up to the first that ends the sequence; returns them, and why it ends if it does."""
+def checked_event(sequence: Sequence, share: ScheduledSequence, sampled: SampledToken, kv: KVManager, counters: Counters) -> TokenEvent:
+    """Take the tokens of a step with guesses: as many as steps of one token each would have given before an end. Counts them, offers full
+    blocks to the prefix cache, and returns the event; where this has a finish_reason, the sequence is to be removed."""
     given: list[SampledToken] = []
+    finish_reason: FinishReason | None = None
     for one in (sampled, *sampled.more):
         sequence.token_ids.append(one.token_id)
         given.append(one)
         finish_reason = sequence.end_after(one.token_id)
         if finish_reason is not None:
-            return given, finish_reason
-    return given, None
+            break
+    counters.num_drafts += 1
+    counters.draft_tokens += share.num_drafts
+    counters.accepted_tokens += len(given) - 1
+    # Guesses that were right are computed; the slots of the others are written again
+    sequence.num_computed = len(sequence.token_ids) - 1
+    kv.publish(sequence.blocks, sequence.token_ids, sequence.num_computed)
+    return TokenEvent(
+        request_id=sequence.request_id,
+        token_ids=[one.token_id for one in given],
+        logprobs=[one.logprobs for one in given if one.logprobs is not None] if sampled.logprobs is not None else None,
+        finish_reason=finish_reason,
+        stop_token_id=given[-1].token_id if finish_reason == "stop" else None,
+    )

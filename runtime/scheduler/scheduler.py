@@ -24,7 +24,7 @@ from llmc.runtime.scheduler.ahead import extend_all, going_on
 from llmc.runtime.scheduler.config import SchedulerConfig
 from llmc.runtime.scheduler.counters import Counters
 from llmc.runtime.scheduler.drafts import NgramDrafter, SpeculationConfig
-from llmc.runtime.scheduler.guessing import Drafter, add_guesses, take_checked
+from llmc.runtime.scheduler.guessing import Drafter, add_guesses, checked_event
 from llmc.runtime.scheduler.invariants import check_sequences
 from llmc.runtime.scheduler.policy import insert_ranked, remove_ranked
 from llmc.runtime.scheduler.request import Sequence, make_sequence, problem_of, share_of
@@ -380,7 +380,10 @@ class Scheduler:
         if sampled.embedding is not None:
             return self._finish_pooled(sequence, sampled.embedding)
         if share.num_drafts:
-            return self._verified_tokens(sequence, share, sampled)
+            event = checked_event(sequence, share, sampled, self._kv, self._counters)
+            if event.finish_reason is not None:
+                self._remove(sequence)
+            return event
         sequence.token_ids.append(sampled.token_id)
         return self._notable_token(sequence, sampled)
 
@@ -407,25 +410,6 @@ class Scheduler:
             stop_token_id=token if finish_reason == "stop" else None,
             num_cached_tokens=num_cached_tokens,
             scheduled_at=scheduled_at,
-        )
-
-    def _verified_tokens(self, sequence: Sequence, share: ScheduledSequence, sampled: SampledToken) -> TokenEvent:
-        """The event of a step with guesses: as many tokens as steps of one token each would have given before an end."""
-        self._counters.num_drafts += 1
-        self._counters.draft_tokens += share.num_drafts
-        given, finish_reason = take_checked(sequence, sampled)
-        token_ids = sequence.token_ids
-        self._counters.accepted_tokens += len(given) - 1
-        sequence.num_computed = len(token_ids) - 1  # guesses that were right are computed; the slots of the others are written again
-        self._kv.publish(sequence.blocks, token_ids, sequence.num_computed)
-        if finish_reason is not None:
-            self._remove(sequence)
-        return TokenEvent(
-            request_id=sequence.request_id,
-            token_ids=[one.token_id for one in given],
-            logprobs=[one.logprobs for one in given if one.logprobs is not None] if sampled.logprobs is not None else None,
-            finish_reason=finish_reason,
-            stop_token_id=given[-1].token_id if finish_reason == "stop" else None,
         )
 
     def _finish_pooled(self, sequence: Sequence, embedding: bytes) -> TokenEvent:

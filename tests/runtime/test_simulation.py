@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from llmc.runtime.kv import BlockPool, KVManager, PrefixCache, prefix_cache
-from llmc.runtime.scheduler import Scheduler
+from llmc.runtime.messages import TokenEvent
+from llmc.runtime.scheduler import Scheduler, scheduler
+from llmc.runtime.scheduler.request import Sequence
 from llmc.runtime.step import SampledToken
 from tests.runtime.simulation import FakeRunner, SimulationError, simulate
 
@@ -104,16 +107,16 @@ def _aborted_sequence_gets_its_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _wrong_guesses_count_as_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    verified = Scheduler._verified_tokens
+    checked = scheduler.checked_event
 
-    def all_computed(self: Scheduler, sequence: object, share: object, sampled: object) -> object:
-        event = verified(self, sequence, share, sampled)  # type: ignore[arg-type]
+    def all_computed(sequence: Sequence, *rest: Any) -> TokenEvent:
+        event = checked(sequence, *rest)
         if len(event.token_ids) > 1:
-            sequence.token_ids.append(event.token_ids[-1])  # type: ignore[attr-defined]
-            sequence.num_computed += 1  # type: ignore[attr-defined]
+            sequence.token_ids.append(event.token_ids[-1])
+            sequence.num_computed += 1
         return event
 
-    monkeypatch.setattr(Scheduler, "_verified_tokens", all_computed)
+    monkeypatch.setattr(scheduler, "checked_event", all_computed)
 
 
 def _guesses_are_taken_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
