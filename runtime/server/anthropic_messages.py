@@ -61,16 +61,7 @@ def messages_router(front: Front) -> Router:
         front.check_model(body.model)
         chat = validated(_as_chat(front, body), ChatCompletionRequest)
         check_tools(front, chat)
-        prompt = await chat_prompt(
-            front,
-            chat.messages,
-            add_generation_prompt=None,
-            continue_final_message=chat.continue_final_message,
-            add_special_tokens=None,
-            variables=chat.chat_template_kwargs,
-            tools=chat.tools,
-            reasoning_effort=chat.reasoning_effort,
-        )
+        prompt = await chat_prompt(front, chat)
         return json_answer({"input_tokens": len(prompt.token_ids)})
 
     return router

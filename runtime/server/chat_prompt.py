@@ -11,7 +11,7 @@ import orjson
 from llmc.errors import RequestRejected
 from llmc.runtime.server.front import Front
 from llmc.runtime.server.parse import check_shape
-from llmc.runtime.server.schemas import ChatMessage, TemplateVariables, Tool, ToolCall
+from llmc.runtime.server.schemas import ChatCompletionRequest, ChatMessage, TemplateVariables, TokenizeRequest, Tool, ToolCall
 from llmc.runtime.text import ChatTemplate
 
 
@@ -24,26 +24,12 @@ class ChatPrompt:
     continued: str | None = None  # the last message's text, when the reply goes on with it
 
 
-async def chat_prompt(
-    front: Front,
-    messages: list[ChatMessage],
-    *,
-    add_generation_prompt: bool | None,
-    continue_final_message: bool | None,
-    add_special_tokens: bool | None,
-    variables: TemplateVariables | None,
-    tools: list[Tool] | None = None,
-    reasoning_effort: str | None = None,
-) -> ChatPrompt:
+async def chat_prompt(front: Front, body: ChatCompletionRequest | TokenizeRequest) -> ChatPrompt:
     """Render and encode a conversation.
 
     Args:
-        add_generation_prompt: open the assistant's turn at the end; None: unless the final message is continued.
-        continue_final_message: leave the last message open, for the model to go on with it.
-        add_special_tokens: let the tokenizer add its own too; the template writes them itself, so None means no.
-        variables: chat_template_kwargs.
-        tools: what the model may call; the template shows them as it does in transformers.
-        reasoning_effort: a variable of the template, by OpenAI's name.
+        body: with messages. Of its other fields add_generation_prompt opens the assistant's turn at the end (None: unless the final
+            message is continued), and add_special_tokens lets the tokenizer add its own (None: no, the template writes them itself).
 
     Raises:
         RequestRejected: there is no template, it refuses the messages, or it does not read a variable or the tools.
@@ -55,28 +41,29 @@ async def chat_prompt(
             param="messages",
             code="no_chat_template",
         )
-    if continue_final_message and add_generation_prompt:
+    if body.continue_final_message and body.add_generation_prompt:
         raise RequestRejected(
             "continue_final_message goes on with the last message, add_generation_prompt opens a new one; send one of them",
             param="continue_final_message",
         )
-    if tools and not template.reads_tools:
+    if body.tools and not template.reads_tools:
         raise RequestRejected("the model's chat template does not show tools, so the model would not know of them", param="tools")
-    given = allowed_variables(template, variables)
-    if reasoning_effort is not None:
+    given = allowed_variables(template, body.chat_template_kwargs)
+    effort = body.reasoning_effort if isinstance(body, ChatCompletionRequest) else None
+    if effort is not None:
         if "reasoning_effort" not in template.variables:
             raise RequestRejected("the model's chat template does not read reasoning_effort", param="reasoning_effort")
-        given["reasoning_effort"] = reasoning_effort
-    if tools:
-        given["tools"] = [_plain_tool(tool) for tool in tools]
+        given["reasoning_effort"] = effort
+    if body.tools:
+        given["tools"] = [_plain_tool(tool) for tool in body.tools]
     history = front.model.replies.reasoning.history if front.model.replies.reasoning is not None else ("reasoning_content",)
-    plain = [plain_message(message, history) for message in messages]
-    opened = add_generation_prompt is not False and not continue_final_message
+    plain = [plain_message(message, history) for message in body.messages or []]
+    opened = body.add_generation_prompt is not False and not body.continue_final_message
     text = _rendered(template, plain, opened, given)
-    continued = plain[-1]["content"] if continue_final_message else None
+    continued = plain[-1]["content"] if body.continue_final_message else None
     if continued is not None:
         text = cut_at_final_message(text, continued)
-    (ids,) = await front.encode([text], add_special_tokens=bool(add_special_tokens))
+    (ids,) = await front.encode([text], add_special_tokens=bool(body.add_special_tokens))
     return ChatPrompt(text=text, token_ids=ids, continued=continued)
 
 

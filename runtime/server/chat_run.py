@@ -47,16 +47,7 @@ async def start_chat(front: Front, request: Request, body: ChatCompletionRequest
         logprobs="top_logprobs",
         structured_outputs="tools" if forced is not None else structured_field(body),
     )
-    rendered = await chat_prompt(
-        front,
-        body.messages,
-        add_generation_prompt=body.add_generation_prompt,
-        continue_final_message=body.continue_final_message,
-        add_special_tokens=body.add_special_tokens,
-        variables=body.chat_template_kwargs,
-        tools=body.tools,
-        reasoning_effort=body.reasoning_effort,
-    )
+    rendered = await chat_prompt(front, body)
     max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     (prompt,) = truncated(front, body, [rendered.token_ids], max_tokens)
     sampling = sampling_params(

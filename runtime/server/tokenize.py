@@ -27,16 +27,7 @@ def tokenize_router(front: Front) -> Router:
         if (body.prompt is None) == (body.messages is None):
             raise RequestRejected("send either prompt or messages", param="prompt")
         if body.messages is not None:
-            prompt = await chat_prompt(
-                front,
-                body.messages,
-                add_generation_prompt=body.add_generation_prompt,
-                continue_final_message=body.continue_final_message,
-                add_special_tokens=body.add_special_tokens,
-                variables=body.chat_template_kwargs,
-                tools=body.tools,
-            )
-            tokens = prompt.token_ids
+            tokens = (await chat_prompt(front, body)).token_ids
         else:
             assert body.prompt is not None
             (tokens,) = await front.encode([body.prompt], add_special_tokens=body.add_special_tokens is not False)
