@@ -6,12 +6,12 @@ import json
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmc.artifacts.manifest import Manifest
+from llmc.artifacts.manifest import Limits, Manifest
 from llmc.artifacts.verify import open_artifact
 from llmc.bench.openai_client import first_token_seconds
 from llmc.bench.processes import llmc_command, pss_bytes, serve_command, server, warm, worker
@@ -40,6 +40,49 @@ class Compiled:
     compile_s: float  # the whole command, nothing taken from the compile cache
     size_bytes: int
     code_bytes: int
+
+
+def refuse_unknown(setting: str, values: Iterable[object]) -> None:
+    """Judge values of a compile setting before the first of them is compiled.
+
+    Raises:
+        ConfigError: `llmc compile` would refuse one.
+    """
+    from llmc.config.settings import BY_NAME
+
+    for value in values:
+        try:
+            BY_NAME[setting].parse(str(value))
+        except ConfigError as error:
+            raise ConfigError(f"{BY_NAME[setting].flag}: {error}") from None
+
+
+def refuse_longer(mode: Mode, limits: Limits) -> None:
+    """Raises ConfigError if sequences of the mode do not fit into an artifact."""
+    if mode.prompt_tokens + mode.new_tokens > limits.max_model_len:
+        raise ConfigError(
+            f"{mode.prompt_tokens} prompt and {mode.new_tokens} new tokens are above the artifact's {limits.max_model_len}; ask for less"
+        )
+
+
+def refuse_other_model(model: Path, manifest: Manifest) -> None:
+    """A baseline runs the model that the artifact was compiled from, as far as its config.json tells.
+
+    Raises:
+        ConfigError: no model folder, or that of another model.
+    """
+    try:
+        config = json.loads((model / "config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no JSON"
+        raise ConfigError(f"--model {model}: its config.json cannot be read ({reason}); name the folder that was compiled") from None
+    facts = manifest.model
+    expected = {"architectures": [facts.architecture], "num_hidden_layers": facts.num_layers, "hidden_size": facts.hidden_size}
+    for name, value in {**expected, "vocab_size": facts.vocab_size}.items():
+        if isinstance(config, dict) and config.get(name, value) != value:
+            raise ConfigError(
+                f"--model {model}: {name} is {config[name]} there and {value} in the artifact; name the folder that was compiled"
+            )
 
 
 def compile_variant(model: Path, variant: Variant, out: Path) -> Compiled:

@@ -60,7 +60,12 @@ def main(arguments: list[str]) -> int:
     request = json.loads(arguments[0])
     try:
         config = EngineConfig(
-            artifact=request["artifact"], threads=request["threads"], enable_prefix_caching=False, verify_weights="never", seed=0
+            artifact=request["artifact"],
+            threads=request["threads"],
+            enable_prefix_caching=False,
+            verify_weights="never",
+            seed=0,
+            max_queue=max(1024, *(mode["batch"] for mode in request["modes"])),  # all of a mode's sequences are there from the start
         )
         engine = Engine(config)
         rows: dict[str, list[dict[str, Any]]] = {}

@@ -10,7 +10,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from llmc.bench.contenders import Compiled, Say, Variant, cold_start, compile_variant, engine_rows, hf_cold_start, hf_rows
+from llmc.bench.contenders import (
+    Compiled,
+    Say,
+    Variant,
+    cold_start,
+    compile_variant,
+    engine_rows,
+    hf_cold_start,
+    hf_rows,
+    refuse_unknown,
+)
 from llmc.bench.divergence import Divergence, divergences, forced_tokens
 from llmc.bench.figure import Figure, figure, ratios
 from llmc.bench.result import BenchResult, Cell, Column, Gate, Table, at_least, at_most
@@ -46,6 +56,9 @@ class LevelsConfig:
     def __post_init__(self) -> None:
         if not self.levels or sorted(set(self.levels)) != list(self.levels):
             raise ConfigError(f"--levels {','.join(map(str, self.levels))}: name each level once, in rising order")
+        refuse_unknown("optimization_level", self.levels)
+        refuse_unknown("quantization", self.quantizations)
+        refuse_unknown("performance_mode", self.performance_modes)
         if self.max_cold_start_s is not None and not self.startup:
             raise ConfigError("--max-cold-start bounds what --no-startup does not measure; leave one of them out")
         if self.passes and not any(0 < level < SEARCHED for level in self.levels):
@@ -83,6 +96,10 @@ def bench_levels(config: LevelsConfig, say: Say) -> BenchResult:
         compiled += by_tvm
         if config.passes:
             compiled += _without_each_pass(config, compiled, work, say)
+        if config.max_cold_start_s is not None and compiled[0].manifest.tokenizer.tokenizer_json is None:
+            raise ConfigError(
+                "--max-cold-start: `llmc serve` starts with a tokenizer, and the model has none; add one, or leave the gate out"
+            )
         say("logits against -O0")
         apart = _divergences(config, compiled, work, say)
         samples = _measure(config, compiled, say)
@@ -286,8 +303,6 @@ def _gates(
 ) -> list[Gate]:
     """Of the highest level; --max-kl of every row."""
     started = samples[top].startup_s
-    if config.max_cold_start_s is not None and not started:
-        raise ConfigError("--max-cold-start: nothing was started, since the model has no tokenizer")
     return [
         *(at_most("--max-cold-start", config.max_cold_start_s, statistics.median(started)) if started else []),
         *at_least("--min-speedup", config.min_speedup, speedups[top]["decode 1"].median),

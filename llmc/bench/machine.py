@@ -30,14 +30,20 @@ def environment(packages: tuple[str, ...] = _PACKAGES) -> dict[str, Any]:
 
 
 def commit(folder: Path) -> str:
-    """The git commit of the sources at `folder`, "-dirty" when they differ from it, or "unknown" for an installed package."""
+    """The git commit of the sources at `folder`, "-dirty" when they differ from it, or "unknown" for an installed package, even one
+    that lies in somebody else's repository."""
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=folder, capture_output=True, text=True, check=False
-        )
+        if _git(folder, "ls-files", "--error-unmatch", ".") is None:
+            return "unknown"
+        return _git(folder, "describe", "--always", "--dirty", "--abbrev=12") or "unknown"
     except OSError:
         return "unknown"
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git says; None if it refuses."""
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def cpu_name() -> str:

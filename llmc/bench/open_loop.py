@@ -7,6 +7,7 @@ open waits here, which is counted and reported as late: then the client, not the
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import tempfile
 import threading
@@ -60,10 +61,12 @@ class LoadConfig:
             raise ConfigError("name an ARTIFACT to serve, or a running server with --base-url; one of them")
         if self.base_url is not None:
             connect(self.base_url, timeout_s=1.0)  # opens nothing yet: judges the address
-        if not self.rate > 0:
+        if not 0 < self.rate < math.inf:
             raise ConfigError(f"--rate {self.rate:g}: requests per second, above 0")
         if unknown := [name for name, _ in self.goodput if name not in ("ttft", "itl", "e2e")]:
             raise ConfigError(f"--goodput {unknown[0]}: accepted are ttft, itl and e2e, each with milliseconds, as in ttft:200")
+        if wrong := [f"{name}:{bound:g}" for name, bound in self.goodput if not 0 <= bound < math.inf]:
+            raise ConfigError(f"--goodput {wrong[0]}: expected milliseconds, a number from 0 on")
         if self.min_goodput is not None and not self.goodput:
             raise ConfigError("--min-goodput counts requests that keep bounds; give the bounds with --goodput")
 
@@ -217,6 +220,8 @@ def summarised(config: LoadConfig, where: str, model: str, answers: Sequence[Ans
         *at_least("--min-goodput", config.min_goodput, good / span),
     ]
     workload = {name: getattr(config, name) for name in config.__dataclass_fields__ if name not in ("max_p99_ttft_ms", "min_goodput")}
+    workload |= {"model": model, "goodput": [f"{name}:{bound:g}" for name, bound in config.goodput]}
+    workload |= {name: str(value) for name, value in workload.items() if isinstance(value, Path)}
     chart = Chart(
         title="Time to the first token over the run",
         x_title="request due, s",
@@ -225,7 +230,7 @@ def summarised(config: LoadConfig, where: str, model: str, answers: Sequence[Ans
     )
     return BenchResult(
         benchmark="serve",
-        workload={name: value if isinstance(value, int | float | str | bool | None) else str(value) for name, value in workload.items()},
+        workload={name: value for name, value in workload.items() if value is not None},
         tables=tables,
         charts=[chart],
         gates=gates,

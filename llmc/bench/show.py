@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmc.bench.figure import Figure, number
 from llmc.bench.result import BenchResult, Cell, Column, Table
+from llmc.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+def refuse_unwritable(flag: str, path: Path) -> None:
+    """Before minutes are spent on what could not be kept.
+
+    Raises:
+        ConfigError: the file cannot be made there.
+    """
+    if not path.parent.is_dir():
+        raise ConfigError(f"{flag} {path}: there is no folder {path.parent}; make it first")
+    if path.is_dir():
+        raise ConfigError(f"{flag} {path}: is a folder; name a file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{flag} {path}: may not be written by this user; name another file")
 
 
 def write_json(result: BenchResult, path: Path) -> None:
@@ -29,7 +45,7 @@ def html(result: BenchResult) -> str:
     from llmc.bench.svg import bars, scatter
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.globals.update(cell_text=cell_text, head=head, bars=bars, scatter=scatter, measured=measured_columns)
+    environment.globals.update(cell_text=cell_text, head=head, bars=bars, scatter=scatter, measured=measured_columns, plain=plain)
     source = (files("llmc.bench") / "page.html").read_text(encoding="utf-8")
     return environment.from_string(source).render(result=result)
 
@@ -91,6 +107,15 @@ def cell_text(cell: Cell, column: Column) -> str:
             return number(cell.median, column.digits)
         return f"{number(cell.median, column.digits)} [{number(low, column.digits)}, {number(high, column.digits)}]"
     return number(cell, column.digits) if isinstance(cell, float) else str(cell)
+
+
+def plain(value: object) -> str:
+    """A recorded setting, for people."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {plain(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(plain, value)) or "none"
+    return {None: "-", True: "yes", False: "no"}[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def measured_columns(table: Table) -> list[Column]:

@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmc.bench.contenders import Say, cold_start, engine_rows, hf_cold_start, hf_rows, opened
+from llmc.bench.contenders import (
+    STARTUP_PROMPT,
+    Say,
+    cold_start,
+    engine_rows,
+    hf_cold_start,
+    hf_rows,
+    opened,
+    refuse_longer,
+    refuse_other_model,
+)
 from llmc.bench.figure import Figure, figure, ratios
 from llmc.bench.result import BenchResult, Cell, Column, Table, at_least, at_most
 from llmc.bench.workload import Mode
@@ -88,7 +98,10 @@ def bench_startup(config: SingleConfig, say: Say) -> BenchResult:
     found = opened("llmc", config.artifact)
     if found.manifest.tokenizer.tokenizer_json is None:
         raise ConfigError(f"{config.artifact}: has no tokenizer, so `llmc serve` cannot start it; compile with --tokenizer DIR")
-    cold_start(config.artifact, threads=config.threads)  # brings code, too, into the page cache
+    if config.baseline_model is not None:
+        refuse_other_model(config.baseline_model, found.manifest)
+    for _ in range(max(1, config.warmup)):  # brings code, too, into the page cache
+        cold_start(config.artifact, threads=config.threads)
     starts, theirs = [], []
     for number in range(config.rounds):
         say(f"round {number + 1} of {config.rounds}")
@@ -121,18 +134,18 @@ def bench_startup(config: SingleConfig, say: Say) -> BenchResult:
     gates = at_most("--max-cold-start", config.max_cold_start_s, seconds.median)
     if theirs:
         gates += at_least("--min-speedup", config.min_speedup, ratios(figure([s for s, _ in theirs]), seconds).median)
-    return BenchResult(benchmark="startup", workload=config.workload(), tables=tables, gates=gates)
+    repeats = {"rounds": config.rounds, "warmup": max(1, config.warmup), "threads": config.threads}
+    prompt = {"prompt_token_ids": list(STARTUP_PROMPT), "new_tokens": 1, "seed": "none is drawn from: the prompt is always this one"}
+    return BenchResult(benchmark="startup", workload={"artifact": str(config.artifact), **repeats, **prompt}, tables=tables, gates=gates)
 
 
 def _in_turns(config: SingleConfig, say: Say) -> dict[str, list[dict[str, Any]]]:
     """Rows of the engine and of the baseline, one per round, alternating, every one in a fresh process."""
     manifest = opened("llmc", config.artifact).manifest
-    longest = manifest.limits.max_model_len
-    if config.prompt_tokens + config.new_tokens > longest:
-        raise ConfigError(
-            f"{config.prompt_tokens} prompt and {config.new_tokens} new tokens are above the artifact's {longest}; ask for less"
-        )
     mode = Mode(name="work", batch=config.batch, prompt_tokens=config.prompt_tokens, new_tokens=config.new_tokens)
+    refuse_longer(mode, manifest.limits)
+    if config.baseline_model is not None:
+        refuse_other_model(config.baseline_model, manifest)
     rows: dict[str, list[dict[str, Any]]] = {"llmc": []}
     for number in range(config.rounds):
         say(f"round {number + 1} of {config.rounds}")

@@ -10,33 +10,36 @@ import markupsafe
 from llmc.bench.figure import Figure, number
 from llmc.bench.result import Chart, Column, Table
 
-_WIDTH, _ROW = 440, 26
-_LEFT, _RIGHT = 120, 110
-_LABEL_W, _LABEL_H = 220, 16  # room that a label in a scatter plot keeps to itself
+_ROW, _BAR, _RIGHT = 26, 210, 110  # pixels: a bar's row, the longest bar, the number behind it
+_LETTER, _MOST_LETTERS = 7.2, 28  # width of a letter on average, generously; letters of a label
+_LABEL_H = 16  # height that a label in a scatter plot keeps to itself
 
 
 def bars(table: Table, column: Column) -> markupsafe.Markup:
     """One bar per row that has the figure, from zero, with a line for its interval."""
     rows = [(str(row.get(table.columns[0].key, "")), cell) for row in table.rows if isinstance(cell := row.get(column.key), Figure)]
     top = max(cell.interval[1] for _, cell in rows) or 1.0
-    scale = (_WIDTH - _LEFT - _RIGHT) / top
+    scale = _BAR / top
+    left = round(_LETTER * max(len(_short(name)) for name, _ in rows)) + 10
     parts = []
     for index, (name, cell) in enumerate(rows):
         y = index * _ROW
         low, high, _ = cell.interval
         width, x_low, x_high = (round(scale * max(0.0, value), 1) for value in (cell.median, low, high))
-        parts.append(f'<text x="{_LEFT - 8}" y="{y + 17}" text-anchor="end">{markupsafe.escape(_short(name))}</text>')
-        parts.append(f'<rect class="bar" x="{_LEFT}" y="{y + 5}" width="{max(1.0, width)}" height="16" rx="3"/>')
+        parts.append(f'<text x="{left - 8}" y="{y + 17}" text-anchor="end">{markupsafe.escape(_short(name))}</text>')
+        parts.append(f'<rect class="bar" x="{left}" y="{y + 5}" width="{max(1.0, width)}" height="16" rx="3"/>')
         if len(cell.samples) > 1:
-            parts.append(f'<path class="ci" d="M{_LEFT + x_low} {y + 13}H{_LEFT + x_high}"/>')
+            parts.append(f'<path class="ci" d="M{round(left + x_low, 1)} {y + 13}H{round(left + x_high, 1)}"/>')
         text = f"{number(cell.median, column.digits)} {column.unit}".strip()
-        parts.append(f'<text class="soft" x="{_LEFT + max(width, x_high) + 6}" y="{y + 17}">{markupsafe.escape(text)}</text>')
-    return _svg(_WIDTH, _ROW * len(rows), parts, f"{column.title} per {table.columns[0].title}")
+        parts.append(f'<text class="soft" x="{round(left + max(width, x_high) + 6, 1)}" y="{y + 17}">{markupsafe.escape(text)}</text>')
+    return _svg(left + _BAR + _RIGHT, _ROW * len(rows), parts, f"{column.title} per {table.columns[0].title}")
 
 
 def scatter(chart: Chart) -> markupsafe.Markup:
-    """Points with labels on linear or logarithmic axes, and a line."""
-    width, height, left, bottom, top, right = 640, 380, 64, 46, 16, 24
+    """Points with labels on linear or logarithmic axes, and a line. A label stands to the right of its point, where a front that falls
+    does not run; the last points' labels have room beside the axes."""
+    width, height, left, bottom, top = 720, 380, 64, 46, 16
+    right = 24 + round(_LETTER * max((len(_short(p.label)) for p in chart.points if p.marked), default=0))
     xs = [p.x for p in chart.points] + [x for x, _ in chart.line]
     ys = [p.y for p in chart.points] + [y for _, y in chart.line]
     x_axis, y_axis = _Axis.over(xs, chart.logarithmic), _Axis.over(ys, chart.logarithmic)
@@ -59,17 +62,18 @@ def scatter(chart: Chart) -> markupsafe.Markup:
     if chart.line:
         path = "L".join(f"{x} {y}" for x, y in (at(*one) for one in chart.line))
         parts.append(f'<path class="front" d="M{path}"/>')
-    labelled: list[tuple[float, float]] = []
-    for point in chart.points:
+    taken: list[tuple[float, float, float]] = []
+    for point in sorted(chart.points, key=lambda p: not p.marked):
         x, y = at(point.x, point.y)
         title = f"<title>{markupsafe.escape(point.label)}</title>" if point.label else ""
         parts.append(f'<circle class="{"dot best" if point.marked else "dot"}" cx="{x}" cy="{y}" r="5">{title}</circle>')
-        if not point.label or any(abs(x - other) < _LABEL_W and abs(y - above) < _LABEL_H for other, above in labelled):
+        long = 9 + _LETTER * len(_short(point.label))
+        start = x if x + long <= width else x - long
+        if not point.label or any(start < end and begin < start + long and abs(y - above) < _LABEL_H for begin, end, above in taken):
             continue  # it would lie on another's; the title still names it
-        labelled.append((x, y))
-        end = x > 0.72 * width
-        place = f'x="{x + (-9 if end else 9)}" y="{y - 7}" text-anchor="{"end" if end else "start"}"'
-        parts.append(f'<text class="soft" {place}>{markupsafe.escape(point.label)}</text>')
+        taken.append((start, start + long, y))
+        place = f'x="{x + 9}" y="{y - 7}"' if start == x else f'x="{x - 9}" y="{y - 7}" text-anchor="end"'
+        parts.append(f'<text class="soft" {place}>{markupsafe.escape(_short(point.label))}</text>')
     x_name, y_name = markupsafe.escape(chart.x_title), markupsafe.escape(chart.y_title)
     parts.append(f'<text x="{(left + width - right) / 2}" y="{height - 8}" text-anchor="middle">{x_name}</text>')
     middle = (height - bottom + top) / 2
@@ -113,7 +117,7 @@ def _step(top: float) -> float:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 22 else name[:21] + "…"
+    return name if len(name) <= _MOST_LETTERS else name[: _MOST_LETTERS - 1] + "…"
 
 
 def _svg(width: float, height: float, parts: Sequence[str], title: str) -> markupsafe.Markup:

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -44,12 +45,12 @@ def outputs(command: _F) -> _F:
     return click.option("--json", "json_file", type=_FILE, default=None, help="Also write every sample as JSON.")(command)
 
 
-def repeats(rounds: int) -> Callable[[_F], _F]:
-    """--rounds, --warmup, --threads, --seed."""
+def repeats(rounds: int, *, seeded: bool = True) -> Callable[[_F], _F]:
+    """--rounds, --warmup, --threads and, where prompts are drawn, --seed."""
 
     def add(command: _F) -> _F:
         for option in (
-            click.option("--seed", type=int, default=0, show_default=True, help="Of prompts and arrivals."),
+            *([click.option("--seed", type=int, default=0, show_default=True, help="Of the prompts.")] if seeded else []),
             click.option("--threads", type=click.IntRange(min=1), default=None, help="Threads of a step [default: all processors]."),
             click.option("--warmup", type=click.IntRange(min=0), default=1, show_default=True, help="Runs not counted, per process."),
             click.option("--rounds", type=click.IntRange(min=1), default=rounds, show_default=True, help="Measured, contenders in turns."),
@@ -76,11 +77,23 @@ def say(text: str) -> None:
     print(f"llmc bench: {text}", file=sys.stderr, flush=True)
 
 
-def finish(result: BenchResult, json_file: Path | None, html_file: Path | None) -> int:
-    """Show the result, write the files asked for; the exit status."""
-    from llmc.bench.show import show, write_html, write_json
+def finish(measure: Callable[[], BenchResult], json_file: Path | None, html_file: Path | None) -> int:
+    """Measure, show the result, write the files asked for; the exit status. The machine is described as it was before.
+
+    Raises:
+        ConfigError: a file could not be written; nothing is measured then.
+    """
+    from llmc.bench.machine import environment
+    from llmc.bench.show import refuse_unwritable, show, write_html, write_json
     from llmc.cli.console import console
 
+    for flag, path in (("--json", json_file), ("--html", html_file)):
+        if path is not None:
+            refuse_unwritable(flag, path)
+    if json_file is not None and html_file is not None and json_file.resolve() == html_file.resolve():
+        raise ConfigError(f"--json and --html both name {json_file}; name two files")
+    began = environment()
+    result = replace(measure(), environment=began)
     show(result, console())
     if json_file is not None:
         write_json(result, json_file)
@@ -145,7 +158,7 @@ def levels_command(
         min_speedup=min_speedup,
         max_kl=max_kl,
     )
-    return finish(bench_levels(config, say), json_file, html_file)
+    return finish(lambda: bench_levels(config, say), json_file, html_file)
 
 
 def built_levels() -> tuple[int, ...]:
@@ -171,13 +184,13 @@ def numbers(flag: str, text: str) -> list[int]:
         raise ConfigError(f"{flag} {text!r}: expected integers with commas between them, such as 0,1,2") from None
 
 
-def single(command: str, *, rounds: int) -> Callable[[Callable[..., Any]], Any]:
+def single(command: str, *, rounds: int, seeded: bool = True) -> Callable[[Callable[..., Any]], Any]:
     """What `latency`, `throughput` and `startup` share: ARTIFACT, the baseline, repeats, outputs."""
 
     def add(function: Callable[..., Any]) -> Any:
         function = outputs(function)
         function = _min_speedup(function)
-        function = repeats(rounds)(function)
+        function = repeats(rounds, seeded=seeded)(function)
         function = click.option("--model", type=_FOLDER, default=None, help="The folder ARTIFACT was compiled from, for the baseline.")(
             function
         )
@@ -221,7 +234,7 @@ def latency_command(input_len: int, output_len: int, json_file: Path | None, htm
     from llmc.bench.single import bench_latency
 
     config = _single(prompt_tokens=input_len, new_tokens=output_len, **options)
-    return finish(bench_latency(config, say), json_file, html_file)
+    return finish(lambda: bench_latency(config, say), json_file, html_file)
 
 
 @single("throughput", rounds=5)
@@ -231,16 +244,16 @@ def throughput_command(input_len: int, output_len: int, json_file: Path | None, 
     from llmc.bench.single import bench_throughput
 
     config = _single(prompt_tokens=input_len, new_tokens=output_len, **options)
-    return finish(bench_throughput(config, say), json_file, html_file)
+    return finish(lambda: bench_throughput(config, say), json_file, html_file)
 
 
-@single("startup", rounds=7)
+@single("startup", rounds=7, seeded=False)
 @_max_cold_start
 def startup_command(max_cold_start: float | None, json_file: Path | None, html_file: Path | None, **options: Any) -> int:
     """Start `llmc serve ARTIFACT` again and again: seconds to the first token, memory, and where the time goes."""
     from llmc.bench.single import bench_startup
 
-    return finish(bench_startup(_single(max_cold_start_s=max_cold_start, **options), say), json_file, html_file)
+    return finish(lambda: bench_startup(_single(max_cold_start_s=max_cold_start, **options), say), json_file, html_file)
 
 
 @bench_group.command("serve")
@@ -284,7 +297,7 @@ def serve_command(
         max_p99_ttft_ms=max_p99_ttft,
         **options,
     )
-    return finish(bench_serve(config, say), json_file, html_file)
+    return finish(lambda: bench_serve(config, say), json_file, html_file)
 
 
 def bound(text: str) -> tuple[str, float]:
@@ -331,7 +344,7 @@ def kernels_command(
         megabytes=megabytes,
         threads=processors(threads),
     )
-    return finish(bench_kernels(config, say), json_file, html_file)
+    return finish(lambda: bench_kernels(config, say), json_file, html_file)
 
 
 @bench_group.command("sweep")
@@ -342,6 +355,7 @@ def kernels_command(
 @click.option("--threads", default=None, help="Numbers of threads [default: all processors].")
 @click.option("--input-len", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--output-len", type=click.IntRange(min=3), default=64, show_default=True)
+@_baseline
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--warmup", type=click.IntRange(min=0), default=1, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -354,6 +368,7 @@ def sweep_command(
     threads: str | None,
     input_len: int,
     output_len: int,
+    baseline: str | None,
     rounds: int,
     warmup: int,
     seed: int,
@@ -371,8 +386,9 @@ def sweep_command(
         threads=tuple(numbers("--threads", threads)) if threads is not None else (processors(None),),
         prompt_tokens=input_len,
         new_tokens=output_len,
+        baseline_hf=baseline == "hf",
         rounds=rounds,
         warmup=warmup,
         seed=seed,
     )
-    return finish(bench_sweep(config, say), json_file, html_file)
+    return finish(lambda: bench_sweep(config, say), json_file, html_file)

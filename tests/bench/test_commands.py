@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from llmc.bench.levels import LevelsConfig, bench_levels
+from llmc.bench.machine import commit
 from llmc.bench.processes import environment
 from llmc.bench.result import GATE_FAILED
 from llmc.cli import main
@@ -22,6 +23,7 @@ from tests.runtime.conftest import toy_folder, toy_weights  # noqa: F401
 from tests.runtime.toy_artifact import write_toy_artifact
 
 ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "examples" / "demo_model"
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,16 @@ def artifact(toy_folder: Path, toy_weights: dict[str, np.ndarray], tmp_path_fact
 def rows(path: Path, table: int = 0) -> list[dict[str, object]]:
     found: list[dict[str, object]] = json.loads(path.read_text())["tables"][table]["rows"]
     return found
+
+
+def test_the_commit_is_that_of_our_sources_alone(tmp_path: Path) -> None:
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "theirs").write_text("a file of theirs")
+    settings = ("-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false")
+    for arguments in (("init",), ("add", "theirs"), ("commit", "-m", "theirs")):
+        subprocess.run(["git", *settings, *arguments], cwd=tmp_path, check=True, capture_output=True)
+    assert len(commit(tmp_path)) >= 7
+    assert commit(tmp_path / "site-packages") == "unknown"  # installed in somebody's repository, and no part of it
 
 
 def test_what_is_measured_may_keep_its_bytecode(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,6 +86,16 @@ def test_what_cannot_be_measured_is_one_sentence(artifact: Path, tmp_path: Path,
         (["levels", str(tmp_path), "--levels", "two"], 2, "integers with commas"),
         (["levels", str(tmp_path), "--no-startup", "--max-cold-start", "1"], 2, "leave one of them out"),
         (["levels", str(tmp_path), "--levels", "0"], 2, "-O0 does not compile"),
+        (["levels", str(tmp_path), "--levels", "0,9"], 2, "--optimization-level: '9' is out of range"),
+        (["levels", str(tmp_path), "--quantization", "int8,int5"], 2, "--quantization: 'int5' is not known"),
+        (["levels", str(tmp_path), "--performance-mode", "fast"], 2, "--performance-mode: 'fast' is not known"),
+        (["sweep", str(tmp_path), "--levels", "2,9"], 2, "--optimization-level: '9' is out of range"),
+        (["sweep", str(tmp_path), "--batch", "4,4"], 2, "--batch 4,4: name each once"),
+        (["latency", str(artifact), "--json", str(tmp_path / "no" / "out.json")], 2, "there is no folder "),
+        (["latency", str(artifact), "--json", str(tmp_path / "o"), "--html", str(tmp_path / "o")], 2, "name two files"),
+        (["latency", str(artifact), "--baseline", "hf", "--model", str(tmp_path)], 2, "cannot be read (No such file or directory)"),
+        (["latency", str(artifact), "--baseline", "hf", "--model", str(DEMO)], 2, "in the artifact; name the folder that was compiled"),
+        (["serve", str(artifact), "--goodput", "ttft:nan"], 2, "--goodput ttft:nan: expected milliseconds"),
     ):
         assert main(["bench", *arguments]) == status
         assert message in capsys.readouterr().err.splitlines()[-1]
@@ -81,9 +103,7 @@ def test_what_cannot_be_measured_is_one_sentence(artifact: Path, tmp_path: Path,
 
 @pytest.mark.slow
 def test_levels_of_the_demo_model() -> None:
-    config = LevelsConfig(
-        model=ROOT / "examples" / "demo_model", levels=(0, 2), baseline_hf=True, rounds=1, startup=False, max_kl=0.01, min_speedup=0.01
-    )
+    config = LevelsConfig(model=DEMO, levels=(0, 2), baseline_hf=True, rounds=1, startup=False, max_kl=0.01, min_speedup=0.01)
     result = bench_levels(config, lambda text: None)
     oracle, best, *tvm, theirs = result.tables[0].rows
     assert (oracle["level"], best["level"], theirs["level"]) == ("-O0", "-O2", "transformers")
@@ -195,7 +215,7 @@ def compiling(process: str) -> bool:
 
 
 def test_a_run_that_is_told_to_end_leaves_nothing_behind(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "llmc", "bench", "levels", str(ROOT / "examples" / "demo_model"), "--no-startup", "--no-tvm"]
+    command = [sys.executable, "-m", "llmc", "bench", "levels", str(DEMO), "--no-startup", "--no-tvm"]
     ours = {**os.environ, "TMPDIR": str(tmp_path), "LLMC_CACHE_DIR": str(tmp_path / "cache")}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ours) as process:
         assert process.stderr is not None and process.stderr.readline() == "llmc bench: compile -O0\n"

@@ -56,6 +56,37 @@ def test_a_sweep_is_a_table_and_a_plot(tmp_path: object) -> None:
     assert html(result).count("<circle") == 3
 
 
+def test_a_sweep_runs_every_combination_and_the_baseline_in_every_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from llmc.bench import sweep
+
+    asked: list[tuple[object, ...]] = []
+
+    def rows(name: object, *given: object, threads: int, seed: int, **options: object) -> dict[str, object]:
+        asked.append((name, threads, seed))
+        modes: list[sweep.Mode] = given[-1]  # type: ignore[assignment]
+        return {"modes": {mode.name: [{"step_ms": [2.0, 2.0], "decode_tok_s": 500.0 * mode.batch}] for mode in modes}}
+
+    def compiled(model: object, variant: sweep.Variant, out: object) -> SimpleNamespace:
+        limits = SimpleNamespace(max_model_len=192, max_num_seqs=8)
+        return SimpleNamespace(
+            name=variant.name, artifact=variant.name, manifest=SimpleNamespace(limits=limits, model=SimpleNamespace(dtype="d"))
+        )
+
+    for name, function in (("compile_variant", compiled), ("engine_rows", rows), ("hf_rows", rows)):
+        monkeypatch.setattr(sweep, name, function)
+    settings: dict[str, object] = {"model": "m", "quantizations": ("none", "int8"), "batches": (1, 8), "threads": (1, 2), "rounds": 2}
+    result = sweep.bench_sweep(SweepConfig(**settings, baseline_hf=True), lambda text: None)  # type: ignore[arg-type]
+    assert asked == [(name, threads, seed) for seed in (0, 1000) for threads in (1, 2) for name in ("-O2", "-O2 int8", "m")]
+    names = [str(row["name"]) for row in result.tables[0].rows]
+    assert names[:2] == ["-O2, batch 1, 1 thread", "-O2, batch 8, 1 thread"] and "transformers, batch 8, 2 threads" in names
+    assert len(names) == 12 and result.tables[0].rows[1]["together"].samples == (4000, 4000)  # type: ignore[union-attr]
+    for wrong, message in (({"prompt_tokens": 129}, "are above the artifact's 192"), ({"batches": (1, 9)}, "runs 8 sequences at once")):
+        with pytest.raises(ConfigError, match=message):
+            sweep.bench_sweep(SweepConfig(**{**settings, **wrong}), lambda text: None)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "make",
     [

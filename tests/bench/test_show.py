@@ -11,7 +11,7 @@ from rich.console import Console
 
 from llmc.bench.figure import figure, number
 from llmc.bench.result import GATE_FAILED, BenchResult, Chart, Column, Point, Table, at_least, at_most
-from llmc.bench.show import cell_text, html, show
+from llmc.bench.show import cell_text, html, plain, show
 
 ROWS = [
     {"level": "-O0", "speed": figure([100, 110, 90]), "size": 5.0, "kl": None},
@@ -88,7 +88,7 @@ def test_logarithmic_charts_hold_their_points() -> None:
     points = [Point(x=0.5, y=3, label="low"), Point(x=4000, y=900, label="high")]
     text = html(result(charts=[Chart(title="roofline", x_title="x", y_title="y", points=points, logarithmic=True)]))
     spots = [(float(x), float(y)) for x, y in re.findall(r'cx="([0-9.]+)" cy="([0-9.]+)"', text)]
-    assert len(spots) == 2 and all(64 <= x <= 616 and 16 <= y <= 334 for x, y in spots)
+    assert len(spots) == 2 and all(64 <= x <= 696 and 16 <= y <= 334 for x, y in spots)
     assert spots[0][0] < spots[1][0] and spots[0][1] > spots[1][1]
 
 
@@ -105,6 +105,24 @@ def test_gates() -> None:
     assert result(gates=[*at_most("a", 1.0, 0.5), *at_least("b", 2.0, 1.99)]).exit_code == GATE_FAILED
     assert result(gates=at_most("a", 1.0, float("nan"))).exit_code == GATE_FAILED
     assert at_most("a", None, 3.0) == []
+
+
+def test_what_was_recorded_reads_as_text() -> None:
+    assert [plain(value) for value in ((2,), ["a", "b"], (), None, True, {"torch": "2", "cores": [1, 2]}, 4.5)] == [
+        "2", "a, b", "none", "-", "yes", "torch 2, cores 1, 2", "4.5"]  # fmt: skip
+    assert "<dt>new tokens</dt><dd>1, 2</dd>" in html(result(workload={"new_tokens": (1, 2)}))
+
+
+def test_labels_keep_to_their_chart_and_to_themselves() -> None:
+    names = ["-O2 int8, batch 16, 2 threads", "-O2, batch 1"]
+    rows = [{"level": name, "speed": figure([10.0, 12.0])} for name in names]
+    bars = Table(title="t", columns=COLUMNS[:2], rows=rows)
+    points = [Point(x=x, y=9 - x, label=names[x % 2], marked=True) for x in range(9)]
+    text = html(result(tables=[bars], charts=[Chart(title="front", x_title="x", y_title="y", points=points)]))
+    ends = re.findall(r'<text x="([0-9]+)" y="[0-9]+" text-anchor="end">([^<]*)</text>', text)
+    assert [name for _, name in ends] == ["-O2 int8, batch 16, 2 threa…", names[1]] and all(int(x) > 6.5 * len(name) for x, name in ends)
+    labels = re.findall(r'<text class="soft" x="([0-9.]+)" y="([0-9.]+)">(-O2[^<]*)</text>', text)
+    assert len(labels) == 9 and all(float(x) + 6.5 * len(name) <= 720 for x, _, name in labels)
 
 
 def test_numbers() -> None:
