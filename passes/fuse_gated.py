@@ -13,8 +13,6 @@ from llmc.passes.base import Reject
 
 aten = torch.ops.aten
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 @dataclass(frozen=True)
 class Gated:
@@ -39,6 +37,6 @@ def gated(product: Node, activation: Any) -> Gated | Reject | None:
         return Reject("something else reads the activation", act.name)
     if tuple(map(G.size_expr, G.val(gate).shape)) != tuple(map(G.size_expr, G.val(up).shape)):
         return Reject("gate and up differ in shape", (G.val(gate).shape, G.val(up).shape))
-    if G.val(gate).dtype not in DTYPES or G.val(up).dtype != G.val(gate).dtype:
+    if G.val(gate).dtype not in G.KERNEL_DTYPES or G.val(up).dtype != G.val(gate).dtype:
         return Reject("no kernel for these dtypes", (G.val(gate).dtype, G.val(up).dtype))
     return Gated(product, act, gate, up)

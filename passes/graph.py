@@ -24,6 +24,7 @@ ATTENTION = "llmc.paged_attention.default"  # by name: matching it needs no kern
 ROPE_KV_WRITE = "llmc.rope_kv_write.default"
 LORA_ADD = "llmc.lora_add.default"
 CACHE_WRITERS = (ATTENTION, ROPE_KV_WRITE)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that every kernel of llmc takes
 
 
 def is_op(node: Any, *targets: Any) -> bool:

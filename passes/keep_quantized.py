@@ -10,7 +10,6 @@ Order:    after lower-linear, whose packed weights it replaces. Close: kernels s
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import gcd
@@ -20,7 +19,7 @@ from torch.fx import GraphModule
 
 from llmc.passes import graph as G
 from llmc.passes.base import Numerics, Pass, PassContext, PassResult
-from llmc.passes.quantize_linear import EMBEDDING, EXPERTS, LINEAR, rewrite
+from llmc.passes.quantize_linear import EXPERTS, LINEAR, rewrite_all
 from llmc.passes.weights import Recipe
 
 _LONGEST_GROUP = 128  # a scale for whole rows is repeated: the kernels know one group size for all
@@ -35,26 +34,16 @@ class KeepQuantized(Pass):
         return None if any(G.is_op(n, LINEAR, EXPERTS) for n in gm.graph.nodes) else "an llmc.linear; lower-linear makes them"
 
     def run(self, gm: GraphModule, ctx: PassContext) -> PassResult:
-        refusals: Counter[str] = Counter()
-        matches = 0
-        linears = [n for n in gm.graph.nodes if G.is_op(n, LINEAR)]
-        shapes = {str(G.args_of(n)[1].target): (int(G.args_of(n)[3]), int(G.val(G.args_of(n)[0]).shape[-1])) for n in linears}
-        for node in [n for n in gm.graph.nodes if G.is_op(n, LINEAR, EMBEDDING, EXPERTS)]:
-            weight = str(G.args_of(node)[1].target)
-            stored = [] if G.is_op(node, EXPERTS) else leaves(ctx.weights[weight].recipe["input"])
-            if any(leaf["form"] == "fp8_rows" for leaf in stored):
-                refusals["the checkpoint holds it as fp8, which no kernel of a CPU reads"] += 1
-                continue
+        def stored_as(weight: str) -> tuple[int, int] | str:
+            stored = leaves(ctx.weights[weight].recipe["input"])
             if not stored:
-                refusals["experts have no quantised kernel" if G.is_op(node, EXPERTS) else "the checkpoint holds it unquantised"] += 1
-                continue
+                return "the checkpoint holds it unquantised"
+            if any(leaf["form"] == "fp8_rows" for leaf in stored):
+                return "the checkpoint holds it as fp8, which no kernel of a CPU reads"
             bits = 4 if all(leaf["bits"] == 4 and leaf["symmetric"] for leaf in stored) else 8
-            group = gcd(*(leaf["group"] if leaf["group"] < leaf["shape"][1] else _LONGEST_GROUP for leaf in stored))
-            rewrite(gm, ctx, node, shapes[weight], bits, group)
-            matches += 1
-        if matches:
-            G.erase_dead(gm)
-        return PassResult(changed=matches > 0, matches=matches, refusals=refusals)
+            return bits, gcd(*(leaf["group"] if leaf["group"] < leaf["shape"][1] else _LONGEST_GROUP for leaf in stored))
+
+        return rewrite_all(gm, ctx, stored_as)
 
 
 def leaves(recipe: Recipe) -> list[Recipe]:

@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from llmc.kernels.ops import overload
 from llmc.passes import graph as G
 from llmc.passes.base import Numerics, Pass, PassContext, PassResult, Reject
-from llmc.passes.lower_linear import DTYPES, packed_name
+from llmc.passes.lower_linear import packed_name
 from llmc.passes.weights import pack, transpose
 
 aten = torch.ops.aten
@@ -64,7 +64,7 @@ class LowerExperts(Pass):
         if product is None:
             return Reject("not one row per gathered matrix", bmm.name)
         dtypes = (G.val(product.x).dtype, G.val(product.weights).dtype)
-        if dtypes[0] not in DTYPES or dtypes[0] != dtypes[1]:
+        if dtypes[0] not in G.KERNEL_DTYPES or dtypes[0] != dtypes[1]:
             return Reject("no kernel for these dtypes", dtypes)
         if len(product.gather.users) > 1:
             return Reject("something else reads the gathered weights", product.gather.name)

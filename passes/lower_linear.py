@@ -23,7 +23,6 @@ from llmc.passes.weights import pack, transpose
 
 aten = torch.ops.aten
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default)
 EXPERTS = (aten.bmm.default, aten._grouped_mm.default)
 MATMULS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, *EXPERTS)
@@ -91,7 +90,7 @@ def refuse_matmul(node: Node) -> Reject | None:
     if weight is None or len(G.val(weight.read).shape) != 2:
         return Reject("the weight is not the right operand, or not a matrix", node.name)
     dtypes = [G.val(v).dtype for v in (x, weight.read, bias) if v is not None]
-    if dtypes[0] not in DTYPES or len(set(dtypes)) > 1:
+    if dtypes[0] not in G.KERNEL_DTYPES or len(set(dtypes)) > 1:
         return Reject("no kernel for these dtypes", dtypes)
     if bias is not None and len(G.val(bias).shape) != 1:
         return Reject("the bias is not a vector", tuple(G.val(bias).shape))

@@ -10,6 +10,7 @@ Order:    after lower-linear, whose packed weights it replaces
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -42,28 +43,36 @@ class QuantizeLinear(Pass):
         return None if any(G.is_op(n, LINEAR, EXPERTS) for n in gm.graph.nodes) else "an llmc.linear; lower-linear makes them"
 
     def run(self, gm: GraphModule, ctx: PassContext) -> PassResult:
-        refusals: Counter[str] = Counter()
-        matches = 0
         linears = [n for n in gm.graph.nodes if G.is_op(n, LINEAR)]
         head = str(G.args_of(linears[-1])[1].target) if linears else ""  # the output is logits, so the last linear makes them
-        shapes = {str(G.args_of(n)[1].target): (int(G.args_of(n)[3]), int(G.val(G.args_of(n)[0]).shape[-1])) for n in linears}
-        for node in [n for n in gm.graph.nodes if G.is_op(n, LINEAR, EMBEDDING, EXPERTS)]:
-            if G.is_op(node, EXPERTS):
-                refusals["experts have no quantised kernel"] += 1
-                continue
-            weight = str(G.args_of(node)[1].target)
-            rewrite(gm, ctx, node, shapes[weight], self.head_bits if weight == head else self.bits, self.group)
-            matches += 1
-        if matches:
-            G.erase_dead(gm)
-        return PassResult(changed=matches > 0, matches=matches, refusals=refusals)
+        return rewrite_all(gm, ctx, lambda weight: (self.head_bits if weight == head else self.bits, self.group))
 
     def ensures(self, gm: GraphModule) -> str | None:
         left = [n.name for n in gm.graph.nodes if G.is_op(n, LINEAR, EMBEDDING)]
         return f"{left[0]} still reads a weight that is not quantised" if left else None
 
 
-def rewrite(gm: GraphModule, ctx: PassContext, node: Node, shape: tuple[int, int], bits: int, group: int) -> None:
+def rewrite_all(gm: GraphModule, ctx: PassContext, choose: Callable[[str], tuple[int, int] | str]) -> PassResult:
+    """Have every linear and embedding read integers and scales where `choose`, asked for each packed weight by its name, gives bits and a
+    group; else it says why not. Experts stay: they have no quantised kernel."""
+    refusals: Counter[str] = Counter()
+    matches = 0
+    linears = [n for n in gm.graph.nodes if G.is_op(n, LINEAR)]
+    shapes = {str(G.args_of(n)[1].target): (int(G.args_of(n)[3]), int(G.val(G.args_of(n)[0]).shape[-1])) for n in linears}
+    for node in [n for n in gm.graph.nodes if G.is_op(n, LINEAR, EMBEDDING, EXPERTS)]:
+        weight = str(G.args_of(node)[1].target)
+        chosen = "experts have no quantised kernel" if G.is_op(node, EXPERTS) else choose(weight)
+        if isinstance(chosen, str):
+            refusals[chosen] += 1
+            continue
+        _rewrite(gm, ctx, node, shapes[weight], *chosen)
+        matches += 1
+    if matches:
+        G.erase_dead(gm)
+    return PassResult(changed=matches > 0, matches=matches, refusals=refusals)
+
+
+def _rewrite(gm: GraphModule, ctx: PassContext, node: Node, shape: tuple[int, int], bits: int, group: int) -> None:
     """Replace a linear or embedding over a packed weight of `shape` [N, K] by the one over its integers and scales."""
     first, weight, *rest = G.args_of(node)
     packed = ctx.weights[str(weight.target)]
