@@ -87,7 +87,12 @@ def _run(batch: Sequence[_Forced], manifest: Manifest, executor: Executor, build
     compared = 0
     for number in range(max(len(one.steps) for one in batch)):
         running = [(one, first) for one, first in zip(batch, firsts, strict=False) if number < len(one.steps)]
-        shares = [_share(one, first, groups, *one.steps[number]) for one, first in running]
+        shares = [
+            forced_share(
+                f"canary-{one.number}", one.token_ids, *one.steps[number], groups=groups, num_blocks=one.num_blocks, first_block=first
+            )
+            for one, first in running
+        ]
         for share in shares:
             builder.check(share)
         built = builder.build(shares)
@@ -97,12 +102,21 @@ def _run(batch: Sequence[_Forced], manifest: Manifest, executor: Executor, build
     return compared
 
 
-def _share(one: _Forced, first_block: int, groups: int, start: int, end: int) -> ScheduledSequence:
-    edges = range(first_block, first_block + (groups + 1) * one.num_blocks, one.num_blocks)
+def forced_share(
+    name: str, token_ids: list[int], start: int, end: int, *, groups: int, num_blocks: int, first_block: int = 0
+) -> ScheduledSequence:
+    """Tokens [start, end) of a sequence whose tokens are all known, asking for the logits of every row.
+
+    Args:
+        groups: KV groups of the artifact.
+        num_blocks: that each of them has for the sequence.
+        first_block: the first of these; the others lie behind it, group by group.
+    """
+    edges = range(first_block, first_block + (groups + 1) * num_blocks, num_blocks)
     return ScheduledSequence(
-        request_id=f"canary-{one.number}",
-        token_ids=one.token_ids,
-        num_prompt_tokens=len(one.token_ids),
+        request_id=name,
+        token_ids=token_ids,
+        num_prompt_tokens=len(token_ids),
         start=start,
         end=end,
         block_ids=tuple(list(range(a, b)) for a, b in itertools.pairwise(edges)),

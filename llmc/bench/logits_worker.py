@@ -15,31 +15,20 @@ import sys
 import numpy as np
 
 from llmc.errors import LlmcError
+from llmc.runtime.canary import forced_share
 from llmc.runtime.engine_config import EngineConfig
 from llmc.runtime.load import LoadedModel, load_model
-from llmc.runtime.messages import SamplingParams
-from llmc.runtime.step import ScheduledSequence
 
 
 def logits_of(model: LoadedModel, token_ids: list[int], decode: int) -> np.ndarray:
     """float32 [len(token_ids), vocab_size]."""
     block_size, groups = model.manifest.kv.block_size, len(model.manifest.kv.groups)
-    each = -(-len(token_ids) // block_size)
-    blocks = tuple(list(range(group * each, (group + 1) * each)) for group in range(groups))
+    num_blocks = -(-len(token_ids) // block_size)
     prefill = max(1, len(token_ids) - decode)
     edges = [*range(0, prefill, model.limits.max_num_batched_tokens), *range(prefill, len(token_ids) + 1)]
     parts = []
     for start, end in itertools.pairwise(edges):
-        share = ScheduledSequence(
-            request_id="logits",
-            token_ids=token_ids,
-            num_prompt_tokens=len(token_ids),
-            start=start,
-            end=end,
-            block_ids=blocks,
-            sampling=SamplingParams(temperature=0.0),
-            needs_prompt_logprobs=True,  # asks for the logits of every row
-        )
+        share = forced_share("logits", token_ids, start, end, groups=groups, num_blocks=num_blocks)
         model.builder.check(share)
         logits = model.executor.run(model.builder.build([share]).batch).to_float32()
         parts.append(logits[: end - start].copy())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from llmc.errors import ArtifactError, InternalError
 
@@ -55,11 +55,7 @@ def bind_lora_add(kernels: ctypes.CDLL) -> Callable[[LoraAddArgs], None]:
     Raises:
         ArtifactError: the image has no such kernel.
     """
-    try:
-        function = kernels.llmc_lora_add
-    except AttributeError as error:
-        raise ArtifactError("the kernels image has no llmc_lora_add; compile the artifact again") from error
-    function.argtypes, function.restype = [ctypes.POINTER(LoraAddArgs)], ctypes.c_int32
+    function = _function(kernels, "llmc_lora_add", ctypes.POINTER(LoraAddArgs), ctypes.c_int32)
 
     def call(args: LoraAddArgs) -> None:
         args.struct_bytes = ctypes.sizeof(LoraAddArgs)
@@ -76,12 +72,8 @@ def bind_paged_attention(kernels: ctypes.CDLL) -> Callable[[PagedAttentionArgs],
     Raises:
         ArtifactError: the image has no such kernel.
     """
-    try:
-        function, message = kernels.llmc_paged_attention, kernels.llmc_paged_attention_message
-    except AttributeError as error:
-        raise ArtifactError("the kernels image has no llmc_paged_attention; compile the artifact again") from error
-    function.argtypes, function.restype = [ctypes.POINTER(PagedAttentionArgs)], ctypes.c_int
-    message.argtypes, message.restype = [ctypes.c_int], ctypes.c_char_p
+    function = _function(kernels, "llmc_paged_attention", ctypes.POINTER(PagedAttentionArgs), ctypes.c_int32)
+    message = _function(kernels, "llmc_paged_attention_message", ctypes.c_int32, ctypes.c_char_p)
 
     def call(args: PagedAttentionArgs) -> None:
         args.struct_size = ctypes.sizeof(PagedAttentionArgs)
@@ -90,3 +82,12 @@ def bind_paged_attention(kernels: ctypes.CDLL) -> Callable[[PagedAttentionArgs],
             raise InternalError(f"paged attention failed: {(message(status) or b'').decode(errors='replace')} (status {status})")
 
     return call
+
+
+def _function(kernels: ctypes.CDLL, name: str, argument: Any, result: Any) -> Any:  # ctypes types, a ctypes function
+    try:
+        function = getattr(kernels, name)
+    except AttributeError as error:
+        raise ArtifactError(f"the kernels image has no {name}; compile the artifact again") from error
+    function.argtypes, function.restype = [argument], result
+    return function
