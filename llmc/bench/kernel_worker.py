@@ -1,7 +1,11 @@
 """Worker: the CPU kernels of one artifact, timed on its own shapes, and what the machine can do at most.
 
-    {"artifact": DIR, "threads": 2, "rows": [1, 8, 512], "context": 512, "seconds": 1.0, "megabytes": 256}
-    -> {"bandwidth_gb_s", "peak_gflop_s", "rows": [{"name", "rows", "count", "us", "bytes", "flop"}], "left_out": [names]}
+    {"artifact": DIR, "threads": 2, "rows": [1, 8, 512], "context": 512, "seconds": 1.0, "megabytes": 256, "seed": 0}
+    -> {"bandwidth_gb_s", "peak_gflop_s", "rows": [{"name", "rows", "count", "us", "us_samples", "timed_calls", "bytes", "flop"}],
+        "left_out": [names]}
+
+`us_samples`: the calls of a kernel in their order, in nine runs of as many, and each run's median: calls that follow each other share
+what the machine does beside them, so they are no independent samples. `us`: the median of these.
 
 Rows up to 64 are sequences that decode, more are one prompt, of which the last row alone wants logits.
 Every call reads another copy of the weights, so that none comes from a cache; the limits are the best of several runs, in the same
@@ -11,17 +15,20 @@ where that is more. Attention's caches are small, so what it reads per second is
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llmc.artifacts.verify import open_artifact
+from llmc.bench.kernels import MOST_DECODING
 from llmc.compiler.report_page import kernel_name
 from llmc.errors import InternalError, LlmcError
 from llmc.kernels.linear.bench import huge_page_tensor, in_turns, weight_copies
@@ -33,7 +40,7 @@ from llmc.kernels.paged_attention.compiled import CompiledPagedAttention, PagedA
 _READ_BYTES = 512 << 20
 _SQUARE = 2048
 _ATTENTION = ("paged_attention", "paged_attend")
-_MOST_DECODING = 64  # rows that are sequences with a token each
+_RUNS = 9  # of a kernel's calls
 
 
 def read_gb_s() -> float:
@@ -57,8 +64,26 @@ def _seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def time_linear(native: NativeKernels, kernel: dict[str, Any], m: int, dtype: torch.dtype, request: dict[str, Any]) -> float:
-    """Median microseconds of one call with m rows."""
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """How long calls took: the medians of runs of them, microseconds, and how many they were."""
+
+    us_samples: list[float]
+    timed_calls: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Taken:
+        """Of the calls' times in their order, at least one."""
+        count = min(_RUNS, len(seconds))
+        edges = [len(seconds) * i // count for i in range(count + 1)]
+        return cls([1e6 * statistics.median(seconds[a:b]) for a, b in itertools.pairwise(edges)], len(seconds))
+
+    def as_row(self) -> dict[str, Any]:
+        return {"us": statistics.median(self.us_samples), "us_samples": self.us_samples, "timed_calls": self.timed_calls}
+
+
+def time_linear(native: NativeKernels, kernel: dict[str, Any], m: int, dtype: torch.dtype, request: dict[str, Any]) -> Taken:
+    """Calls with m rows."""
     n, k, budget = kernel["rows"], kernel["columns"], request["megabytes"] << 20
     x = torch.randn(m, k).to(dtype)
     if kernel["op"] == "linear":
@@ -72,18 +97,18 @@ def time_linear(native: NativeKernels, kernel: dict[str, Any], m: int, dtype: to
         group = group_of(kernel, dtype)
         scales = weight_copies((panels, -(-k // group), 16), dtype, max(1, budget // 16))
         call = {"it": lambda turn: native.quantized_linear(x, weights[turn % len(weights)], scales[turn % len(scales)], None, n, group)}
-    return 1e6 * statistics.median(in_turns(call, request["seconds"])["it"])
+    return Taken.of(in_turns(call, request["seconds"])["it"])
 
 
-def time_experts(native: NativeKernels, kernel: dict[str, Any], m: int, dtype: torch.dtype, request: dict[str, Any]) -> tuple[float, float]:
-    """Median microseconds of one call for m tokens, each of which chooses its experts at random, and the mean number of experts chosen."""
+def time_experts(native: NativeKernels, kernel: dict[str, Any], m: int, dtype: torch.dtype, request: dict[str, Any]) -> tuple[Taken, float]:
+    """Calls for m tokens, each of which chooses its experts at random, and the mean number of experts chosen."""
     n, k, experts, choices = (kernel[name] for name in ("rows", "columns", "experts", "choices"))
     shape = (experts, *packed_shape(n, k, "float32" if dtype == torch.float32 else "float16"))
     weights = weight_copies(shape, dtype, request["megabytes"] << 20)
     ids = [torch.stack([torch.randperm(experts)[:choices] for _ in range(m)]).reshape(-1) for _ in range(16)]
     x = torch.randn(m * choices, k).to(dtype)
     call = {"it": lambda turn: native.grouped_linear(x, weights[turn % len(weights)], ids[turn % len(ids)], None, n)}
-    taken = 1e6 * statistics.median(in_turns(call, request["seconds"])["it"])
+    taken = Taken.of(in_turns(call, request["seconds"])["it"])
     return taken, statistics.mean(float(chosen.unique().numel()) for chosen in ids)
 
 
@@ -113,11 +138,11 @@ class CompiledPagedAttend(CompiledPagedAttention):
         return args
 
 
-def time_attention(kernels_so: Path, op: str, case: Case, request: dict[str, Any]) -> float:
-    """Median microseconds of one layer's attention."""
+def time_attention(kernels_so: Path, op: str, case: Case, request: dict[str, Any]) -> Taken:
+    """Calls of one layer's attention."""
     kernel = (CompiledPagedAttend if op == "paged_attend" else CompiledPagedAttention)(kernels_so, request["threads"])
     call = {"llmc": contenders(kernel, case, request["megabytes"] << 20)["llmc"]}
-    return 1e6 * statistics.median(in_turns(call, request["seconds"])["llmc"])
+    return Taken.of(in_turns(call, request["seconds"])["llmc"])
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
@@ -132,18 +157,19 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         for m in request["rows"]:
             row = {"name": kernel_name(kernel), "rows": m, "count": kernel["count"], "streams": kernel["op"] not in _ATTENTION}
             if kernel["op"] in ("linear", "quantized_linear"):
-                computed = 1 if m > _MOST_DECODING and kernel.get("per") == "logits" else m
-                row |= {"us": time_linear(native, kernel, computed, dtype, request)}
+                computed = 1 if m > MOST_DECODING and kernel.get("per") == "logits" else m
+                row |= time_linear(native, kernel, computed, dtype, request).as_row()
                 moved = kernel["weight_bytes"] + computed * (kernel["rows"] + kernel["columns"]) * dtype.itemsize
                 row |= {"bytes": moved, "flop": computed * kernel["flop_per_token"]}
             elif kernel["op"] == "grouped_linear" and "choices" in kernel:
-                us, chosen = time_experts(native, kernel, m, dtype, request)
+                taken, chosen = time_experts(native, kernel, m, dtype, request)
                 vectors = m * kernel["choices"] * (kernel["rows"] + kernel["columns"]) * dtype.itemsize
                 moved = round(kernel["weight_bytes"] * chosen / kernel["experts"]) + vectors
-                row |= {"us": us, "bytes": moved, "flop": m * kernel["flop_per_token"]}
+                row |= {**taken.as_row(), "bytes": moved, "flop": m * kernel["flop_per_token"]}
             elif kernel["op"] in _ATTENTION and kernel["dtype"] == manifest.model.dtype:
                 case = _case(kernel, m, request["context"], manifest.kv.block_size, dtype)
-                row |= {"us": time_attention(kernels_so, kernel["op"], case, request), "bytes": case.kv_bytes, "flop": case.flop}
+                row |= time_attention(kernels_so, kernel["op"], case, request).as_row()
+                row |= {"bytes": case.kv_bytes, "flop": case.flop}
             else:
                 left_out.append(row["name"])
                 break
@@ -161,7 +187,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 def _case(kernel: dict[str, Any], m: int, context: int, block_size: int, dtype: torch.dtype) -> Case:
     """Up to 64 rows are that many sequences that decode; more are one prompt."""
     kv_heads = kernel["kv_bytes_per_token"] // (2 * kernel["columns"] * dtype.itemsize)
-    batch, queries, keys = (m, 1, context) if m <= _MOST_DECODING else (1, m, m)
+    batch, queries, keys = (m, 1, context) if m <= MOST_DECODING else (1, m, m)
     return Case(
         batch=batch,
         context=keys,
@@ -176,7 +202,7 @@ def _case(kernel: dict[str, Any], m: int, context: int, block_size: int, dtype: 
 
 def main(arguments: list[str]) -> int:
     request = json.loads(arguments[0])
-    torch.manual_seed(0)
+    torch.manual_seed(request["seed"])
     torch.set_num_threads(request["threads"])
     try:
         print(json.dumps(measure(request)))

@@ -315,21 +315,23 @@ def bound(text: str) -> tuple[str, float]:
 
 @bench_group.command("kernels")
 @click.argument("artifact", type=_FOLDER)
-@click.option("--rows", default="1,8,512", show_default=True, help="Tokens of a step: up to 64 decoding sequences, more one prompt.")
-@click.option("--context", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of each decoding sequence.")
+@click.option("--rows", default=None, help="Tokens of a step: up to 64 decoding sequences, more one prompt [default: 1,8,512].")
+@click.option("--context", type=click.IntRange(min=1), default=None, help="Tokens of each decoding sequence [default: 512].")
 @click.option("--seconds", type=click.FloatRange(min=0.01), default=1.0, show_default=True, help="Per kernel and number of rows.")
 @click.option(
     "--megabytes", type=click.IntRange(min=1), default=256, show_default=True, help="Of distinct weights, more than the caches hold."
 )
 @click.option("--threads", type=click.IntRange(min=1), default=None, help="[default: all processors]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of activations, weights and the experts that are chosen.")
 @outputs
 def kernels_command(
     artifact: Path,
-    rows: str,
-    context: int,
+    rows: str | None,
+    context: int | None,
     seconds: float,
     megabytes: int,
     threads: int | None,
+    seed: int,
     json_file: Path | None,
     html_file: Path | None,
 ) -> int:
@@ -338,11 +340,12 @@ def kernels_command(
 
     config = KernelsConfig(
         artifact=artifact,
-        rows=tuple(numbers("--rows", rows)),
+        rows=tuple(numbers("--rows", rows)) if rows is not None else None,
         context=context,
         seconds=seconds,
         megabytes=megabytes,
         threads=processors(threads),
+        seed=seed,
     )
     return finish(lambda: bench_kernels(config, say), json_file, html_file)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -32,6 +33,29 @@ def test_the_limit_is_the_slower_of_reading_and_computing() -> None:
     )["rows"]
     assert [one["of_limit"] for one in found] == [0.5, 0.5, 0.5]
     assert [one["share"] for one in found] == [0.6, 0.4, 1.0]  # of the kernels with as many rows, calls counted
+
+
+def test_calls_that_follow_each_other_are_one_sample() -> None:
+    from llmc.bench.kernel_worker import Taken
+
+    slow_for_a_while = [1e-6] * 95 + [9e-6] * 5
+    assert Taken.of(slow_for_a_while).as_row() == {"us": 1.0, "us_samples": [1.0] * 9, "timed_calls": 100}
+    assert [round(us) for us in Taken.of([1e-6, 3e-6]).us_samples] == [1, 3]
+
+
+def test_what_is_timed_fits_the_artifact() -> None:
+    from llmc.artifacts.manifest import Limits
+
+    limits = Limits(max_model_len=256, max_num_seqs=128, max_num_batched_tokens=1024)
+    config = KernelsConfig(artifact="a")  # type: ignore[arg-type]
+    assert config.within(limits) == ((1, 8), 256)
+    for wrong, message in (
+        ({"rows": (1, 1025)}, "at most 1024 tokens"),
+        ({"rows": (257,)}, "is one prompt, and this artifact takes 256"),
+        ({"context": 257}, "at most 256 tokens"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            replace(config, **wrong).within(limits)  # type: ignore[arg-type]
 
 
 def test_the_front_holds_what_nothing_beats() -> None:
@@ -92,6 +116,7 @@ def test_a_sweep_runs_every_combination_and_the_baseline_in_every_round(monkeypa
     [
         lambda: KernelsConfig(artifact="a", rows=()),  # type: ignore[arg-type]
         lambda: KernelsConfig(artifact="a", rows=(0, 1)),  # type: ignore[arg-type]
+        lambda: KernelsConfig(artifact="a", seconds=float("nan")),  # type: ignore[arg-type]
         lambda: SweepConfig(model="m", batches=()),  # type: ignore[arg-type]
         lambda: SweepConfig(model="m", threads=(0,)),  # type: ignore[arg-type]
     ],
@@ -139,10 +164,10 @@ def test_the_worker_times_the_shapes_of_a_report() -> None:
     for op, dtype, stored in (("linear", "bfloat16", 6144), ("quantized_linear", "int8", 3168), ("quantized_linear", "uint8", 1728)):
         shape = {"op": op, "dtype": dtype, "rows": 48, "columns": 64, "weight_bytes": stored, "kv_bytes_per_token": 0}
         taken = time_linear(native, shape, 3, torch.bfloat16, request)
-        assert math.isfinite(taken) and taken > 0
+        assert taken.timed_calls >= len(taken.us_samples) >= 1 and all(math.isfinite(us) and us > 0 for us in taken.us_samples)
     layer = {"op": "grouped_linear", "rows": 48, "columns": 64, "experts": 4, "choices": 2}
     taken, chosen = time_experts(native, layer, 1, torch.bfloat16, request)
-    assert math.isfinite(taken) and taken > 0 and chosen == 2
+    assert min(taken.us_samples) > 0 and chosen == 2
     assert 2 <= time_experts(native, layer, 3, torch.bfloat16, request)[1] <= 4
     kernel = {"rows": 4, "columns": 32, "kv_bytes_per_token": 2 * 2 * 32 * 2}
     decode, prefill = (_case(kernel, m, 40, 16, torch.bfloat16) for m in (2, 65))
@@ -150,4 +175,4 @@ def test_the_worker_times_the_shapes_of_a_report() -> None:
     assert (prefill.batch, prefill.queries, prefill.context) == (1, 65, 65)
     assert decode.kv_bytes == 2 * 40 * kernel["kv_bytes_per_token"]
     for op in ("paged_attention", "paged_attend"):
-        assert time_attention(built.kernels_so, op, decode, request) > 0
+        assert min(time_attention(built.kernels_so, op, decode, request).us_samples) > 0
