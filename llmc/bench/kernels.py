@@ -119,7 +119,7 @@ def bench_kernels(config: KernelsConfig, say: Say) -> BenchResult:
     return BenchResult(
         benchmark="kernels",
         workload=workload,
-        tables=[Table(title=f"{config.artifact}: kernels", columns=columns, rows=rows, notes=notes)],
+        tables=[Table(title=f"{config.artifact}: kernels", columns=columns, rows=rows, notes=notes, bars=False)],
         charts=[chart],
         details={"kernels": measured},
     )

@@ -33,6 +33,7 @@ class Table:
     columns: Sequence[Column]
     rows: Sequence[Mapping[str, Cell]]
     notes: Sequence[str] = ()
+    bars: bool = True  # the page draws its figures; not where a chart of the result does
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,5 +119,5 @@ def plain(value: object) -> str:
 
 
 def measured_columns(table: Table) -> list[Column]:
-    """The columns whose cells are figures; each is a bar chart."""
-    return [c for c in table.columns if any(isinstance(row.get(c.key), Figure) for row in table.rows)]
+    """The columns whose cells are figures; each is a bar chart, if the table has them."""
+    return [] if not table.bars else [c for c in table.columns if any(isinstance(row.get(c.key), Figure) for row in table.rows)]

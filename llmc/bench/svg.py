@@ -39,10 +39,14 @@ def scatter(chart: Chart) -> markupsafe.Markup:
     """Points with labels on linear or logarithmic axes, and a line. A label stands to the right of its point, where a front that falls
     does not run; the last points' labels have room beside the axes."""
     width, height, left, bottom, top = 720, 380, 64, 46, 16
-    right = 24 + round(_LETTER * max((len(_short(p.label)) for p in chart.points if p.marked), default=0))
     xs = [p.x for p in chart.points] + [x for x, _ in chart.line]
     ys = [p.y for p in chart.points] + [y for _, y in chart.line]
     x_axis, y_axis = _Axis.over(xs, chart.logarithmic), _Axis.over(ys, chart.logarithmic)
+    right = 24.0  # as much as the label needs that reaches farthest
+    for point in chart.points:
+        if point.marked and (share := x_axis.share(point.x)) > 0:
+            right = max(right, width - left - (width - left - 12 - _LETTER * len(_short(point.label))) / share)
+    right = math.ceil(right)
 
     def at(x: float, y: float) -> tuple[float, float]:
         return (
