@@ -60,7 +60,10 @@ def collect(max_size: str) -> None:
     """Shrink the cache."""
     from llmc.artifacts.store import Store
 
-    limit = human_int(max_size)
+    try:
+        limit = human_int(max_size)
+    except ConfigError as error:
+        raise ConfigError(f"--max-size: {error}") from None
     if limit < 0:
         raise ConfigError(f"--max-size: {max_size!r} is below zero; give what may stay, 0 to empty the cache")
     done = Store().collect(limit)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
+from llmc.bench.show import refuse_unwritable
 from llmc.config.human import human_bytes
 from llmc.errors import ArtifactError, ConfigError
 
@@ -24,10 +25,8 @@ _MAX_BYTES = 64 << 20
 @click.argument("a", type=_FOLDER)
 @click.argument("b", type=_FOLDER, required=False)
 @click.option("--html", "html_file", type=_FILE, default=None, help="Write A's report as one self-contained page.")
-@click.option("--kernels", type=_FILE, default=None, help="A --json file of `llmc bench kernels A`, for the page.")
-@click.option(
-    "--levels", type=_FILE, default=None, help="A --json file of `llmc bench levels --passes`, for the page: what each pass brings."
-)
+@click.option("--kernels", type=_FILE, default=None, help="A --json file of `llmc bench kernels A`.")
+@click.option("--levels", type=_FILE, default=None, help="A --json file of `llmc bench levels --passes`: what each pass brings.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def report_command(a: Path, b: Path | None, html_file: Path | None, kernels: Path | None, levels: Path | None, as_json: bool) -> int:
     """Show the report of artifact A, or how it differs from that of B; status 1 when they differ.
@@ -38,10 +37,12 @@ def report_command(a: Path, b: Path | None, html_file: Path | None, kernels: Pat
         if html_file or kernels or levels:
             raise ConfigError("--html, --kernels and --levels are for the report of one artifact; leave them or B out")
         return _compare(a, b, as_json)
+    if html_file is not None:
+        refuse_unwritable("--html", html_file)
     report = read_report(a)
     measured = dict(report.pop("measured", None) or {})
     if kernels is not None:
-        measured["kernels"] = _details(kernels, "kernels")
+        measured["kernels"] = _kernels(kernels, a, report)
     if levels is not None:
         measured["pass_gain"], measured["pass_kl"] = _pass_gain(levels)
     if as_json:
@@ -95,11 +96,19 @@ def _json_file(path: Path) -> dict[str, Any]:
     return found
 
 
-def _details(path: Path, name: str) -> Any:
+def _kernels(path: Path, artifact: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """What `llmc bench kernels` measured of this artifact's kernels."""
+    from llmc.compiler.report_page import kernel_name
+
     found = _json_file(path)
-    if found.get("benchmark") != name or not found.get("details", {}).get(name):
-        raise ConfigError(f"{path}: is no --json file of `llmc bench {name}`")
-    return found["details"][name]
+    try:
+        measured: dict[str, Any] = found["details"]["kernels"]
+        names = {row["name"] for row in measured["rows"]}
+    except (KeyError, TypeError):
+        raise ConfigError(f"{path}: is no --json file of `llmc bench kernels`") from None
+    if foreign := sorted(names - {kernel_name(kernel) for kernel in report.get("kernels") or []}):
+        raise ConfigError(f"{path}: has times of {foreign[0]}, and {artifact} has no such kernel; run llmc bench kernels {artifact}")
+    return measured
 
 
 def _pass_gain(path: Path) -> tuple[dict[str, str], dict[str, str]]:
@@ -157,13 +166,15 @@ def _show(artifact: Path, report: dict[str, Any], measured: dict[str, Any]) -> N
     model, target = report["model"], report["target"]
     console.print(f"[bold]{escape(model['name'])}[/] {escape(model['architecture'])} at {target['level']} for {escape(target['name'])}")
     passes = Table(title="passes", title_justify="left")
+    gains: dict[str, str] = measured.get("pass_gain", {})
     passes.add_column("pass", no_wrap=True)
-    for column in ("numerics", "matches", "nodes", "left alone, and why"):
+    for column in ("numerics", "matches", "nodes", *(["gain"] if gains else []), "left alone, and why"):
         passes.add_column(column, overflow="fold")
     for one in report["passes"]:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in one["refusals"].items())
         nodes = f"{one['nodes_before']} -> {one['nodes_after']}"
-        passes.add_row(one["name"], one["numerics"], str(one["matches"]), nodes, escape(reasons))
+        gain = [escape(gains.get(one["name"], "not measured"))] if gains else []
+        passes.add_row(one["name"], one["numerics"], str(one["matches"]), nodes, *gain, escape(reasons))
     console.print(passes)
     if report.get("choice"):
         console.print(choice_text(report["choice"], target["level"]), soft_wrap=True)
@@ -175,6 +186,13 @@ def _show(artifact: Path, report: dict[str, Any], measured: dict[str, Any]) -> N
             read = kernel["count"] * kernel["weight_bytes"] if kernel["flop_per_token"] else None
             kernels.add_row(kernel_name(kernel), str(kernel["count"]), human_bytes(read) if read is not None else "")
         console.print(kernels)
+    if "kernels" in measured:
+        timed = Table(title="kernels, measured", title_justify="left")
+        for column in ("kernel", "rows", "one call (µs)", "of the limit (%)", "of a step's kernels (%)"):
+            timed.add_column(column, justify="left" if column == "kernel" else "right")
+        for row in measured["kernels"]["rows"]:
+            timed.add_row(row["name"], str(row["rows"]), f"{row['us']:.1f}", f"{100 * row['of_limit']:.0f}", f"{100 * row['share']:.0f}")
+        console.print(timed)
     for what, name in (("weights", "quantization"), ("KV cache", "kv_quantization")):
         if (cost := report.get(name)) and cost["mean_kl"] is not None:
             perplexity = f"perplexity {cost['reference_perplexity']} -> {cost['perplexity']}"

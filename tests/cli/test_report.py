@@ -71,6 +71,14 @@ def test_a_page_takes_in_what_was_measured_later(tmp_path: Path, capsys: pytest.
     assert "1.250 [1.200, 1.300]" in page.read_text() and "2.5e−03" in page.read_text() and "Kernels, measured" in page.read_text()
     assert main(["report", "a", "--html", str(page), "--kernels", str(levels)]) == 2
     assert "is no --json file of `llmc bench kernels`" in capsys.readouterr().err
+    assert main(["report", "a", "--kernels", str(kernels), "--levels", str(levels)]) == 0  # in a terminal, too
+    shown = capsys.readouterr().out
+    assert "kernels, measured" in shown and "1.250 [1.200, 1.300]" in shown
+    kernels.write_text(json.dumps({"details": {"kernels": {"rows": [{**MEASURED["kernels"]["rows"][0], "name": "linear 9 × 9"}]}}}))
+    assert main(["report", "a", "--kernels", str(kernels)]) == 2
+    assert "has times of linear 9 × 9, and a has no such kernel; run llmc bench kernels a" in capsys.readouterr().err
+    assert main(["report", "a", "--html", str(tmp_path / "no" / "page.html")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
     levels.write_text("[")
     assert main(["report", "a", "--levels", str(levels)]) == 2
     assert "cannot be read as JSON" in capsys.readouterr().err
