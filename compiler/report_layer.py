@@ -98,6 +98,8 @@ def _kernel(node: Node) -> tuple[Any, ...] | None:
     names = (argument.name for argument in node.target._schema.arguments)
     arguments: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     op = _op(node)
+    if "k_cache" in arguments and "seq_lens" not in arguments:
+        return None  # rope_kv_write: it touches the rows of its own tokens alone
     if "k_cache" in arguments and isinstance(arguments.get("k_cache"), Node):
         cache = arguments["k_cache"].meta["val"]
         each = 2 * int(cache.shape[1]) * int(cache.shape[3]) * cache.dtype.itemsize
