@@ -21,7 +21,7 @@ NUM_BLOCKS_PER_SEQUENCE = 130
 
 def kernel_fixture(num_threads: int = 1) -> Any:
     """A fixture that gives the kernel built for each level this machine can run, where the kernel's code differs."""
-    levels = [level.name for level in runnable_levels() if level.name in ("x86-64-v3", "x86-64-v4")]
+    levels = [level.name for level in runnable_levels() if level.name in ("x86-64-v3", "x86-64-v4", "x86-64-v4+bf16+amx")]
 
     @pytest.fixture(scope="session", params=levels)
     def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CompiledPagedAttention]:

@@ -49,6 +49,7 @@ SHAPES = [
     Shape(num_heads=3, num_kv_heads=3, window=70, softcap=20.0, sinks_dtype=torch.float32),
     Shape(num_heads=10, num_kv_heads=2, window=129, head_dim=24, dtype=torch.float32),
     Shape(block_size=24, head_dim=32),
+    Shape(head_dim=96, num_heads=16, num_kv_heads=2),  # enough heads of a group for tiles in decode too, where a processor has them
 ]
 shapes = pytest.mark.parametrize(
     "shape", SHAPES, ids=lambda s: f"d{s.head_dim}-h{s.num_heads}.{s.num_kv_heads}-b{s.block_size}-w{s.window}"

@@ -5,15 +5,15 @@
 // The instruction rounds to nearest, treats denormal inputs as zero and flushes denormal results, whatever MXCSR says.
 #pragma once
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#include "amx.h"
+
+#if LLMC_AMX
 
 #include <type_traits>
 
 #include "engine_fma.h"
 
 namespace llmc {
-
-bool amx_permission();  // asks the kernel once per process
 
 struct AmxEngine {
   using X = uint16_t;
@@ -23,20 +23,8 @@ struct AmxEngine {
 
   // Tiles 0..3 accumulate, 4..5 hold rows of x, 6..7 panels (small: 4 rows of x, 5..7 panels).
   static unsigned enter(int64_t num_rows) {
-    struct alignas(64) Config {
-      uint8_t palette, start_row, reserved[14];
-      uint16_t row_bytes[16];
-      uint8_t rows[16];
-    } config = {};
-    config.palette = 1;
-    const uint8_t rows = num_rows < 16 ? (uint8_t)num_rows : 16;
-    const bool small = num_rows <= 16;
-    for (int i = 0; i < 8; i++) {
-      config.row_bytes[i] = 64;
-      config.rows[i] = (i < 4 || i == 4 || (i == 5 && !small)) ? rows : 16;
-    }
-    asm volatile("" ::"r"(&config) : "memory");  // the intrinsic declares eight bytes of it as read
-    _tile_loadconfig(&config);
+    const uint8_t rows = num_rows < 16 ? (uint8_t)num_rows : 16, second = num_rows <= 16 ? 16 : rows;
+    configure_tiles({rows, rows, rows, rows, rows, second, 16, 16});
     return 0;
   }
   static void leave(unsigned) { _tile_release(); }

@@ -2,8 +2,6 @@
 #include "matmul.h"
 
 #include <omp.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -16,13 +14,6 @@
 #include "engine_quantized.h"
 
 namespace llmc {
-
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
-bool amx_permission() {
-  static const bool granted = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
-  return granted;
-}
-#endif
 
 namespace {
 
@@ -164,7 +155,7 @@ int32_t run(const MatmulCall& call) {
 
 template <class D, int Bits>
 int32_t run_quantized(const MatmulCall& call) {
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#if LLMC_AMX
   if constexpr (std::is_same_v<D, BF16>) {
     // One or two rows go through vector registers faster than through tiles, in the same order.
     if (call.jobs[call.num_jobs - 1].end > QuantizedEngine<BF16>::kMaxRows)
@@ -209,7 +200,7 @@ int32_t matmul(const MatmulCall& call) {
       return run<F16, FmaEngine<F16>, VectorDriver<F16, FmaEngine<F16>>>(call);
     case LLMC_BFLOAT16:
       if (call.bits) return run_quantized<BF16>(call);
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#if LLMC_AMX
       if (!amx_permission()) return LLMC_NO_HARDWARE;
       return run<BF16, AmxEngine, AmxDriver>(call);
 #elif defined(__AVX512BF16__)

@@ -19,6 +19,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "paged_attention_amx.h"
 #include "paged_attention_check.h"
 #include "paged_attention_quantized.h"
 #include "paged_attention_tile.h"
@@ -26,7 +27,6 @@
 namespace llmc_pa {
 namespace {
 
-constexpr int kItemRows = 64;
 constexpr int64_t kSerialWork = 256 * 1024;  // multiply-adds below which waking other threads costs more than it gives
 constexpr int64_t kSerialWrite = 32 * 1024;  // elements of K below which one thread writes the cache
 
@@ -74,10 +74,20 @@ struct Plan {
   Buffer parts;    // per row of a split item: maximum, denominator, padding, sums
 };
 
+// One thread's room, cut out of its part of Plan::scratch.
+struct Scratch {
+  float* q;              // [rows of an item, padded]
+  RowState part, total;  // of one segment; of all so far
+  float* expanded;       // of a quantised cache: one chunk's K and V
+  Bf16* tile_q;          // for tiles: q, and a segment's V in their order; else null
+  Bf16* tile_v;
+};
+
 // T: of q, k, v and the result. C: of the caches, T itself or eight bits.
 template <class T, class C = T>
 class Call {
   using Read = std::conditional_t<kQuantized<C>, float, T>;  // what attention reads
+  static constexpr int kItemRows = kPairs<C> ? 128 : 64;     // for tiles V is put in order once per item: more rows share that
 
  public:
   Call(const Args& args, Plan& plan) : a_(args), plan_(plan) {
@@ -93,6 +103,11 @@ class Call {
     scratch_stride_ = static_cast<int64_t>(kItemRows) * (3 * n_.padded + 4);
     // then, of a quantised cache, one chunk's K and V; a last V group of a row may be read past its end
     if (kQuantized<C>) scratch_stride_ += 2LL * kChunk * n_.D + kGroup;
+#if LLMC_PA_PAIRS
+    if (kPairs<C>) tiles_ = tiles_fit(n_);
+    if (tiles_) scratch_stride_ += (kItemRows + kSegment) * static_cast<int64_t>(n_.D) / 2;  // then q and V for them
+#endif
+    scratch_stride_ = (scratch_stride_ + 15) / 16 * 16;
   }
 
   void run() {
@@ -205,7 +220,8 @@ class Call {
   }
 
   // Find the sub-tiles that hold keys [from, to) of the chunk at `chunk`; of a quantised cache, make them into fp32 in `expanded`.
-  void locate(const Item& item, int chunk, int from, int to, float* expanded, ChunkPointers<Read>* at) const {
+  template <class Pointers>
+  void locate(const Item& item, int chunk, int from, int to, float* expanded, Pointers* at) const {
     const int32_t* table = a_.block_tables + item.seq * a_.block_table_stride;
     const int64_t k_head = item.kv_head * a_.k_cache_head_stride, v_head = item.kv_head * a_.v_cache_head_stride;
     const auto size = static_cast<uint32_t>(a_.block_size);
@@ -226,7 +242,7 @@ class Call {
         at->k[i] = k_tile + inside;
         at->v[i] = v_tile + inside;
       }
-      at->next_k[i] = at->v[i];  // nothing to fetch, unless there is a chunk after
+      if constexpr (std::is_same_v<Pointers, ChunkPointers<Read>>) at->next_k[i] = at->v[i];  // nothing to fetch, unless there is a chunk after
     }
   }
 
@@ -245,13 +261,38 @@ class Call {
     }
   }
 
-  // All of an item's rows over one segment, from nothing into `state`. expanded: room for a chunk of a quantised cache.
-  void run_segment(const Item& item, int segment, const Visible* see, const float* q, float* expanded, RowState state) const {
+#if LLMC_PA_PAIRS
+  // run_segment in the order of pairs.
+  void run_segment_in_pairs(const Item& item, int segment, const Visible* see, const Scratch& at_hand, RowState state) const {
+    const int rows = item.row1 - item.row0, begin = segment * kSegment;
+    int lo[kItemRows], hi[kItemRows];
+    for (int r = 0; r < rows; ++r) {
+      lo[r] = std::max(0, see[r].lo - begin);
+      hi[r] = std::min(kSegment, see[r].hi - begin);
+    }
+    SegmentPointers at;
+    locate(item, begin, lo[0], hi[rows - 1], nullptr, &at);
+    if (by_tiles(rows)) {
+      if (attend_tiles(n_, at, at_hand.tile_q, at_hand.tile_v, rows, lo, hi, state)) return;
+      for (int r = 0; r < rows; ++r) widen(at_hand.tile_q + static_cast<int64_t>(r) * n_.D, n_.D, at_hand.q + static_cast<int64_t>(r) * n_.padded);
+    }
+    memset(state.sums, 0, static_cast<size_t>(rows) * n_.padded * sizeof(float));
+    attend_vectors(n_, at, at_hand.q, rows, lo, hi, state);
+  }
+#endif
+
+  // All of an item's rows over one segment, from nothing into `state`.
+  void run_segment(const Item& item, int segment, const Visible* see, const Scratch& at_hand, RowState state) const {
     const int rows = item.row1 - item.row0;
     for (int r = 0; r < rows; ++r) {
       state.max[r] = -kInf;
       state.denominator[r] = 0.0f;
     }
+#if LLMC_PA_PAIRS
+    if constexpr (kPairs<C>) return run_segment_in_pairs(item, segment, see, at_hand, state);
+#endif
+    const float* q = at_hand.q;
+    float* expanded = at_hand.expanded;
     memset(state.sums, 0, static_cast<size_t>(rows) * n_.padded * sizeof(float));
     // Rows are in order of position, so the first sees furthest back and the last furthest on.
     const int begin = std::max(segment * kSegment, see[0].lo / kChunk * kChunk), end = std::min((segment + 1) * kSegment, see[rows - 1].hi);
@@ -311,23 +352,52 @@ class Call {
     finish_row<T, Read>(n_, a_.sinks != nullptr ? &sink : nullptr, max, denominator, sums, out);
   }
 
-  void run_item(const Item& item, float* scratch) const {
-    const int rows = item.row1 - item.row0;
-    float* q = scratch;
-    RowState part{q + 3LL * kItemRows * n_.padded, nullptr, q + 1LL * kItemRows * n_.padded};
-    part.denominator = part.max + kItemRows;
-    RowState total{part.max + 2 * kItemRows, part.max + 3 * kItemRows, q + 2LL * kItemRows * n_.padded};
-    float* expanded = part.max + 4 * kItemRows;
-    Visible see[kItemRows] = {};
-    for (int r = 0; r < rows; ++r) {
-      const int row = item.row0 + r;
-      see[r] = row_visible(item, row);
-      const int64_t token = a_.query_start_loc[item.seq] + row / group_, head = static_cast<int64_t>(item.kv_head) * group_ + row % group_;
-      const T* from = static_cast<const T*>(a_.q) + token * a_.q_token_stride + head * a_.q_head_stride;
-      widen(from, n_.D, q + static_cast<int64_t>(r) * n_.padded);
+  // Whether an item of that many rows runs on tiles; the bits are the same.
+  bool by_tiles(int rows) const { return tiles_ && rows >= kFewestTileRows; }
+
+  Scratch cut(float* scratch) const {
+    const int64_t rows = static_cast<int64_t>(kItemRows) * n_.padded;
+    Scratch at_hand = {};
+    at_hand.q = scratch;
+    float* numbers = scratch + 3 * rows;
+    at_hand.part = {numbers, numbers + kItemRows, scratch + rows};
+    at_hand.total = {numbers + 2 * kItemRows, numbers + 3 * kItemRows, scratch + 2 * rows};
+    at_hand.expanded = numbers + 4 * kItemRows;
+    if (tiles_) {
+      at_hand.tile_q = reinterpret_cast<Bf16*>(at_hand.expanded);
+      at_hand.tile_v = at_hand.tile_q + static_cast<int64_t>(kItemRows) * n_.D;
     }
+    return at_hand;
+  }
+
+  const T* q_row(const Item& item, int row) const {
+    const int64_t token = a_.query_start_loc[item.seq] + row / group_, head = static_cast<int64_t>(item.kv_head) * group_ + row % group_;
+    return static_cast<const T*>(a_.q) + token * a_.q_token_stride + head * a_.q_head_stride;
+  }
+
+  void load_q(const Item& item, const Scratch& at_hand) const {
+    const int rows = item.row1 - item.row0;
+    if constexpr (kPairs<C>) {
+      if (by_tiles(rows)) {
+        for (int r = 0; r < rows; ++r) memcpy(at_hand.tile_q + static_cast<int64_t>(r) * n_.D, q_row(item, item.row0 + r), n_.D * sizeof(T));
+        const int whole = (rows + kTileRows - 1) / kTileRows * kTileRows;
+        memset(at_hand.tile_q + static_cast<int64_t>(rows) * n_.D, 0, static_cast<size_t>(whole - rows) * n_.D * sizeof(T));
+        return;
+      }
+    }
+    for (int r = 0; r < rows; ++r) widen(q_row(item, item.row0 + r), n_.D, at_hand.q + static_cast<int64_t>(r) * n_.padded);
+  }
+
+  void run_item(const Item& item, float* scratch) const {
+    const DenormalsAreZero mode(kPairs<C>);
+    const int rows = item.row1 - item.row0;
+    const Scratch at_hand = cut(scratch);
+    const RowState &part = at_hand.part, &total = at_hand.total;
+    Visible see[kItemRows] = {};
+    for (int r = 0; r < rows; ++r) see[r] = row_visible(item, item.row0 + r);
+    load_q(item, at_hand);
     if (item.segment >= 0) {
-      run_segment(item, item.segment, see, q, expanded, part);
+      run_segment(item, item.segment, see, at_hand, part);
       for (int r = 0; r < rows; ++r) {
         float* to = plan_.parts.data() + (item.part + r) * part_stride_;
         to[0] = part.max[r];
@@ -336,10 +406,15 @@ class Call {
       }
       return;
     }
-    start_total(rows, total);
-    memset(total.sums, 0, static_cast<size_t>(rows) * n_.padded * sizeof(float));
-    for (int s = see[0].lo / kSegment; s * kSegment < see[rows - 1].hi; ++s) {
-      run_segment(item, s, see, q, expanded, part);
+    int s = see[0].lo / kSegment;
+    if (see[rows - 1].lo / kSegment == s) {  // the first segment of all rows is the total so far
+      run_segment(item, s++, see, at_hand, total);
+    } else {
+      start_total(rows, total);
+      memset(total.sums, 0, static_cast<size_t>(rows) * n_.padded * sizeof(float));
+    }
+    for (; s * kSegment < see[rows - 1].hi; ++s) {
+      run_segment(item, s, see, at_hand, part);
       for (int r = 0; r < rows; ++r) {
         const int64_t shift = static_cast<int64_t>(r) * n_.padded;
         join_row(see[r], s, part.max[r], part.denominator[r], part.sums + shift, total.max + r, total.denominator + r, total.sums + shift);
@@ -349,6 +424,7 @@ class Call {
   }
 
   void run_join(const Join& join, float* scratch) const {
+    const DenormalsAreZero mode(kPairs<C>);
     const Item item{join.seq, join.kv_head, join.row0, join.row1, -1, 0};
     const int rows = join.row1 - join.row0;
     for (int r = 0; r < rows; ++r) {
@@ -366,6 +442,7 @@ class Call {
   Plan& plan_;
   Numbers n_;
   int group_;
+  bool tiles_ = false;
   int64_t part_stride_, scratch_stride_;
 };
 

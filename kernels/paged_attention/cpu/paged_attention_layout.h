@@ -108,6 +108,19 @@ static inline void store_whole_group(Fp16* out, const float* sums) {
   for (int i = 0; i < kGroup; i += 8)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(sums + i), _MM_FROUND_TO_NEAREST_INT));
 }
+#if LLMC_PA_AVX512
+static inline __m512i bf16_in_high_half(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  // A NaN stays one: rounding could carry into infinity.
+  return _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), bits, _mm512_set1_epi32(0x400000));
+}
+static inline void store_whole_group(Bf16* out, const float* sums) {
+  const __m512i even = _mm512_srli_epi32(bf16_in_high_half(v_load(sums)), 16), odd = bf16_in_high_half(v_load(sums + W));
+  _mm512_storeu_si512(out, _mm512_mask_blend_epi16(0xaaaaaaaau, even, odd));
+}
+#else
 static inline __m256i bf16_in_high_half(__m256 x) {
   const __m256i bits = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -122,6 +135,7 @@ static inline void store_whole_group(Bf16* out, const float* sums) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 2 * i), _mm256_or_si256(even, odd));
   }
 }
+#endif
 // A group of sums in plain order into that of bf16: even dimensions, then odd ones.
 static inline void into_bf16_order(float* sums) {
   float plain[kGroup];

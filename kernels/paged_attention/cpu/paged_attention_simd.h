@@ -38,11 +38,9 @@ static inline Vec v_max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 static inline Vec v_fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 static inline Vec v_fnma(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(a, b, c); }
 static inline Vec v_round(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-static inline Vec v_exp2_int(Vec n) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
-}
-static inline Vec v_zero_where_less(Vec value, Vec x, Vec bound) {
-  return _mm512_mask_mov_ps(value, _mm512_cmp_ps_mask(x, bound, _CMP_LT_OQ), _mm512_setzero_ps());
+// value * 2^n, n whole; zero where x is less than bound.
+static inline Vec v_scale_unless_less(Vec value, Vec n, Vec x, Vec bound) {
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, bound, _CMP_NLT_UQ), value, n);
 }
 static inline Vec v_abs(Vec x) { return _mm512_abs_ps(x); }
 static inline Vec v_copysign(Vec magnitude, Vec sign) {
@@ -76,11 +74,9 @@ static inline Vec v_max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 static inline Vec v_fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 static inline Vec v_fnma(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a, b, c); }
 static inline Vec v_round(Vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-static inline Vec v_exp2_int(Vec n) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
-}
-static inline Vec v_zero_where_less(Vec value, Vec x, Vec bound) {
-  return _mm256_andnot_ps(_mm256_cmp_ps(x, bound, _CMP_LT_OQ), value);
+static inline Vec v_scale_unless_less(Vec value, Vec n, Vec x, Vec bound) {
+  const __m256 power = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+  return _mm256_andnot_ps(_mm256_cmp_ps(x, bound, _CMP_LT_OQ), _mm256_mul_ps(value, power));
 }
 static inline Vec v_abs(Vec x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 static inline Vec v_copysign(Vec magnitude, Vec sign) {
@@ -114,7 +110,7 @@ static inline float v_reduce_max(Vec x) { return reduce_max_256(x); }
 
 // e^x for x <= 0, about 1 ulp; exactly 1 at 0, exactly 0 below -87.3, NaN for NaN.
 // Degree-6 polynomial after Cody-Waite reduction, as in Cephes' expf.
-static inline Vec v_exp(Vec x) {
+__attribute__((always_inline)) static inline Vec v_exp(Vec x) {
   const Vec floor = v_set(-87.3f);
   const Vec bounded = v_max(floor, x);  // this order of operands keeps a NaN
   const Vec n = v_round(v_mul(bounded, v_set(1.44269504089f)));
@@ -127,7 +123,7 @@ static inline Vec v_exp(Vec x) {
   p = v_fma(p, r, v_set(1.6666665459e-1f));
   p = v_fma(p, r, v_set(5.0000001201e-1f));
   p = v_fma(v_mul(r, r), p, v_add(r, v_set(1.0f)));
-  return v_zero_where_less(v_mul(p, v_exp2_int(n)), x, floor);
+  return v_scale_unless_less(p, n, x, floor);
 }
 
 static inline float exp_scalar(float x) { return v_first(v_exp(v_set(x))); }
