@@ -1,9 +1,7 @@
 // llmc::paged_attention on a CPU: check the call, write K and V, share the work out, attend.
 //
-// Work is cut into items: up to kItemRows query rows (token, head of the group) of one sequence and one kv head, over all their
-// keys. Where that gives too few items for the threads (decode at a small batch), an item is cut further by key segment and
-// the parts are joined afterwards. Joining is the same arithmetic in the same order either way, so who ran what, and how the
-// work was cut, leaves no trace in the result.
+// How the work is cut (paged_attention_plan.h) leaves no trace in the result: joining segments is the same arithmetic in the same order
+// either way.
 #include "paged_attention.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -14,65 +12,19 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <new>
 #include <type_traits>
-#include <vector>
 
 #include "paged_attention_amx.h"
 #include "paged_attention_check.h"
+#include "paged_attention_plan.h"
 #include "paged_attention_quantized.h"
 #include "paged_attention_tile.h"
 
 namespace llmc_pa {
 namespace {
 
-constexpr int64_t kSerialWork = 256 * 1024;  // multiply-adds below which waking other threads costs more than it gives
 constexpr int64_t kSerialWrite = 32 * 1024;  // elements of K below which one thread writes the cache
-
-struct Item {
-  int32_t seq;
-  int32_t kv_head;
-  int32_t row0, row1;  // rows of the sequence's [query token, head of the group], flattened
-  int32_t segment;     // the one segment of a split item; -1: all of them, and the item finishes its rows
-  int64_t part;        // of a split item: its first row in the parts
-};
-
-// Rows whose segments were computed apart: rows x segments parts, joined in order of segments.
-struct Join {
-  int32_t seq, kv_head, row0, row1;
-  int32_t segment0, segment1;
-  int64_t part;
-};
-
-// Floats at a cache line's start; grows, never shrinks. What it held is lost when it grows.
-class Buffer {
- public:
-  Buffer() = default;
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(data_); }
-  float* data() const { return data_; }
-  void reserve(int64_t floats) {
-    if (floats <= size_) return;
-    std::free(data_);
-    size_ = 0;
-    data_ = static_cast<float*>(std::aligned_alloc(64, (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64));
-    if (data_ == nullptr) throw std::bad_alloc();
-    size_ = floats;
-  }
-
- private:
-  float* data_ = nullptr;
-  int64_t size_ = 0;
-};
-
-struct Plan {
-  std::vector<Item> items;
-  std::vector<Join> joins;
-  Buffer scratch;  // per thread
-  Buffer parts;    // per row of a split item: maximum, denominator, padding, sums
-};
 
 // One thread's room, cut out of its part of Plan::scratch.
 struct Scratch {
@@ -112,7 +64,7 @@ class Call {
 
   void run() {
     const int threads = omp_in_parallel() ? 1 : a_.num_threads > 0 ? a_.num_threads : omp_get_max_threads();
-    const int64_t work = make_plan(threads);
+    const int64_t work = make_plan(a_, threads, kItemRows, part_stride_, &plan_);
     const bool alone = threads == 1 || work < kSerialWork || plan_.items.size() < 2;
     plan_.scratch.reserve((alone ? 1 : threads) * scratch_stride_);
     zero_padding();
@@ -142,48 +94,6 @@ class Call {
   }
 
  private:
-  // Fill items, joins and parts; returns the number of multiply-adds.
-  int64_t make_plan(int threads) {
-    plan_.items.clear();
-    plan_.joins.clear();
-    int64_t work = 0, rows_total = 0;
-    for (int64_t b = 0; b < a_.num_seqs; ++b) {
-      const int64_t nq = query_rows(a_, b), keys = a_.seq_lens[b] - first_visible(a_, b);
-      rows_total += nq * group_;
-      work += nq * a_.num_heads * std::max<int64_t>(0, keys) * 2 * n_.D;
-    }
-    int item_rows = kItemRows;
-    while (item_rows > kMaxRows && rows_total * a_.num_kv_heads < static_cast<int64_t>(item_rows) * 4 * threads) item_rows /= 2;
-    for (int64_t b = 0; b < a_.num_seqs; ++b) {
-      const int rows = query_rows(a_, b) * group_;
-      if (rows == 0) continue;
-      // Late rows see more keys: they go first, so that the last items to be taken are small.
-      for (int row0 = (rows - 1) / item_rows * item_rows; row0 >= 0; row0 -= item_rows)
-        for (int h = 0; h < a_.num_kv_heads; ++h)
-          plan_.items.push_back({static_cast<int32_t>(b), h, row0, std::min(rows, row0 + item_rows), -1, 0});
-    }
-    if (threads > 1 && work >= kSerialWork && plan_.items.size() < 2 * static_cast<size_t>(threads)) split_by_segment();
-    return work;
-  }
-
-  void split_by_segment() {
-    std::vector<Item> whole;
-    whole.swap(plan_.items);
-    int64_t parts = 0;
-    for (const Item& item : whole) {
-      const Visible first = row_visible(item, item.row0), last = row_visible(item, item.row1 - 1);
-      const int s0 = first.lo / kSegment, s1 = (last.hi + kSegment - 1) / kSegment;
-      if (s1 - s0 < 2) {
-        plan_.items.push_back(item);
-        continue;
-      }
-      const int rows = item.row1 - item.row0;
-      plan_.joins.push_back({item.seq, item.kv_head, item.row0, item.row1, s0, s1, parts});
-      for (int s = s0; s < s1; ++s, parts += rows) plan_.items.push_back({item.seq, item.kv_head, item.row0, item.row1, s, parts});
-    }
-    plan_.parts.reserve(parts * part_stride_);
-  }
-
   void zero_padding() {
     const int64_t used = a_.query_start_loc[a_.num_seqs];
     const int64_t row = a_.num_heads * a_.head_dim;
@@ -213,10 +123,6 @@ class Call {
         }
       }
     }
-  }
-
-  Visible row_visible(const Item& item, int row) const {
-    return visible(a_.seq_lens[item.seq] - query_rows(a_, item.seq) + row / group_, a_.window);
   }
 
   // Find the sub-tiles that hold keys [from, to) of the chunk at `chunk`; of a quantised cache, make them into fp32 in `expanded`.
@@ -394,7 +300,7 @@ class Call {
     const Scratch at_hand = cut(scratch);
     const RowState &part = at_hand.part, &total = at_hand.total;
     Visible see[kItemRows] = {};
-    for (int r = 0; r < rows; ++r) see[r] = row_visible(item, item.row0 + r);
+    for (int r = 0; r < rows; ++r) see[r] = row_visible(a_, item, item.row0 + r);
     load_q(item, at_hand);
     if (item.segment >= 0) {
       run_segment(item, item.segment, see, at_hand, part);
@@ -432,7 +338,7 @@ class Call {
       memset(scratch, 0, n_.padded * sizeof(float));
       for (int s = join.segment0; s < join.segment1; ++s) {
         const float* from = plan_.parts.data() + (join.part + static_cast<int64_t>(s - join.segment0) * rows + r) * part_stride_;
-        join_row(row_visible(item, join.row0 + r), s, from[0], from[1], from + 16, &max, &denominator, scratch);
+        join_row(row_visible(a_, item, join.row0 + r), s, from[0], from[1], from + 16, &max, &denominator, scratch);
       }
       finish(item, join.row0 + r, max, denominator, scratch);
     }

@@ -1,4 +1,5 @@
-// Attention of up to kMaxRows query rows over one chunk of keys, and what joins chunks and segments.
+// Attention of up to kMaxRows query rows over one chunk of keys, and what joins chunks and segments. For bf16 on processors with AMX
+// paged_attention_pairs.h stands in place of the chunks.
 //
 // Keys are cut at absolute positions: chunks of kChunk inside segments of kSegment. Online softmax runs chunk by chunk within
 // a segment; segments are joined in order. A row's sums over its visible keys run in key order, one lane or one element each,
