@@ -1,7 +1,8 @@
 """Worker: one engine in a fresh process, timed step by step. Takes a JSON request, prints one JSON line.
 
 {"artifact": DIR, "threads": 2, "modes": [Mode, ...], "warmup": 1, "repeats": 3, "seed": 0}
--> {"modes": {name: [{"prefill_s", "total_s", "decode_tok_s", "step_ms": [...]}, ...]}, "startup_ms": {...}, "pss_bytes": n}
+-> {"modes": {name: [{"prefill_s", "total_s", "decode_tok_s", "step_ms": [...], "longest_step_ms"}, ...]}, "startup_ms": {...},
+    "pss_bytes": n}
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ def generate(engine: Engine, token_ids: list[list[int]], new_tokens: int, tag: s
 
     Returns:
         prefill_s: until every prompt has its first token. total_s. decode_tok_s: tokens per second after that. step_ms: each step
-        after that, which is the gap between a sequence's tokens.
+        after that, which is the gap between a sequence's tokens. longest_step_ms: of all steps, those that take prompts in included.
     """
     counts = dict.fromkeys((f"{tag}-{i}" for i in range(len(token_ids))), 0)
     sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
     started = time.perf_counter()
     for name, ids in zip(counts, token_ids, strict=True):
         engine.add(GenerateRequest(request_id=name, prompt_token_ids=ids, sampling=sampling))
-    first, after, steps = None, 0, []
+    first, after, steps, longest = None, 0, [], 0.0
     while engine.has_work():
         before = time.perf_counter()
         for event in engine.step():
@@ -40,8 +41,10 @@ def generate(engine: Engine, token_ids: list[list[int]], new_tokens: int, tag: s
             counts[event.request_id] += len(event.token_ids)
             if first is not None:
                 after += len(event.token_ids)
+        taken = round(1e3 * (time.perf_counter() - before), 4)
+        longest = max(longest, taken)
         if first is not None:
-            steps.append(round(1e3 * (time.perf_counter() - before), 4))
+            steps.append(taken)
         elif all(counts.values()):
             first = time.perf_counter()
     ended = time.perf_counter()
@@ -53,6 +56,7 @@ def generate(engine: Engine, token_ids: list[list[int]], new_tokens: int, tag: s
         "total_s": ended - started,
         "decode_tok_s": after / decoding if after else None,
         "step_ms": steps,
+        "longest_step_ms": longest,
     }
 
 

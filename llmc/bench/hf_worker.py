@@ -40,6 +40,7 @@ def generate(model: Any, token_ids: list[list[int]], new_tokens: int) -> dict[st
         "total_s": ended - started,
         "decode_tok_s": decoded / (ended - first) if decoded else None,
         "step_ms": steps,
+        "longest_step_ms": max(1e3 * (first - started), *steps, 0.0),
     }
 
 

@@ -24,7 +24,7 @@ from llmc.bench.contenders import (
 from llmc.bench.divergence import Divergence, divergences, forced_tokens
 from llmc.bench.figure import Figure, figure, ratios
 from llmc.bench.result import BenchResult, Cell, Column, Gate, Table, at_least, at_most
-from llmc.bench.workload import DECODE_1, DECODE_8, PREFILL, Mode
+from llmc.bench.workload import DECODE_1, DECODE_8, MANY, PREFILL, Mode
 from llmc.errors import ConfigError
 
 BASELINE = "transformers"
@@ -70,6 +70,7 @@ class _Samples:
     """What was measured of one contender, round by round."""
 
     speeds: dict[str, list[float]] = field(default_factory=dict)
+    longest_ms: list[float] = field(default_factory=list)  # the longest step with many sequences
     startup_s: list[float] = field(default_factory=list)
     pss_mb: list[float] = field(default_factory=list)
 
@@ -77,6 +78,9 @@ class _Samples:
         for name, mode in modes.items():
             if mode.name == PREFILL.name:
                 value = statistics.median(mode.prompt_tokens / row["prefill_s"] for row in rows[name])
+            elif mode.name == MANY.name:
+                value = statistics.median(mode.batch * mode.new_tokens / row["total_s"] for row in rows[name])
+                self.longest_ms.append(statistics.median(row["longest_step_ms"] for row in rows[name]))
             else:
                 value = statistics.median(row["decode_tok_s"] for row in rows[name])
             self.speeds.setdefault(name, []).append(value)
@@ -167,13 +171,15 @@ def _divergences(config: LevelsConfig, compiled: Sequence[Compiled], work: Path,
     return divergences(oracle.artifact, others, forced_tokens(oracle.artifact), threads=config.threads, scratch=work)
 
 
-def _modes(compiled: Sequence[Compiled]) -> dict[str, Mode]:
+def _modes(config: LevelsConfig, compiled: Sequence[Compiled]) -> dict[str, Mode]:
+    """Performance modes differ in how many sequences and tokens a step takes, so beside them many sequences are measured, too."""
     longest = min(one.manifest.limits.max_model_len for one in compiled)
-    return {name: mode.within(longest) for name, mode in SPEEDS.items()}
+    speeds = SPEEDS | ({MANY.name: MANY} if config.performance_modes else {})
+    return {name: mode.within(longest) for name, mode in speeds.items()}
 
 
 def _measure(config: LevelsConfig, compiled: Sequence[Compiled], say: Say) -> dict[str, _Samples]:
-    modes = _modes(compiled)
+    modes = _modes(config, compiled)
     samples = {one.name: _Samples() for one in compiled} | ({BASELINE: _Samples()} if config.baseline_hf else {})
     options: dict[str, int] = {"threads": config.threads, "warmup": config.warmup, "repeats": 1}
     dtype = compiled[0].manifest.model.dtype
@@ -206,7 +212,7 @@ def _result(
     top: str,
     lacking: list[str],
 ) -> BenchResult:
-    modes = _modes(compiled)
+    modes = _modes(config, compiled)
     baseline = BASELINE if config.baseline_hf else compiled[0].name
     speedups = {
         name: {mode: ratios(figure(found.speeds[mode]), figure(samples[baseline].speeds[mode])) for mode in modes}
@@ -224,6 +230,7 @@ def _result(
         Column(key="prefill", title=f"prefill {modes['prefill'].prompt_tokens}", unit="tok/s", better="higher", digits=0),
         Column(key="decode 1", title="decode, 1 sequence", unit="tok/s", better="higher"),
         Column(key="decode 8", title="decode, 8 sequences", unit="tok/s", better="higher"),
+        *(_many_columns(modes[MANY.name]) if MANY.name in modes else []),
         Column(key="speedup", title=f"decode 1 against {baseline}", unit="x", better="higher", digits=2),
         Column(key="startup", title="start to first token", unit="s", better="lower", digits=2),
         Column(key="pss", title="memory, PSS", unit="MB", better="lower", digits=0),
@@ -254,9 +261,18 @@ def _result(
     )
 
 
+def _many_columns(mode: Mode) -> list[Column]:
+    return [
+        Column(key=MANY.name, title=f"{mode.batch} sequences at once", unit="tok/s", better="higher"),
+        Column(key="longest", title="longest step of these", unit="ms", better="lower"),
+    ]
+
+
 def _row(name: str, found: _Samples, fact: Compiled | None, apart: Divergence | None, speedup: Figure) -> dict[str, Cell]:
     row: dict[str, Cell] = {"level": name, "speedup": speedup}
     row.update({mode: figure(values) for mode, values in found.speeds.items()})
+    if found.longest_ms:
+        row["longest"] = figure(found.longest_ms)
     if found.startup_s:
         row.update(startup=figure(found.startup_s), pss=figure(found.pss_mb))
     if fact is not None:

@@ -30,6 +30,7 @@ class Mode:
 PREFILL = Mode(name="prefill", batch=1, prompt_tokens=512, new_tokens=2)
 DECODE_1 = Mode(name="decode 1", batch=1, prompt_tokens=128, new_tokens=64)
 DECODE_8 = Mode(name="decode 8", batch=8, prompt_tokens=128, new_tokens=64)
+MANY = Mode(name="many", batch=64, prompt_tokens=128, new_tokens=64)  # more than --performance-mode interactivity runs at once
 
 
 def prompts(mode: Mode, vocab_size: int, seed: int) -> list[list[int]]:

@@ -177,6 +177,21 @@ def test_rows_beside_the_levels_are_compiled_without_a_search(tmp_path: Path) ->
         LevelsConfig(model=tmp_path, levels=(0, 3), passes=True)
 
 
+def test_performance_modes_are_measured_with_many_sequences_too(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from llmc.bench import levels
+
+    compiled = [SimpleNamespace(manifest=SimpleNamespace(limits=SimpleNamespace(max_model_len=512)))]
+    plain, beside = (LevelsConfig(model=tmp_path, performance_modes=named) for named in ((), ("interactivity",)))
+    assert list(levels._modes(plain, compiled)) == ["prefill", "decode 1", "decode 8"]  # type: ignore[arg-type]
+    modes = levels._modes(beside, compiled)  # type: ignore[arg-type]
+    found = levels._Samples()
+    timed = {"prefill_s": 0.5, "decode_tok_s": 7.0, "total_s": 4.0, "longest_step_ms": 30.0}
+    found.take(modes, {name: [timed] for name in modes})
+    assert found.speeds["many"] == [64 * 64 / 4.0] and found.longest_ms == [30.0] and found.speeds["decode 8"] == [7.0]
+
+
 def test_each_pass_that_did_something_is_left_out_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
