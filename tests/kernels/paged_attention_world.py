@@ -51,6 +51,7 @@ class Shape:
     sinks_dtype: torch.dtype | None = None
     merged_qkv: bool = False  # q, k, v are slices of one tensor
     query_scale: float = 1.0
+    extreme: bool = False  # values from far below the smallest normal product to infinite ones
 
 
 @dataclass
@@ -121,6 +122,9 @@ class World:
             heads = s.num_heads + 2 * s.num_kv_heads
             tokens = torch.randn(1200 if s.head_dim * heads <= 2048 else 400, heads, s.head_dim, generator=generator)
             tokens[:, : s.num_heads] *= s.query_scale
+            if s.extreme:
+                tokens *= 10.0 ** torch.randint(-24, 2, tokens.shape, generator=generator)
+                tokens[220::9, -1, ::5] = float("inf")
             self._tokens[name] = tokens.to(s.dtype)
         return self._tokens[name][begin:end]
 

@@ -63,6 +63,17 @@ def test_chunked_as_whole(kernel: CompiledPagedAttention, shape: Shape, chunk: i
     assert_same_bits(rows_of(kernel, shape, chunks(list(range(0, LENGTH, chunk))))["a"], whole)
 
 
+@pytest.mark.parametrize("head_dim", [64, 80])
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_extreme_values_chunked_as_whole(kernel: CompiledPagedAttention, head_dim: int, chunk: int) -> None:
+    """Products and sums below the smallest normal number, and infinite values from some position on."""
+    shape = Shape(extreme=True, head_dim=head_dim)
+    whole = rows_of(kernel, shape, [{"a": LENGTH}])["a"]
+    assert whole[:220].isfinite().all()
+    assert not whole[220:].isfinite().all()
+    assert_same_bits(rows_of(kernel, shape, chunks(list(range(0, LENGTH, chunk))))["a"], whole)
+
+
 @shapes
 def test_alone_as_in_a_batch_of_eight(kernel: CompiledPagedAttention, shape: Shape) -> None:
     """Prompts of other lengths around it, then decode with sequences that come, stay empty and go."""
