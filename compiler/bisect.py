@@ -127,6 +127,7 @@ def bisect_artifact(manifest: Manifest, model: ModelSource, prompt: list[int], *
         group=settings.get("quantization_group_size"),  # type: ignore[arg-type]  # an integer or null, as compiling wrote it
         kind=manifest.target.kind,
         passes=str(chosen),
+        backend=str(settings.get("backend") or "inductor"),
     )
     ours, theirs = [p.name for p in passes], [record.name for record in manifest.passes]
     if ours != theirs:

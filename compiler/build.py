@@ -136,7 +136,10 @@ def build_artifact(
                 quantized = applied_quantization(config, given, target.kind)
                 lora = lora_pass(config, traced, source.dtype)
                 group = config.quantization_group_size
-                passes = pipeline(config.level, quantized, group=group, kind=target.kind, passes=config.passes, ranks=ranks, lora=lora)
+                passes = pipeline(
+                    config.level, quantized, group=group, kind=target.kind, passes=config.passes, ranks=ranks, lora=lora,
+                    backend=config.backend,
+                )  # fmt: skip
                 reports = run_passes(graph, passes, context, dump_dir=dump_directory())
                 if config.backend == "tvm":
                     check_convertible(graph)

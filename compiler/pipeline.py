@@ -58,6 +58,7 @@ def pipeline(
     passes: str = "",
     ranks: int = 1,
     lora: AddLora | None = None,
+    backend: str = "inductor",
 ) -> list[Pass]:
     """The passes of an optimisation level, in order.
 
@@ -70,6 +71,7 @@ def pipeline(
         passes: the value of --passes, "+name,-name".
         ranks: how many share a layer; of a CPU alone.
         lora: adds the terms of adapters; at every level, for the program takes them as inputs.
+        backend: what generates code for a CPU, "inductor" or "tvm".
 
     Raises:
         ConfigError: a level that does not exist, quantised weights without passes or kernels, or a pass that is none of the target's.
@@ -77,15 +79,15 @@ def pipeline(
     assert kind in KINDS
     if lora is not None:
         assert ranks == 1
-        listed = pipeline(level, quantization, group=group, kind=kind, passes=passes)
+        listed = pipeline(level, quantization, group=group, kind=kind, passes=passes, backend=backend)
         return [*listed[:1], lora, *listed[1:]]  # behind no-op-elimination, before the merges; at -O0 alone
     if ranks > 1:
-        listed = pipeline(level, quantization, group=group, kind=kind, passes=passes)
+        listed = pipeline(level, quantization, group=group, kind=kind, passes=passes, backend=backend)
         return [*listed[:1], ShardTensorParallel(ranks), *listed[1:]]  # behind no-op-elimination, before the merges
     if passes:
         if level == 0:
             raise ConfigError(f"--passes {passes}: -O0 runs none, it is the oracle; use -O1 or -O2")
-        known = [pipeline(each, quantization, group=group, kind=kind) for each in (level, LEVELS[-1])]
+        known = [pipeline(each, quantization, group=group, kind=kind, backend=backend) for each in (level, LEVELS[-1])]
         return parse_choice(passes).apply(*known)
     if level not in LEVELS:
         raise ConfigError(f"optimisation level {level}: expected one of {', '.join(map(str, LEVELS))}; choose -O2 if in doubt")
@@ -95,7 +97,7 @@ def pipeline(
         return []
     if kind == "cuda":
         return _exact() + (_gpu_fusions() if level >= 2 else []) + _gpu_lowering() + _quantizing(quantization, group, kind)
-    return _exact() + (_cpu_fusions() if level >= 2 else []) + _lowering() + _quantizing(quantization, group, kind)
+    return _exact() + (_cpu_fusions(backend) if level >= 2 else []) + _lowering() + _quantizing(quantization, group, kind)
 
 
 def group_of(scheme: str, asked: int | None) -> int:
@@ -124,10 +126,11 @@ def _exact() -> list[Pass]:
     ]
 
 
-def _cpu_fusions() -> list[Pass]:
+def _cpu_fusions(backend: str) -> list[Pass]:
     """What pays beside Inductor, which fuses pointwise loops itself: ops on whole rows, which it starts a parallel region each for."""
     return [
         FuseRmsNorm(even_rows=True),
+        *([FuseRopeKVWrite()] if backend != "tvm" else []),  # its kernel is none of those that TVM's programs call
         FuseAddRmsNorm(),
         FuseSiluMul(),
         FuseGeluMul(),

@@ -53,6 +53,7 @@ def preview(config: CompileConfig) -> Preview:
         kind=kind,
         passes=config.passes,
         lora=lora_pass(config, traced, source.dtype),
+        backend=config.backend,
     )
     reports = run_passes(traced.graph, passes, context, dump_dir=dump_directory())
     if config.backend == "tvm":

@@ -20,7 +20,7 @@ from llmc.kernels.isa import TargetSpec, cpu_features
 
 ROUNDS = 3
 # The fusions of CPU programs, in their order; compiler/pipeline.py has them by class, and a test holds the two together.
-OPTIONAL = ("fuse-rms-norm", "fuse-add-rms-norm", "fuse-silu-mul", "fuse-gelu-mul")
+OPTIONAL = ("fuse-rms-norm", "fuse-rope-kv-write", "fuse-add-rms-norm", "fuse-silu-mul", "fuse-gelu-mul")
 
 # Passes left out -> times of a decode step in milliseconds, each call a run of its own.
 TimeStep = Callable[[frozenset[str]], list[float]]

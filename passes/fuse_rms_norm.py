@@ -41,7 +41,7 @@ class FuseRmsNorm(NodePass[RmsNorm]):
     name: ClassVar[str] = "fuse-rms-norm"
     numerics: ClassVar[Numerics] = Numerics.CLOSE  # the mean of the squares is summed in another order
 
-    even_rows: bool = False  # leave norms over heads inside a wider tensor to Inductor, which joins them with the rotation that follows
+    even_rows: bool = False  # leave norms over heads inside a wider tensor to what joins them with the rotation that follows
 
     def find(self, node: Node, ctx: PassContext) -> RmsNorm | Reject | None:
         return self.root(node)

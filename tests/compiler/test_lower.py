@@ -152,10 +152,11 @@ def test_lowered_code_calls_only_llmc_ops_and_lists_them(world: World) -> None:
         "llmc::rms_norm",
         "llmc::add_rms_norm",
         "llmc::linear",
-        "llmc::paged_attention",
+        "llmc::rope_kv_write",
+        "llmc::paged_attend",
         "llmc::silu_mul",
     }
-    assert world.lowered.calls["llmc::paged_attention"] == 2
+    assert world.lowered.calls["llmc::rope_kv_write"] == world.lowered.calls["llmc::paged_attend"] == 2
 
 
 def test_every_constant_of_the_graph_is_one_of_the_image(world: World) -> None:
@@ -202,6 +203,7 @@ def test_a_cache_used_outside_attention_is_refused(line: str) -> None:
         return GeneratedCode(wrapper=_STEP.format(line=extra, attention=SHIM_NAMES["llmc::paged_attention"]), kernels="")
 
     check_caches(code(""), module)
+    check_caches(code("AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_llmc_rope_kv_write(buf1, arg3_1, arg4_1, &buf6_handle));"), module)
     assert called_ops(code("")) == {"llmc::paged_attention": 1}
     with pytest.raises(InternalError, match="v_cache_0 outside attention"):
         check_caches(code(line), module)

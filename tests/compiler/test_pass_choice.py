@@ -40,7 +40,7 @@ def test_every_list_is_a_part_of_the_highest_levels_in_its_order() -> None:
         (2, "-merge-qkv,", "neither .name nor -name"),
         (2, "-merge-qkv,+merge-qkv", "both added and left out"),
         (2, "-no-such-pass", "no pass 'no-such-pass' for this target; there are no-op-elimination"),
-        (2, "+fuse-rope-kv-write", "no pass 'fuse-rope-kv-write' for this target"),
+        (2, "+lower-moe-route", "no pass 'lower-moe-route' for this target"),
         (2, "-lower-linear", "the kernels need what it writes"),
         (0, "+merge-qkv", "-O0 runs none"),
     ],
@@ -53,6 +53,13 @@ def test_bad_choices_are_refused(level: int, passes: str, message: str) -> None:
 def test_quantising_cannot_be_left_out_by_name() -> None:
     with pytest.raises(ConfigError, match="quantize-linear: the kernels need"):
         pipeline(2, "int8", passes="-quantize-linear")
+
+
+def test_a_backend_without_an_ops_kernel_goes_without_its_pass() -> None:
+    of_tvm = [p.name for p in pipeline(2, backend="tvm")]
+    assert [n for n in names(2) if n not in of_tvm] == ["fuse-rope-kv-write"]
+    with pytest.raises(ConfigError, match="no pass 'fuse-rope-kv-write' for this target"):
+        pipeline(2, backend="tvm", passes="+fuse-rope-kv-write")
 
 
 def test_an_empty_value_chooses_nothing() -> None:

@@ -66,6 +66,7 @@ def test_every_pass_matches_once_per_layer(captured: tuple[str, Case, TracedMode
     assert matches["constant-fold-rope"] == 2
     assert matches["lower-experts"] == experts * layers
     assert matches["fuse-rms-norm"] == 2 * layers + 1
+    assert matches["fuse-rope-kv-write"] == layers
     assert matches["fuse-add-rms-norm"] == 2 * layers
     assert matches["fuse-silu-mul"] == layers
     refusals = {r.applied.name: dict(r.result.refusals) for r in reports if r.result.refusals}
@@ -73,7 +74,8 @@ def test_every_pass_matches_once_per_layer(captured: tuple[str, Case, TracedMode
     assert refusals == of_heads
     text = lowered.text()
     assert "= linear(" not in text and "bmm(" not in text and "cos(" not in text
-    assert text.count("llmc.paged_attention(") == layers
+    assert text.count("llmc.rope_kv_write(") == text.count("llmc.paged_attend(") == layers
+    assert "rsqrt(" not in text and "llmc.paged_attention(" not in text
 
 
 def test_levels() -> None:
