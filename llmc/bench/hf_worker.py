@@ -1,5 +1,6 @@
-"""Worker: Hugging Face transformers in a fresh process, as a baseline: the artifact's dtype, sdpa, inference_mode, logits of the last row
-alone. The same request and answer as engine_worker, with {"model": DIR, "dtype": "bfloat16"} for the artifact.
+"""Worker: Hugging Face transformers in a fresh process, as a baseline: the artifact's dtype, sdpa (eager where an architecture has no
+other), inference_mode, logits of the last row alone. The same request and answer as engine_worker, with {"model": DIR, "dtype":
+"bfloat16"} for the artifact.
 
 {"startup": true} loads, generates one token and gives the wall-clock time of it: {"first_token_at": seconds since the epoch}.
 """
@@ -49,7 +50,7 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(request["threads"])
     transformers.logging.set_verbosity_error()
     dtype = getattr(torch, request["dtype"])
-    model = AutoModelForCausalLM.from_pretrained(request["model"], dtype=dtype, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(request["model"], dtype=dtype).eval()  # its own choice: sdpa where it has it, or eager
     if request.get("startup"):
         generate(model, [[1, 2, 3, 4, 5, 6, 7, 8, 9]], 1)
         print(json.dumps({"first_token_at": time.time(), "pss_bytes": pss_bytes(os.getpid())}))
