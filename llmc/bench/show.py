@@ -45,7 +45,7 @@ def html(result: BenchResult) -> str:
     from llmc.bench.svg import bars, scatter
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.globals.update(cell_text=cell_text, head=head, bars=bars, scatter=scatter, measured=measured_columns, plain=plain)
+    environment.globals.update(lines=lines, head=head, bars=bars, scatter=scatter, measured=measured_columns, plain=plain)
     source = (files("llmc.bench") / "page.html").read_text(encoding="utf-8")
     return environment.from_string(source).render(result=result)
 
@@ -69,18 +69,23 @@ def _show_table(table: Table, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table as RichTable
 
-    lines = [[head(column) for column in table.columns]]
-    lines += [[cell_text(row.get(column.key), column) for column in table.columns] for row in table.rows]
-    width = sum(max(map(len, column)) + 3 for column in zip(*lines, strict=True)) + 1
-    if width > console.width and len(table.rows) < len(table.columns):
-        lines = [list(line) for line in zip(*lines, strict=True)]
+    upright = lines(table, False)
+    width = sum(max(map(len, column)) + 3 for column in zip(*upright, strict=True)) + 1
+    found = lines(table, width > console.width)
     shown = RichTable(title=escape(table.title), title_justify="left")
-    for place, title in enumerate(lines[0]):
-        longest = max(map(len, " ".join(line[0] for line in lines).split())) if place == 0 else None  # names are not broken
+    for place, title in enumerate(found[0]):
+        longest = max(map(len, " ".join(line[0] for line in found).split())) if place == 0 else None  # names are not broken
         shown.add_column(title, justify="right" if place else "left", overflow="fold", min_width=longest)
-    for line in lines[1:]:
+    for line in found[1:]:
         shown.add_row(*map(escape, line))
     console.print(shown)
+
+
+def lines(table: Table, wide: bool) -> list[list[str]]:
+    """Head and rows as text; a table that is too wide and has fewer rows than columns is turned on its side."""
+    found = [[head(column) for column in table.columns]]
+    found += [[cell_text(row.get(column.key), column) for column in table.columns] for row in table.rows]
+    return [list(line) for line in zip(*found, strict=True)] if wide and len(table.rows) < len(table.columns) else found
 
 
 def interval_note(result: BenchResult) -> str:

@@ -84,6 +84,14 @@ def test_the_page_is_whole_and_reaches_for_nothing() -> None:
     assert "default-src 'none'" in text
 
 
+def test_a_table_of_many_columns_is_turned_on_the_page() -> None:
+    columns = [COLUMNS[0], *(Column(key=f"c{i}", title=f"column {i}") for i in range(8))]
+    rows: list[dict[str, object]] = [{"level": "-O0", **{f"c{i}": i for i in range(8)}}]
+    text = html(result(tables=[Table(title="wide", columns=columns, rows=rows)]))  # type: ignore[arg-type]
+    assert "<tr><th>level</th><th>-O0</th></tr>" in text and "<tr><td>column 7</td><td>7</td></tr>" in text
+    assert "<th>decode (tok/s) ↑</th>" in html(result())  # few columns: as it is
+
+
 def test_logarithmic_charts_hold_their_points() -> None:
     points = [Point(x=0.5, y=3, label="low"), Point(x=4000, y=900, label="high")]
     text = html(result(charts=[Chart(title="roofline", x_title="x", y_title="y", points=points, logarithmic=True)]))
