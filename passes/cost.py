@@ -37,6 +37,7 @@ _FUSED = {
 }  # fmt: skip
 _LOOKUPS = {aten.index_select.default, aten.embedding.default, aten.index.Tensor}
 _OUR_LOOKUPS = ("llmc.embedding.default", "llmc.quantized_embedding.default")
+_ANGLES = slice(4, 6)  # arguments cos and sin of rope_kv_write, rows by position
 _CACHES = ("k_cache", "v_cache", "lora_pool")
 
 
@@ -139,6 +140,8 @@ def _read(reader: Node, view: Node) -> int:
         return 0
     if (reader.target in _LOOKUPS or G.is_op(reader, *_OUR_LOOKUPS)) and G.is_constant(value):
         return _bytes(reader)
+    if G.is_op(reader, "llmc.rope_kv_write.default") and view in reader.args[_ANGLES] and G.is_constant(value):
+        return TOKENS * _bytes(value) // int(value.meta["val"].shape[0])  # a row of the cosines and sines per token
     return min(_bytes(view), _bytes(value))  # a slice is less than its base, an expanded row is read once
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from llmc.passes.common_subexpressions import CommonSubexpressions
-from llmc.passes.cost import Cost, predicted, timeline
+from llmc.passes.cost import Cost, _read, predicted, timeline
 from llmc.passes.fuse_add_rms_norm import FuseAddRmsNorm
 from llmc.passes.fuse_rms_norm import FuseRmsNorm
 from llmc.passes.fuse_rope_kv_write import FuseRopeKVWrite
+from llmc.passes.graph import is_op
 from llmc.passes.lower_linear import LowerLinear
 from llmc.passes.merge_gate_up import MergeGateUp
 from llmc.passes.no_op_elimination import NoOpElimination
@@ -51,6 +52,10 @@ def test_the_rotation_and_the_write_become_one_launch() -> None:
     after, _ = before.apply(FuseRopeKVWrite())
     assert predicted(after.gm).launches < predicted(before.gm).launches
     assert predicted(after.gm).nbytes < predicted(before.gm).nbytes
+    (written,) = (node for node in after.gm.graph.nodes if is_op(node, "llmc.rope_kv_write.default"))
+    for angles in written.args[4:6]:
+        value = angles.meta["val"]
+        assert _read(written, angles) == TOKENS * value.shape[1] * value.element_size()  # rows of the table, however long it is
 
 
 def test_a_sum_and_its_norm_save_a_read() -> None:
