@@ -3,10 +3,10 @@
 // rows that takes as long as the product itself where a group is one step (32 depths), a quarter of it in groups of four.
 #pragma once
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
-
 #include "engine_amx.h"
 #include "engine_quantized.h"
+
+#if LLMC_AMX
 
 namespace llmc {
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "amx.h"
 #include "engine_fma.h"
 #include "quants.h"
 
@@ -15,7 +16,7 @@ struct QuantizedEngine {
   static constexpr int64_t kBlockBytes = 512 << 10;  // prepared rows kept in half the L2 cache
   static constexpr bool kTakesRawRows = false;
   // Rows that share a widened weight: 1, 2, 4, 8 as the registers hold.
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#if LLMC_AMX
   static constexpr int kMaxRows = std::is_same_v<D, BF16> ? 2 : 8;  // more go to the tiles
 #elif defined(__AVX512F__)
   static constexpr int kMaxRows = 8;
@@ -26,7 +27,7 @@ struct QuantizedEngine {
   // Where AMX computes larger batches of bf16, denormals count as zero here too.
   static unsigned enter(int64_t) {
     const unsigned mode = _mm_getcsr();
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#if LLMC_AMX
     if constexpr (std::is_same_v<D, BF16>) _mm_setcsr(mode | 0x8040);
     asm volatile("" ::: "memory");
 #endif

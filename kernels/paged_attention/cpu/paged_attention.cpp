@@ -55,7 +55,7 @@ class Call {
     scratch_stride_ = static_cast<int64_t>(kItemRows) * (3 * n_.padded + 4);
     // then, of a quantised cache, one chunk's K and V; a last V group of a row may be read past its end
     if (kQuantized<C>) scratch_stride_ += 2LL * kChunk * n_.D + kGroup;
-#if LLMC_PA_PAIRS
+#if LLMC_AMX
     if (kPairs<C>) tiles_ = tiles_fit(n_);
     if (tiles_) scratch_stride_ += (kItemRows + kSegment) * static_cast<int64_t>(n_.D) / 2;  // then q and V for them
 #endif
@@ -167,7 +167,7 @@ class Call {
     }
   }
 
-#if LLMC_PA_PAIRS
+#if LLMC_AMX
   // run_segment in the order of pairs.
   void run_segment_in_pairs(const Item& item, int segment, const Visible* see, const Scratch& at_hand, RowState state) const {
     const int rows = item.row1 - item.row0, begin = segment * kSegment;
@@ -194,7 +194,7 @@ class Call {
       state.max[r] = -kInf;
       state.denominator[r] = 0.0f;
     }
-#if LLMC_PA_PAIRS
+#if LLMC_AMX
     if constexpr (kPairs<C>) return run_segment_in_pairs(item, segment, see, at_hand, state);
 #endif
     const float* q = at_hand.q;

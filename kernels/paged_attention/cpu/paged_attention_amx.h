@@ -4,10 +4,9 @@
 // side, even dimensions in one tile and odd ones in the next, which is the order of load_v. A key that a row may not see has the weight
 // zero there, which hides it unless V holds a NaN or an infinity: then vector registers take the segment, which pass such keys over.
 #pragma once
-#include "amx.h"
 #include "paged_attention_pairs.h"
 
-#if LLMC_PA_PAIRS
+#if LLMC_AMX
 
 namespace llmc_pa {
 
@@ -110,12 +109,7 @@ static void attend_block(const Numbers& n, const SegmentPointers& at, const Bf16
                          RowState state) {
   alignas(64) float scores[T * kTileRows * kSegmentStride];
   alignas(64) Bf16 weights[T * kTileRows * kWeightStride];
-  int low = kSegment, high = 0;
-  for (int r = 0; r < rows; ++r) {
-    if (lo[r] >= hi[r]) continue;
-    low = std::min(low, lo[r]);
-    high = std::max(high, hi[r]);
-  }
+  const auto [low, high] = span_of(rows, lo, hi, kSegment);
   if (low >= high) {
     memset(state.sums, 0, static_cast<size_t>(rows) * n.padded * sizeof(float));
     return;
@@ -147,12 +141,7 @@ static void attend_block(const Numbers& n, const SegmentPointers& at, const Bf16
 // q: [rows, D]. v: room for a segment's V as [kSegment / 32][D / 16][16][16][2].
 static inline bool attend_tiles(const Numbers& n, const SegmentPointers& at, const Bf16* q, Bf16* v, int rows, const int* lo, const int* hi,
                                 RowState state) {
-  int low = kSegment, high = 0;
-  for (int r = 0; r < rows; ++r) {
-    if (lo[r] >= hi[r]) continue;
-    low = std::min(low, lo[r]);
-    high = std::max(high, hi[r]);
-  }
+  const auto [low, high] = span_of(rows, lo, hi, kSegment);
   if (!pair_values(n, at, low, high, v)) return false;
   llmc::configure_tiles({16, 16, 16, 16, 16, 16, 16, 16});
   asm volatile("" ::: "memory");

@@ -8,6 +8,7 @@
 //
 // Few rows go through vector registers, many through tiles (paged_attention_amx.h): the same bits.
 #pragma once
+#include "amx.h"
 #include "paged_attention_tile.h"
 
 namespace llmc_pa {
@@ -29,8 +30,7 @@ class DenormalsAreZero {
 constexpr int kTileRows = 16;       // query rows of a tile
 constexpr int kFewestTileRows = 5;  // with fewer, vector registers are faster
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
-#define LLMC_PA_PAIRS 1
+#if LLMC_AMX
 
 // Whether attention over a cache of this element runs in the order of pairs.
 template <class C>
@@ -180,15 +180,13 @@ template <int R>
 static void attend_rows(const Numbers& n, const SegmentPointers& at, const float* q, const int* lo, const int* hi, RowState state) {
   constexpr int NT = R == 1 ? 4 : 2;  // enough independent sums to hide the latency of fma
   alignas(64) float scores[R * kSegmentStride];
-  int low = kSegment, high = 0, common_lo = 0, common_hi = kSegment;
+  const auto [low, high] = span_of(R, lo, hi, kSegment);
+  int common_lo = 0, common_hi = kSegment;
   bool same = true;
   for (int r = 0; r < R; ++r) {
     same = same && lo[r] == lo[0] && hi[r] == hi[0];
     common_lo = std::max(common_lo, lo[r]);
     common_hi = std::min(common_hi, hi[r]);
-    if (lo[r] >= hi[r]) continue;
-    low = std::min(low, lo[r]);
-    high = std::max(high, hi[r]);
   }
   if (low >= high) return;
   int i = low >> n.lanes_log2;

@@ -48,6 +48,20 @@ struct RowState {
   float* sums;
 };
 
+// The keys that any of some rows sees; lo >= hi: none.
+struct Span {
+  int lo, hi;
+};
+static inline Span span_of(int rows, const int* lo, const int* hi, int most) {
+  Span all{most, 0};
+  for (int r = 0; r < rows; ++r) {
+    if (lo[r] >= hi[r]) continue;
+    all.lo = lo[r] < all.lo ? lo[r] : all.lo;
+    all.hi = hi[r] > all.hi ? hi[r] : all.hi;
+  }
+  return all;
+}
+
 // scores[r][i * lanes + t] = scale * q[r].k[token t of sub-tile i], i < NT
 template <class T, int R, int NT>
 static inline void score_tiles(const Numbers& n, const T* const* k, const T* const* v, const float* q, float* scores) {
@@ -169,13 +183,11 @@ static inline void value_chunk(const Numbers& n, const ChunkPointers<T>& at, int
 template <class T, int R>
 static void attend_tile(const Numbers& n, const ChunkPointers<T>& at, const float* q, const int* lo, const int* hi, RowState state) {
   alignas(64) float scores[R * kScoreStride];
-  int low = kChunk, high = 0, common_lo = 0, common_hi = kChunk;
+  const auto [low, high] = span_of(R, lo, hi, kChunk);
+  int common_lo = 0, common_hi = kChunk;
   for (int r = 0; r < R; ++r) {
     common_lo = lo[r] > common_lo ? lo[r] : common_lo;
     common_hi = hi[r] < common_hi ? hi[r] : common_hi;
-    if (lo[r] >= hi[r]) continue;
-    low = lo[r] < low ? lo[r] : low;
-    high = hi[r] > high ? hi[r] : high;
   }
   if (low >= high) return;
   score_chunk<T, R>(n, at, q, low, high, scores);
